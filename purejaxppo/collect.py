@@ -1,0 +1,120 @@
+"""Environment -> rollout."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Key
+
+from purejaxppo.config import Config
+from purejaxppo.distributions import draw_noise
+from purejaxppo.envs.base import split_each
+from purejaxppo.normalize import normalize_obs
+from purejaxppo.types import (
+    ActorState,
+    Collect,
+    Environment,
+    LearnerState,
+    Network,
+    Policy,
+    Rollout,
+    TimeStep,
+)
+
+
+def init_actors(
+    config: Config, env: Environment, network: Network, key: Key[Array, ""]
+) -> ActorState:
+    """N environments at the start of their first episodes."""
+    keys, reset_keys = split_each(jax.random.split(key, config.num_envs))
+    env_state, obs = env.reset(reset_keys)
+    zeros = jnp.zeros(config.num_envs)
+    return ActorState(
+        keys=keys,
+        env_state=env_state,
+        obs=obs,
+        start=jnp.ones(config.num_envs, bool),
+        carry=network.initial_carry(config.num_envs),
+        episode_return=zeros,
+        episode_length=zeros.astype(jnp.int32),
+        discounted_return=zeros,
+    )
+
+
+def make_collect(config: Config, env: Environment, network: Network, policy: Policy) -> Collect:
+    """`(learner, actors) -> (actors, rollout, raw_obs[T, N, ...])`.
+
+    The scan over time holds what each step must wait for: the policy's outputs and the
+    environment. Log-probabilities and values are computed after it, for all steps at once, by the
+    very call that the loss makes. Rewards are as the environment gave them.
+    """
+
+    def collect(learner: LearnerState, actors: ActorState) -> tuple[ActorState, Rollout, Array]:
+        keys, step_keys, noise = _draw(config, policy, actors.keys)
+
+        def step(actors: ActorState, draws: tuple[Array, Array]) -> tuple[ActorState, Any]:
+            step_keys, noise = draws
+            obs = normalize_obs(learner.obs_stats, actors.obs)
+            carry, outputs, _ = network.apply(
+                learner.params, actors.carry, obs[None], actors.start[None]
+            )
+            action = policy.sample(outputs[0], noise)
+            env_state, result = env.step(step_keys, actors.env_state, policy.to_env(action))
+            cut_value = _value_where_cut(network, learner, carry, result)
+            seen = (actors.obs, obs, actors.start, action, cut_value, result)
+            done = result.terminated | result.truncated
+            moved = actors._replace(env_state=env_state, obs=result.obs, start=done, carry=carry)
+            return moved, seen
+
+        moved, (raw_obs, obs, start, action, cut_value, result) = jax.lax.scan(
+            step, actors, (step_keys, noise)
+        )
+        _, outputs, value = network.apply(learner.params, actors.carry, obs, start)
+        _, _, last_value = network.apply(
+            learner.params,
+            moved.carry,
+            normalize_obs(learner.obs_stats, moved.obs)[None],
+            moved.start[None],
+        )
+        following = jnp.concatenate([value[1:], last_value])
+        rollout = Rollout(
+            obs=obs,
+            start=start,
+            action=action,
+            log_prob=policy.distribution(outputs).log_prob(action),
+            value=value,
+            next_value=jnp.where(result.terminated | result.truncated, cut_value, following),
+            reward=result.reward,
+            terminated=result.terminated,
+            truncated=result.truncated,
+            mask=jnp.ones_like(value),
+            carry=actors.carry,
+        )
+        return moved._replace(keys=keys), rollout, raw_obs
+
+    return collect
+
+
+def _draw(config: Config, policy: Policy, keys: Key[Array, " N"]) -> tuple[Array, Array, Array]:
+    """All random numbers of a rollout, each environment's from its own key.
+
+    Returns:
+        the keys to go on from `[N]`, keys for the environment `[T, N]`, noise `[T, N, ...]`.
+    """
+    split = jax.vmap(lambda key: jax.random.split(key, 1 + 2 * config.num_steps), out_axes=1)(keys)
+    next_keys, rest = split[0], split[1:]
+    step_keys, noise_keys = rest[: config.num_steps], rest[config.num_steps :]
+    return next_keys, step_keys, draw_noise(policy, noise_keys)
+
+
+def _value_where_cut(
+    network: Network, learner: LearnerState, carry: Any, result: TimeStep
+) -> Array:
+    """`[N]` values of `final_obs`, computed only in steps in which some episode is cut off."""
+    cut: Bool[Array, " N"] = result.truncated & ~result.terminated
+
+    def value() -> Array:
+        obs = normalize_obs(learner.obs_stats, result.final_obs)
+        return network.apply(learner.params, carry, obs[None], jnp.zeros_like(cut)[None])[2][0]
+
+    return jax.lax.cond(jnp.any(cut), value, lambda: jnp.zeros_like(result.reward))

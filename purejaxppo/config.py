@@ -1,0 +1,239 @@
+"""The two kinds of setting: `Config` (static, hashable) and `HParams` (traced numbers).
+
+`Config` holds what fixes shapes and code paths; changing it compiles anew. `HParams` holds
+every number that can be traced, so that a whole training can be `vmap`ped over it.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import numpy as np
+
+if TYPE_CHECKING:
+    Scalar = float | np.ndarray | jax.Array
+else:
+    Scalar = float
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work: the message gives the value, the rule and the remedy."""
+
+
+def _bounded(default: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> Any:
+    """A dataclass field whose value must lie in `[low, high]`, or `(low, high]` if `open_low`."""
+    return field(default=default, metadata={"low": low, "high": high, "open_low": open_low})
+
+
+@dataclass(frozen=True)
+class Config:
+    """What fixes the shapes and code paths of a training. Static and hashable.
+
+    Raises `ConfigError` on construction if a value has the wrong type, is out of range, or does
+    not fit the others.
+    """
+
+    env_id: str = "CartPole-v1"
+    """Environment to train on; `purejaxppo envs` lists them. A label if `env` is passed."""
+    total_timesteps: int = _bounded(500_000, 1)
+    """Environment steps of the whole training, rounded up to whole updates."""
+    num_envs: int = _bounded(4, 1)
+    """N, environments stepped side by side."""
+    num_steps: int = _bounded(128, 1)
+    """T, steps of each environment in one rollout."""
+    update_epochs: int = _bounded(4, 1)
+    """Passes over each rollout."""
+    num_minibatches: int = _bounded(4, 1)
+    """Gradient steps per pass. Divides num_envs * num_steps, or num_envs with a memory."""
+    encoder: Literal["auto", "mlp", "cnn"] = "auto"
+    """How an observation is read: `auto` takes cnn for [height, width, channels], else mlp."""
+    memory: Literal["none", "gru", "lstm"] = "none"
+    """A recurrent cell after the encoder, for partial observation."""
+    hidden_sizes: tuple[int, ...] = (64, 64)
+    """Widths of the dense layers (after the convolutions, with a cnn)."""
+    memory_size: int = _bounded(64, 1)
+    """Width of the recurrent cell; without effect if memory is none."""
+    activation: Literal["tanh", "relu", "gelu", "silu"] = "tanh"
+    """Nonlinearity of every hidden layer."""
+    shared_trunk: bool = False
+    """Whether actor and critic share everything but their last layer."""
+    action_distribution: Literal["auto", "normal", "tanh_normal"] = "auto"
+    """`auto`: categorical for discrete, normal (clipped to bounds) for continuous actions."""
+    log_std_init: float = _bounded(0.0, -10.0, 10.0)
+    """Initial log standard deviation of continuous actions; without effect on discrete ones."""
+    advantage_normalization: Literal["minibatch", "batch", "none"] = "minibatch"
+    """Over what advantages are shifted and scaled to mean 0 and standard deviation 1."""
+    normalize_obs: bool = False
+    """Whether observations are normalised by running statistics."""
+    normalize_reward: bool = False
+    """Whether rewards are divided by the running deviation of the discounted return."""
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rates go from their value to 0 over the training."""
+    clip_schedule: Literal["linear", "cosine", "constant"] = "constant"
+    """How clip_eps and vf_clip_eps go from their value to 0 over the training."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if any(size < 1 for size in self.hidden_sizes):
+            raise ConfigError(
+                f"hidden_sizes = {list(self.hidden_sizes)}: each width must be at least 1; "
+                "use for example [64, 64], or [] for a linear network"
+            )
+        _check_minibatches(self)
+
+    @property
+    def batch_size(self) -> int:
+        """Environment steps of one update, N * T."""
+        return self.num_envs * self.num_steps
+
+    @property
+    def num_updates(self) -> int:
+        """Updates of the whole training: total_timesteps / batch_size, rounded up."""
+        return -(-self.total_timesteps // self.batch_size)
+
+
+@dataclass(frozen=True)
+class HParams:
+    """The numbers of a training that can be traced. Each may be batched and `vmap`ped over.
+
+    Raises `ConfigError` on construction if a concrete value is out of range; traced values and
+    the integers and `None` of a `vmap` axis specification pass unchecked.
+    """
+
+    learning_rate: Scalar = _bounded(2.5e-4, 0)
+    """Adam's step size at the start of training."""
+    critic_learning_rate: Scalar | None = _bounded(None, 0)
+    """Step size of the critic's own parameters; None means learning_rate."""
+    gamma: Scalar = _bounded(0.99, 0, 1)
+    """Discount per step."""
+    gae_lambda: Scalar = _bounded(0.95, 0, 1)
+    """Generalised advantage estimation: 0 is one-step TD, 1 is Monte Carlo."""
+    clip_eps: Scalar = _bounded(0.2, 0, open_low=True)
+    """The probability ratio is clipped to [1 - clip_eps, 1 + clip_eps]."""
+    vf_clip_eps: Scalar | None = _bounded(None, 0, open_low=True)
+    """How far a value may move from the rollout's in the value loss; None does not clip."""
+    ent_coef: Scalar = _bounded(0.01, 0)
+    """Weight of the entropy bonus."""
+    vf_coef: Scalar = _bounded(0.5, 0)
+    """Weight of the value loss."""
+    max_grad_norm: Scalar = _bounded(0.5, 0, open_low=True)
+    """Gradients are scaled down to this global norm; inf does not clip."""
+    target_kl: Scalar | None = _bounded(None, 0, open_low=True)
+    """After an epoch whose mean approximate KL exceeds this, the update's other epochs are
+    left out; None never stops."""
+    adam_eps: Scalar = _bounded(1e-5, 0, open_low=True)
+    """Adam's epsilon."""
+
+    def __post_init__(self) -> None:
+        values = [getattr(self, f.name) for f in dataclasses.fields(self)]
+        if all(value is None or isinstance(value, int) for value in values):
+            return
+        check_fields(self)
+
+
+def _flatten_hparams(hparams: HParams) -> tuple[list[Any], None]:
+    return [getattr(hparams, f.name) for f in dataclasses.fields(HParams)], None
+
+
+def _flatten_hparams_with_keys(hparams: HParams) -> tuple[list[Any], None]:
+    names = [f.name for f in dataclasses.fields(HParams)]
+    return [(jax.tree_util.GetAttrKey(n), getattr(hparams, n)) for n in names], None
+
+
+def _unflatten_hparams(_: None, values: Any) -> HParams:
+    """Past `__post_init__`: what transforms put into a pytree (gradients, axes) needs no check."""
+    hparams = object.__new__(HParams)
+    for f, value in zip(dataclasses.fields(HParams), values, strict=True):
+        object.__setattr__(hparams, f.name, value)
+    return hparams
+
+
+jax.tree_util.register_pytree_with_keys(
+    HParams, _flatten_hparams_with_keys, _unflatten_hparams, _flatten_hparams
+)
+
+
+def check_fields(instance: Any) -> None:
+    """Check each field of a settings dataclass against its type and range.
+
+    Integers are accepted for floats, lists for tuples. Arrays and tracers are accepted for
+    scalars; concrete ones have each element checked.
+
+    Raises:
+        ConfigError: naming the field, its value, the rule and the remedy.
+    """
+    hints = typing.get_type_hints(type(instance))
+    for f in dataclasses.fields(instance):
+        value = getattr(instance, f.name)
+        if isinstance(value, list):
+            value = tuple(value)
+            object.__setattr__(instance, f.name, value)
+        _check_type(f.name, value, hints[f.name], f.default)
+        if "low" in f.metadata and value is not None:
+            _check_range(f.name, value, f.metadata)
+
+
+def _check_type(name: str, value: Any, hint: Any, default: Any) -> None:
+    if hint is float or (isinstance(hint, types.UnionType) and float in hint.__args__):
+        fits = _is_number(value) or (value is None and isinstance(hint, types.UnionType))
+        kind = "a number"
+    elif typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        fits, kind = value in choices, f"one of {', '.join(choices)}"
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        kind += f" (did you mean {near[0]}?)" if near and not fits else ""
+    elif typing.get_origin(hint) is tuple:
+        fits = isinstance(value, tuple) and all(type(item) is int for item in value)
+        kind = "a list of whole numbers"
+    else:
+        fits = type(value) is hint
+        kind = {int: "a whole number", bool: "true or false", str: "a text"}[hint]
+    if not fits:
+        raise ConfigError(f"{name} = {value!r}: must be {kind}; the default is {default!r}")
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool):
+        return False
+    if isinstance(value, int | float | jax.core.Tracer):
+        return True
+    return isinstance(value, np.ndarray | np.generic | jax.Array) and (
+        jax.dtypes.issubdtype(value.dtype, np.number)
+    )
+
+
+def _check_range(name: str, value: Any, rule: Any) -> None:
+    if isinstance(value, jax.core.Tracer):
+        return
+    numbers = np.asarray(value)
+    low, high = rule["low"], rule["high"]
+    above = numbers > low if rule["open_low"] else numbers >= low
+    good = above & (numbers <= high)
+    if np.all(good):
+        return
+    worst = numbers[~good].flat[0] if numbers.ndim else value
+    wanted = f"greater than {low}" if rule["open_low"] else f"at least {low}"
+    wanted += "" if math.isinf(high) else f" and at most {high}"
+    raise ConfigError(f"{name} = {worst}: must be {wanted}")
+
+
+def _check_minibatches(config: Config) -> None:
+    if config.memory == "none":
+        size, formula = config.batch_size, "num_envs * num_steps"
+        values = f"{config.num_envs} * {config.num_steps} = {size}"
+    else:
+        size, formula = config.num_envs, f"num_envs (whole sequences, for memory = {config.memory})"
+        values = f"{size}"
+    if size % config.num_minibatches == 0:
+        return
+    divisors = [d for d in range(1, size + 1) if size % d == 0]
+    near = sorted(sorted(divisors, key=lambda d: abs(d - config.num_minibatches))[:5])
+    raise ConfigError(
+        f"{formula} = {values} does not divide into num_minibatches = {config.num_minibatches}; "
+        f"choose num_minibatches from {', '.join(map(str, near))}"
+    )

@@ -1,0 +1,207 @@
+"""Action space -> `Policy`: how outputs of the policy head become actions.
+
+Noise is drawn apart from the parameters (Gumbel for discrete actions, standard normal for
+continuous ones), so that all of a rollout's can be drawn at once.
+"""
+
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import distrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from purejaxppo.config import Config, ConfigError
+from purejaxppo.envs.base import MultiDiscrete, is_box, is_discrete
+from purejaxppo.types import Policy
+
+
+def make_policy(config: Config, action_space: Any) -> Policy:
+    """The policy for an action space.
+
+    Raises:
+        ConfigError: if the space is of no supported kind, or `config.action_distribution` does
+            not fit it.
+    """
+    if isinstance(action_space, MultiDiscrete) or is_discrete(action_space):
+        if config.action_distribution != "auto":
+            raise ConfigError(
+                f"action_distribution = {config.action_distribution!r} is for continuous actions, "
+                f"but {config.env_id} has {action_space}; use auto"
+            )
+        if isinstance(action_space, MultiDiscrete):
+            return multi_categorical(action_space.num_categories)
+        return categorical(int(action_space.n))
+    if is_box(action_space) and np.issubdtype(np.dtype(action_space.dtype), np.floating):
+        low, high = (
+            np.broadcast_to(np.asarray(bound, np.float32), action_space.shape)
+            for bound in (action_space.low, action_space.high)
+        )
+        if config.action_distribution == "tanh_normal":
+            return tanh_normal(config, low, high)
+        return normal(low, high)
+    raise ConfigError(
+        f"the action space {action_space} of {config.env_id} is not supported; supported are "
+        "Discrete, MultiDiscrete and Box of floats"
+    )
+
+
+def categorical(num_categories: int) -> Policy:
+    """One choice out of `num_categories`; sampled by the Gumbel-max trick."""
+    return Policy(
+        num_outputs=num_categories,
+        num_free=0,
+        distribution=lambda outputs: distrax.Categorical(logits=outputs),
+        noise=lambda key: jax.random.gumbel(key, (num_categories,)),
+        sample=lambda outputs, noise: jnp.argmax(outputs + noise, axis=-1),
+        to_env=lambda action: action,
+    )
+
+
+class IndependentCategoricals(NamedTuple):
+    """Several categorical choices made side by side; log-probability and entropy add up."""
+
+    parts: tuple[distrax.Categorical, ...]
+
+    def log_prob(self, action: Int[Array, "*batch A"]) -> Float[Array, "*batch"]:
+        terms = [part.log_prob(action[..., i]) for i, part in enumerate(self.parts)]
+        return jnp.sum(jnp.stack(terms), axis=0)
+
+    def entropy(self) -> Float[Array, "*batch"]:
+        return jnp.sum(jnp.stack([part.entropy() for part in self.parts]), axis=0)
+
+    def mode(self) -> Int[Array, "*batch A"]:
+        return jnp.stack([part.mode() for part in self.parts], axis=-1)
+
+
+def multi_categorical(num_categories: tuple[int, ...]) -> Policy:
+    """Choices among `num_categories[0]`, `num_categories[1]`, ... made side by side."""
+    spans = list(pairwise(np.cumsum([0, *num_categories]).tolist()))
+
+    def distribution(outputs: Float[Array, "*batch P"]) -> IndependentCategoricals:
+        parts = (distrax.Categorical(logits=outputs[..., a:b]) for a, b in spans)
+        return IndependentCategoricals(tuple(parts))
+
+    def sample(outputs: Array, noise: Array) -> Int[Array, "*batch A"]:
+        scores = outputs + noise
+        return jnp.stack([jnp.argmax(scores[..., a:b], axis=-1) for a, b in spans], axis=-1)
+
+    return Policy(
+        num_outputs=sum(num_categories),
+        num_free=0,
+        distribution=distribution,
+        noise=lambda key: jax.random.gumbel(key, (sum(num_categories),)),
+        sample=sample,
+        to_env=lambda action: action,
+    )
+
+
+def _split_gaussian(outputs: Float[Array, "*batch P"]) -> tuple[Array, Array]:
+    mean, log_std = jnp.split(outputs, 2, axis=-1)
+    return mean, jnp.exp(log_std)
+
+
+def _diagonal_normal(outputs: Float[Array, "*batch P"]) -> distrax.Independent:
+    mean, std = _split_gaussian(outputs)
+    return distrax.Independent(distrax.Normal(mean, std), reinterpreted_batch_ndims=1)
+
+
+def _gaussian_parts(size: int) -> dict[str, Any]:
+    """What both Gaussian policies share; inside, actions are vectors of `size`."""
+
+    def sample(outputs: Array, noise: Array) -> Float[Array, "*batch A"]:
+        mean, std = _split_gaussian(outputs)
+        return mean + std * noise
+
+    return {
+        "num_outputs": size,
+        "num_free": size,
+        "noise": lambda key: jax.random.normal(key, (size,)),
+        "sample": sample,
+    }
+
+
+def normal(low: np.ndarray, high: np.ndarray) -> Policy:
+    """A diagonal Gaussian; the environment is given the action clipped to `[low, high]`, while
+    the log-probability is that of the action as sampled."""
+    shape = low.shape
+
+    def to_env(action: Float[Array, "*batch A"]) -> Array:
+        return jnp.clip(action.reshape(action.shape[:-1] + shape), low, high)
+
+    return Policy(
+        distribution=_diagonal_normal, to_env=to_env, **_gaussian_parts(low.size)
+    )
+
+
+# Nodes and weights of E[f(Z)], Z standard normal.
+_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(16)
+_WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
+
+
+class TanhNormal(NamedTuple):
+    """A diagonal Gaussian squashed by tanh and stretched to the bounds of the action space.
+
+    Actions are kept as u, before the squashing: a = centre + half_range tanh(u), where the
+    log-probability stays finite however close a comes to the bounds.
+    """
+
+    base: distrax.Independent
+    mean: Float[Array, "*batch A"]
+    std: Float[Array, "*batch A"]
+    half_range: np.ndarray
+
+    def log_prob(self, action: Float[Array, "*batch A"]) -> Float[Array, "*batch"]:
+        """log p(a) = log N(u; mean, std) - sum log |da/du|, at `action` u."""
+        return self.base.log_prob(action) - jnp.sum(self._log_slope(action), axis=-1)
+
+    def entropy(self) -> Float[Array, "*batch"]:
+        """H(a) = H(u) + E[sum log |da/du|], by Gauss-Hermite quadrature on 16 nodes."""
+        nodes = jnp.asarray(_NODES, self.mean.dtype)
+        actions = self.mean[..., None, :] + self.std[..., None, :] * nodes[:, None]
+        slopes = jnp.sum(self._log_slope(actions), axis=-1)
+        return self.base.entropy() + slopes @ jnp.asarray(_WEIGHTS, self.mean.dtype)
+
+    def mode(self) -> Float[Array, "*batch A"]:
+        """The median rather than the mode, whose squashed form may lie at the bounds."""
+        return self.mean
+
+    def _log_slope(self, action: Array) -> Array:
+        # log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)), which does not cancel at large |u|
+        return 2.0 * (jnp.log(2.0) - action - jax.nn.softplus(-2.0 * action)) + np.log(
+            self.half_range
+        )
+
+
+def tanh_normal(config: Config, low: np.ndarray, high: np.ndarray) -> Policy:
+    """A diagonal Gaussian squashed into `[low, high]`, which must be finite.
+
+    Raises:
+        ConfigError: if a bound is not finite.
+    """
+    # Environments state "unbounded" as float32's largest number as well as by infinity.
+    unbounded = np.maximum(np.abs(low), np.abs(high)) > 1e30
+    if np.any(unbounded):
+        raise ConfigError(
+            f"action_distribution = 'tanh_normal' needs finite bounds, but the actions of "
+            f"{config.env_id} lie in [{low.min()}, {high.max()}]; use normal"
+        )
+    shape = low.shape
+    centre, half_range = (high + low) / 2, (high - low) / 2
+
+    def distribution(outputs: Float[Array, "*batch P"]) -> TanhNormal:
+        mean, std = _split_gaussian(outputs)
+        return TanhNormal(_diagonal_normal(outputs), mean, std, half_range.reshape(-1))
+
+    def to_env(action: Float[Array, "*batch A"]) -> Array:
+        return centre + half_range * jnp.tanh(action.reshape(action.shape[:-1] + shape))
+
+    return Policy(distribution=distribution, to_env=to_env, **_gaussian_parts(low.size))
+
+
+def draw_noise(policy: Policy, keys: Key[Array, "*batch"]) -> Array:
+    """`keys[...]` to noise `[..., *shape]`, each key on its own."""
+    flat = jax.vmap(policy.noise)(keys.reshape(-1))
+    return flat.reshape(keys.shape + flat.shape[1:])

@@ -1,0 +1,95 @@
+"""Spaces, and how single environments become `Environment`, our contract for N of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Key
+
+from purejaxppo.types import PyTree, TimeStep
+
+
+class MultiDiscrete:
+    """A space of several discrete choices made side by side; actions are `[A]` integers.
+
+    Gymnax has no such space, so an environment of your own returns this one.
+    """
+
+    def __init__(self, num_categories: tuple[int, ...]):
+        if not num_categories or any(n < 1 for n in num_categories):
+            raise ValueError(
+                f"num_categories = {num_categories}: must hold at least one number, each at least 1"
+            )
+        self.num_categories = tuple(int(n) for n in num_categories)
+        self.shape = (len(self.num_categories),)
+        self.dtype = jnp.int32
+
+    def sample(self, key: Key[Array, ""]) -> Array:
+        """A uniformly random `[A]` action."""
+        return jax.random.randint(key, self.shape, 0, jnp.asarray(self.num_categories))
+
+    def contains(self, x: Array) -> Array:
+        """Whether `x[A]` lies in the space."""
+        return jnp.all((x >= 0) & (x < jnp.asarray(self.num_categories)))
+
+    def __repr__(self) -> str:
+        return f"MultiDiscrete({self.num_categories})"
+
+
+def is_discrete(space: Any) -> bool:
+    """Whether `space` is one choice out of `space.n`, whoever's class it is."""
+    return hasattr(space, "n") and getattr(space, "shape", None) == ()
+
+
+def is_box(space: Any) -> bool:
+    """Whether `space` holds arrays of one shape between two bounds, whoever's class it is."""
+    return hasattr(space, "low") and hasattr(space, "high") and hasattr(space, "shape")
+
+
+StepOne = Callable[[Key[Array, ""], PyTree, Array], tuple[PyTree, Array, Array, Array, Array]]
+
+
+def reset_on_demand(
+    reset_one: Callable[[Key[Array, ""]], tuple[PyTree, Array]], step_one: StepOne
+) -> Callable[[Key[Array, " N"], PyTree, Array], tuple[PyTree, TimeStep]]:
+    """N environments that do not reset themselves -> N that do.
+
+    Fresh states are computed only in steps in which some episode ends.
+
+    Args:
+        reset_one: `key -> (state, obs)`.
+        step_one: `(key, state, action) -> (state, obs, reward, terminated, truncated)`.
+    """
+
+    def step(
+        keys: Key[Array, " N"], state: PyTree, action: Array
+    ) -> tuple[PyTree, TimeStep]:
+        step_keys, reset_keys = split_each(keys)
+        state, final_obs, reward, terminated, truncated = jax.vmap(step_one)(
+            step_keys, state, action
+        )
+        done = terminated | truncated
+        state, obs = jax.lax.cond(
+            jnp.any(done),
+            lambda: select_rows(done, jax.vmap(reset_one)(reset_keys), (state, final_obs)),
+            lambda: (state, final_obs),
+        )
+        return state, TimeStep(obs, reward, terminated, truncated, final_obs)
+
+    return step
+
+
+def split_each(keys: Key[Array, " N"]) -> tuple[Key[Array, " N"], Key[Array, " N"]]:
+    """Two keys from each."""
+    both = jax.vmap(jax.random.split)(keys)
+    return both[:, 0], both[:, 1]
+
+
+def select_rows(condition: Bool[Array, " N"], chosen: PyTree, other: PyTree) -> PyTree:
+    """Row n of each leaf `[N, ...]` from `chosen` where `condition[n]`, else from `other`."""
+
+    def select(x: Array, y: Array) -> Array:
+        return jnp.where(condition.reshape(condition.shape + (1,) * (x.ndim - 1)), x, y)
+
+    return jax.tree.map(select, chosen, other)

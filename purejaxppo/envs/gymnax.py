@@ -1,0 +1,105 @@
+"""Adapter to gymnax 1.x, and to any object that keeps its contract."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from gymnax.environments.environment import Environment as GymnaxEnvironment
+from jaxtyping import Array, Key
+
+from purejaxppo.config import ConfigError
+from purejaxppo.envs.base import reset_on_demand
+from purejaxppo.types import Environment, PyTree, TimeStep
+
+
+def from_gymnax(name: str, env: Any, params: Any = None) -> Environment:
+    """N copies of a gymnax environment as our `Environment`.
+
+    An environment that leaves gymnax's `step` and `reset` as they are is stepped through
+    `step_env`, which spares a reset at each step. Any other object (a wrapper, or a class of
+    its own) is stepped through its public `step`, which resets itself and gives six values.
+
+    Args:
+        params: None takes `env.default_params`.
+
+    Raises:
+        ConfigError: if `env` lacks a method of the contract.
+    """
+    needed = ("reset", "step", "observation_space", "action_space")
+    missing = [attribute for attribute in needed if not hasattr(env, attribute)]
+    if missing:
+        raise ConfigError(
+            f"env = {env!r} has no {', '.join(missing)}; an environment needs "
+            f"{', '.join(needed)} as in gymnax 1.x"
+        )
+    if params is None:
+        params = getattr(env, "default_params", None)
+
+    def reset_one(key: Key[Array, ""]) -> tuple[PyTree, Array]:
+        obs, state = env.reset(key, params)
+        return _strong(state), jnp.asarray(obs)
+
+    plain = isinstance(env, GymnaxEnvironment) and all(
+        getattr(type(env), method) is getattr(GymnaxEnvironment, method)
+        for method in ("step", "reset")
+    )
+    step = reset_on_demand(reset_one, _inner_step(env, params)) if plain else None
+    return Environment(
+        name=name,
+        observation_space=env.observation_space(params),
+        action_space=env.action_space(params),
+        max_episode_steps=_time_limit(params),
+        reset=jax.vmap(reset_one),
+        step=step or jax.vmap(_public_step(env, params)),
+    )
+
+
+def _time_limit(params: Any) -> int | None:
+    limit = getattr(params, "max_steps_in_episode", None)
+    return None if limit is None else int(limit)
+
+
+def _strong(tree: PyTree) -> PyTree:
+    """Leaves as arrays of a strong type: a scan's carry must not change its types."""
+    return jax.tree.map(lambda x: jax.lax.convert_element_type(x, jnp.asarray(x).dtype), tree)
+
+
+def _like(new: PyTree, old: PyTree) -> PyTree:
+    """Some environments' step returns other types than their reset (int32 for float32)."""
+    return jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), new, old)
+
+
+def _inner_step(env: Any, params: Any) -> Any:
+    def step_one(key: Key[Array, ""], state: PyTree, action: Array) -> Any:
+        obs, next_state, reward, terminated, _ = env.step_env(key, state, action, params)
+        truncated = env.is_truncated(next_state, params)
+        return (
+            _like(next_state, state),
+            obs,
+            jnp.asarray(reward, jnp.float32),
+            jnp.asarray(terminated, bool),
+            jnp.asarray(truncated, bool),
+        )
+
+    return step_one
+
+
+def _public_step(env: Any, params: Any) -> Any:
+    def step_one(key: Key[Array, ""], state: PyTree, action: Array) -> tuple[PyTree, TimeStep]:
+        result = env.step(key, state, action, params)
+        if len(result) != 6 or "final_observation" not in result[5]:
+            raise ConfigError(
+                f"step of env = {env!r} returned {len(result)} values; gymnax 1.x returns obs, "
+                "state, reward, terminated, truncated and info, with the observation before "
+                "auto-reset in info['final_observation']"
+            )
+        obs, next_state, reward, terminated, truncated, info = result
+        return _like(next_state, state), TimeStep(
+            obs=obs,
+            reward=jnp.asarray(reward, jnp.float32),
+            terminated=jnp.asarray(terminated, bool),
+            truncated=jnp.asarray(truncated, bool),
+            final_obs=info["final_observation"],
+        )
+
+    return step_one

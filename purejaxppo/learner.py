@@ -1,0 +1,123 @@
+"""Wires the parts into `Learner(init, update)`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
+
+from purejaxppo.advantages import gae
+from purejaxppo.collect import init_actors, make_collect
+from purejaxppo.config import Config, HParams
+from purejaxppo.distributions import make_policy
+from purejaxppo.envs import make_environment
+from purejaxppo.improve import init_optimizer, make_improve
+from purejaxppo.networks import make_network
+from purejaxppo.normalize import (
+    discounted_returns,
+    init_stats,
+    scale_reward,
+    update_stats,
+)
+from purejaxppo.types import (
+    ActorState,
+    Learner,
+    LearnerState,
+    Metrics,
+    RunningStats,
+    TrainState,
+)
+
+
+def make_learner(config: Config, env: Any = None, env_params: Any = None) -> Learner:
+    """The learner for a config.
+
+    Args:
+        env: an object that keeps gymnax 1.x's contract, in place of the one that
+            `config.env_id` names.
+        env_params: its parameters; None takes its defaults.
+
+    Raises:
+        ConfigError: if the environment does not exist, or its spaces do not fit the config.
+    """
+    environment = make_environment(config, env, env_params)
+    policy = make_policy(config, environment.action_space)
+    network = make_network(config, environment.observation_space, policy)
+    collect = make_collect(config, environment, network, policy)
+    improve = make_improve(config, network, policy)
+
+    def init(key: Key[Array, ""], hparams: HParams) -> TrainState:
+        params_key, learner_key, envs_key = jax.random.split(key, 3)
+        params = network.init(params_key)
+        obs_shape = tuple(environment.observation_space.shape)
+        learner = LearnerState(
+            key=learner_key,
+            params=params,
+            opt_state=init_optimizer(hparams, params),
+            obs_stats=init_stats(obs_shape) if config.normalize_obs else (),
+            reward_stats=init_stats(()) if config.normalize_reward else (),
+            updates=jnp.zeros((), jnp.int32),
+        )
+        return TrainState(learner, init_actors(config, environment, network, envs_key))
+
+    def update(state: TrainState, hparams: HParams) -> tuple[TrainState, Metrics]:
+        learner, actors = state
+        actors, rollout, raw_obs = collect(learner, actors)
+        raw_reward, done = rollout.reward, rollout.terminated | rollout.truncated
+        rollout = rollout._replace(reward=scale_reward(learner.reward_stats, raw_reward))
+        advantage, target = gae(rollout, hparams)
+        learner, metrics = improve(learner, rollout, advantage, target, hparams)
+
+        if isinstance(learner.obs_stats, RunningStats):
+            stats = update_stats(learner.obs_stats, raw_obs, rollout.mask)
+            learner = learner._replace(obs_stats=stats)
+        if isinstance(learner.reward_stats, RunningStats):
+            running, returns = discounted_returns(
+                actors.discounted_return, raw_reward, done, hparams.gamma
+            )
+            actors = actors._replace(discounted_return=running)
+            stats = update_stats(learner.reward_stats, returns, rollout.mask)
+            learner = learner._replace(reward_stats=stats)
+
+        learner = learner._replace(updates=learner.updates + 1)
+        actors, episodes = count_episodes(actors, raw_reward, done)
+        metrics["env_steps"] = env_steps(config, learner.updates)
+        metrics["explained_variance"] = explained_variance(rollout.value, target)
+        return TrainState(learner, actors), metrics | episodes
+
+    return Learner(init, update)
+
+
+def count_episodes(
+    actors: ActorState, reward: Float[Array, "T N"], done: Bool[Array, "T N"]
+) -> tuple[ActorState, Metrics]:
+    """Means over the episodes that ended in this rollout, NaN where none did.
+
+    The steps up to an environment's last `done` belong to finished episodes, together with what
+    was carried into the rollout; those after it are carried on.
+    """
+    under_way = jnp.cumsum(done[::-1], axis=0)[::-1] == 0
+    any_done = jnp.any(done, axis=0)
+    finished_return = jnp.sum(reward * ~under_way, axis=0) + any_done * actors.episode_return
+    finished_length = jnp.sum(~under_way, axis=0) + any_done * actors.episode_length
+    actors = actors._replace(
+        episode_return=jnp.sum(reward * under_way, axis=0) + ~any_done * actors.episode_return,
+        episode_length=jnp.sum(under_way, axis=0) + ~any_done * actors.episode_length,
+    )
+    episodes = jnp.sum(done)
+    return actors, {
+        "episodes": episodes,
+        "episode_return": jnp.sum(finished_return) / episodes,
+        "episode_length": jnp.sum(finished_length) / episodes,
+    }
+
+
+def env_steps(config: Config, updates: Array) -> Array:
+    """Environment steps done after `updates`: an integer, or a float where it would overflow."""
+    fits = config.num_updates * config.batch_size < 2**31
+    return updates.astype(jnp.int32 if fits else jnp.float32) * config.batch_size
+
+
+def explained_variance(value: Array, target: Array) -> Float[Array, ""]:
+    """1 - Var(target - value) / Var(target): 1 for a perfect critic, 0 for a constant one."""
+    return 1.0 - jnp.var(target - value) / jnp.maximum(jnp.var(target), 1e-8)

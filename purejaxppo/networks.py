@@ -1,0 +1,225 @@
+"""Actor-critic networks: Flax Linen modules behind one `Network` type."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Key
+
+from purejaxppo.config import Config, ConfigError
+from purejaxppo.envs.base import is_box, is_discrete
+from purejaxppo.types import Network, Policy, PyTree
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "tanh": nn.tanh,
+    "relu": nn.relu,
+    "gelu": nn.gelu,
+    "silu": nn.silu,
+}
+_SMALLEST_PIXEL_IMAGE = 36
+
+
+def orthogonal(gain: float) -> Callable[..., Array]:
+    """Orthogonal initialiser scaled by `gain`, one draw at a time under `vmap`.
+
+    Batched QR factorisation on CPU can block for ever with few cores; the sequential form gives
+    the same bits.
+    """
+    initializer = nn.initializers.orthogonal(gain)
+
+    def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        draw = jax.custom_batching.sequential_vmap(lambda key: initializer(key, shape, dtype))
+        return draw(key)
+
+    return init
+
+
+class Encoder(nn.Module):
+    """`[..., *obs_shape]` to features `[..., F]`: convolutions if asked for, then dense layers."""
+
+    obs_ndim: int
+    convolutions: bool
+    hidden_sizes: tuple[int, ...]
+    activation: str
+
+    @nn.compact
+    def __call__(self, obs: Array) -> Array:
+        act = ACTIVATIONS[self.activation]
+        batch_shape = obs.shape[: obs.ndim - self.obs_ndim]
+        if self.convolutions:
+            x = obs.reshape((-1, *obs.shape[obs.ndim - self.obs_ndim :]))
+            for features, size, stride in _convolutions(x.shape[1:3]):
+                conv = nn.Conv(
+                    features,
+                    (size, size),
+                    (stride, stride),
+                    padding="VALID",
+                    kernel_init=orthogonal(np.sqrt(2)),
+                )
+                x = act(conv(x))
+        else:
+            x = obs
+        x = x.reshape((*batch_shape, -1))
+        for size in self.hidden_sizes:
+            x = act(nn.Dense(size, kernel_init=orthogonal(np.sqrt(2)))(x))
+        return x
+
+
+def _convolutions(image: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """Layers as (features, kernel size, stride): those of Mnih et al. 2015 for pixel images,
+    one small layer (Young and Tian 2019, MinAtar) for grids."""
+    if min(image) >= _SMALLEST_PIXEL_IMAGE:
+        return [(32, 8, 4), (64, 4, 2), (64, 3, 1)]
+    return [(16, min(3, *image), 1)]
+
+
+class Memory(nn.Module):
+    """A recurrent cell over `[T, B, F]`, its carry reset before each step that has `start`."""
+
+    kind: str
+    size: int
+
+    @nn.compact
+    def __call__(
+        self, carry: PyTree, features: Float[Array, "T B F"], start: Bool[Array, "T B"]
+    ) -> tuple[PyTree, Float[Array, "T B H"]]:
+        inner = orthogonal(1.0)
+        if self.kind == "gru":
+            cell = nn.GRUCell(self.size, recurrent_kernel_init=inner, name="cell")
+        else:
+            cell = nn.OptimizedLSTMCell(self.size, recurrent_kernel_init=inner, name="cell")
+
+        def step(cell: nn.Module, carry: PyTree, inputs: tuple[Array, Array]) -> Any:
+            x, start = inputs
+            carry = jax.tree.map(lambda leaf: jnp.where(start[:, None], 0.0, leaf), carry)
+            return cell(carry, x)
+
+        over_time = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
+        return over_time(cell, carry, (features, start))
+
+
+class Trunk(nn.Module):
+    """An encoder, and a memory where there is one."""
+
+    encoder: Callable[..., Encoder]
+    memory: str
+    memory_size: int
+
+    @nn.compact
+    def __call__(self, carry: PyTree, obs: Array, start: Array) -> tuple[PyTree, Array]:
+        features = self.encoder(name="encoder")(obs)
+        if self.memory == "none":
+            return carry, features
+        return Memory(self.memory, self.memory_size, name="memory")(carry, features, start)
+
+
+class ActorCritic(nn.Module):
+    """Policy outputs and value over sequences.
+
+    Parameters that are the critic's own are under names that begin with `critic`.
+    """
+
+    trunk: Callable[..., Trunk]
+    shared: bool
+    num_outputs: int
+    num_free: int
+    log_std_init: float
+
+    @nn.compact
+    def __call__(self, carry: PyTree, obs: Array, start: Array) -> tuple[PyTree, Array, Array]:
+        if self.shared:
+            carry, actor = self.trunk(name="shared")(carry, obs, start)
+            critic = actor
+        else:
+            actor_carry, critic_carry = carry or ((), ())
+            actor_carry, actor = self.trunk(name="actor")(actor_carry, obs, start)
+            critic_carry, critic = self.trunk(name="critic")(critic_carry, obs, start)
+            carry = (actor_carry, critic_carry) if carry else ()
+        outputs = nn.Dense(self.num_outputs, kernel_init=orthogonal(0.01), name="actor_head")(actor)
+        if self.num_free:
+            init = nn.initializers.constant(self.log_std_init)
+            free = self.param("actor_log_std", init, (self.num_free,))
+            free = jnp.broadcast_to(free, (*outputs.shape[:-1], self.num_free))
+            outputs = jnp.concatenate([outputs, free], axis=-1)
+        value = nn.Dense(1, kernel_init=orthogonal(1.0), name="critic_head")(critic)
+        return carry, outputs, value[..., 0]
+
+
+def make_network(config: Config, observation_space: Any, policy: Policy) -> Network:
+    """The actor-critic that the config describes.
+
+    Raises:
+        ConfigError: if the observation space is of no supported kind, or the encoder does not
+            fit its shape.
+    """
+    prepare, shape = _observation_reader(config, observation_space)
+
+    def encoder(**kwargs: Any) -> Encoder:
+        return Encoder(
+            obs_ndim=len(shape),
+            convolutions=_uses_convolutions(config, shape),
+            hidden_sizes=config.hidden_sizes,
+            activation=config.activation,
+            **kwargs,
+        )
+
+    def trunk(**kwargs: Any) -> Trunk:
+        return Trunk(encoder, config.memory, config.memory_size, **kwargs)
+
+    module = ActorCritic(
+        trunk, config.shared_trunk, policy.num_outputs, policy.num_free, config.log_std_init
+    )
+
+    def initial_carry(n: int) -> PyTree:
+        if config.memory == "none":
+            return ()
+        state = jnp.zeros((n, config.memory_size))
+        one = state if config.memory == "gru" else (state, state)
+        return one if config.shared_trunk else (one, one)
+
+    def init(key: Key[Array, ""]) -> PyTree:
+        obs, start = jnp.zeros((1, 1, *shape)), jnp.ones((1, 1), bool)
+        return module.init(key, initial_carry(1), obs, start)["params"]
+
+    def apply(
+        params: PyTree, carry: PyTree, obs: Array, start: Bool[Array, "T B"]
+    ) -> tuple[PyTree, Float[Array, "T B P"], Float[Array, "T B"]]:
+        return module.apply({"params": params}, carry, prepare(obs), start)
+
+    return Network(init, initial_carry, apply)
+
+
+def _observation_reader(
+    config: Config, space: Any
+) -> tuple[Callable[[Array], Array], tuple[int, ...]]:
+    """How an observation becomes floats, and the shape of one that has."""
+    if is_discrete(space):
+        if config.normalize_obs:
+            raise ConfigError(
+                f"normalize_obs = True, but the observations of {config.env_id} are {space}; "
+                "discrete observations are one-hot encoded, set normalize_obs to false"
+            )
+        return lambda obs: jax.nn.one_hot(obs, space.n), (int(space.n),)
+    if is_box(space):
+        return _floats, tuple(space.shape)
+    raise ConfigError(
+        f"the observation space {space} of {config.env_id} is not supported; supported are Box "
+        "and Discrete (flatten a Dict or Tuple into one Box)"
+    )
+
+
+def _floats(obs: Array) -> Array:
+    """Pixels of 0 to 255 come as 8-bit integers and leave as 0 to 1."""
+    return obs.astype(jnp.float32) / 255.0 if obs.dtype == jnp.uint8 else obs.astype(jnp.float32)
+
+
+def _uses_convolutions(config: Config, shape: tuple[int, ...]) -> bool:
+    if config.encoder == "cnn" and len(shape) != 3:
+        raise ConfigError(
+            f"encoder = 'cnn' reads observations [height, width, channels], but those of "
+            f"{config.env_id} have the shape {list(shape)}; use auto or mlp"
+        )
+    return config.encoder == "cnn" or (config.encoder == "auto" and len(shape) == 3)

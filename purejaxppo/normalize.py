@@ -1,0 +1,86 @@
+"""Running statistics, and what is normalised by them.
+
+Statistics are frozen during a rollout and the update on it, and refreshed after: so the
+network sees the same inputs when it acts and when it learns, and the first minibatch's
+probability ratio is exactly 1.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from purejaxppo.types import RunningStats
+
+OBS_CLIP = 10.0
+REWARD_CLIP = 10.0
+_EPSILON = 1e-8
+
+
+def init_stats(shape: tuple[int, ...]) -> RunningStats:
+    """Statistics of no sample: normalising by them changes nothing."""
+    return RunningStats(jnp.zeros(()), jnp.zeros(shape), jnp.ones(shape))
+
+
+def update_stats(stats: RunningStats, samples: Array, mask: Array) -> RunningStats:
+    """Add `samples[T, N, ...]`, each weighed by `mask[T, N]`, to the moments.
+
+    The parallel form of Welford's algorithm (Chan, Golub and LeVeque 1983, eq. 2.1), which
+    loses no precision where the mean is large against the deviation. Variances are those of
+    the population (divided by the count).
+    """
+    weight = mask.reshape(mask.shape + (1,) * (samples.ndim - mask.ndim))
+    axes = tuple(range(mask.ndim))
+    batch_count = jnp.sum(mask)
+    denominator = jnp.maximum(batch_count, 1.0)
+    batch_mean = jnp.sum(samples * weight, axes) / denominator
+    batch_var = jnp.sum(jnp.square(samples - batch_mean) * weight, axes) / denominator
+
+    count = stats.count + batch_count
+    share = batch_count / jnp.maximum(count, 1.0)
+    delta = batch_mean - stats.mean
+    mean = stats.mean + delta * share
+    var = stats.var * (1 - share) + batch_var * share + jnp.square(delta) * share * (1 - share)
+    return RunningStats(count, mean, var)
+
+
+def normalize_obs(stats: RunningStats | tuple[()], obs: Array) -> Array:
+    """`obs[..., *shape]` less the mean, over the deviation, clipped to +-10.
+
+    Empty statistics, of a config that does not normalise, leave it as it is.
+    """
+    if not isinstance(stats, RunningStats):
+        return obs
+    scaled = (obs.astype(jnp.float32) - stats.mean) * jax.lax.rsqrt(stats.var + _EPSILON)
+    return jnp.clip(scaled, -OBS_CLIP, OBS_CLIP)
+
+
+def reward_scale(stats: RunningStats | tuple[()]) -> Array:
+    """What one unit of scaled reward is worth in the environment's units."""
+    if not isinstance(stats, RunningStats):
+        return jnp.ones(())
+    return jnp.sqrt(stats.var + _EPSILON)
+
+
+def scale_reward(stats: RunningStats | tuple[()], reward: Float[Array, "T N"]) -> Array:
+    """Rewards over the deviation of the discounted return, clipped to +-10; never shifted,
+    which would change the task where episodes differ in length."""
+    if not isinstance(stats, RunningStats):
+        return reward
+    return jnp.clip(reward / reward_scale(stats), -REWARD_CLIP, REWARD_CLIP)
+
+
+def discounted_returns(
+    running: Float[Array, " N"], reward: Float[Array, "T N"], done: Bool[Array, "T N"], gamma: Array
+) -> tuple[Float[Array, " N"], Float[Array, "T N"]]:
+    """The running return `R_t = gamma R_{t-1} + r_t`, set to 0 after (not before) a done.
+
+    Returns:
+        the running return to go on from, and the returns of each step.
+    """
+
+    def step(running: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+        reward, done = inputs
+        total = gamma * running + reward
+        return jnp.where(done, 0.0, total), total
+
+    return jax.lax.scan(step, running, (reward, done))

@@ -1,0 +1,164 @@
+"""The pytrees that flow through one update, and the functions that pass them on.
+
+Axis letters, used on every array in this package:
+
+    T  time steps of one rollout (`Config.num_steps`)
+    N  environments stepped side by side (`Config.num_envs`)
+    B  samples, or whole sequences, of one minibatch
+    A  action dimensions          P  outputs of the policy head
+    S  seeds (added by `vmap`; no function here knows of it)
+    U  updates (the scan over a whole training)
+
+A trailing `...` stands for the shape of one observation or action.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Bool, Float, Int, Key
+
+PyTree = Any
+Metrics = dict[str, Array]
+"""Scalars of one update, reduced on the device; `[U]` after a scan."""
+
+
+class TimeStep(NamedTuple):
+    """What `Environment.step` returns for N environments, after auto-reset."""
+
+    obs: Array
+    """`[N, ...]` the observation to act on next: of the new episode where one ended."""
+    reward: Float[Array, " N"]
+    terminated: Bool[Array, " N"]
+    """The task itself ended: no reward can follow."""
+    truncated: Bool[Array, " N"]
+    """The episode was cut off (a time limit): reward would have followed."""
+    final_obs: Array
+    """`[N, ...]` the observation before auto-reset; equals `obs` where nothing ended."""
+
+
+class Environment(NamedTuple):
+    """N environments stepped side by side, resetting themselves."""
+
+    name: str
+    observation_space: Any
+    action_space: Any
+    max_episode_steps: int | None
+    """The time limit in steps where the environment states one."""
+    reset: Callable[[Key[Array, " N"]], tuple[PyTree, Array]]
+    """`keys[N] -> (state[N], obs[N, ...])`."""
+    step: Callable[[Key[Array, " N"], PyTree, Array], tuple[PyTree, TimeStep]]
+    """`(keys[N], state[N], action[N, ...]) -> (state[N], TimeStep)`."""
+
+
+class Policy(NamedTuple):
+    """How outputs of the network's policy head become actions.
+
+    `action` is what the log-probability is taken of and what a rollout stores; `to_env`
+    turns it into what the environment is given (clipped, squashed to bounds).
+    """
+
+    num_outputs: int
+    """Outputs that depend on the observation."""
+    num_free: int
+    """Further outputs that are parameters of their own (log standard deviations); P is the
+    sum of both."""
+    distribution: Callable[[Float[Array, "*batch P"]], Any]
+    """`outputs[..., P]` to a distribution with `log_prob`, `entropy` and `mode`."""
+    noise: Callable[[Key[Array, ""]], Array]
+    """One action's worth of noise, independent of the parameters."""
+    sample: Callable[[Float[Array, "*batch P"], Array], Array]
+    """`(outputs[..., P], noise[..., ...]) -> action[..., ...]`."""
+    to_env: Callable[[Array], Array]
+
+
+class Network(NamedTuple):
+    """An actor-critic over sequences; `carry` is `()` for feed-forward networks."""
+
+    init: Callable[[Key[Array, ""]], PyTree]
+    initial_carry: Callable[[int], PyTree]
+    """`n -> carry[n, ...]` at the start of an episode."""
+    apply: Callable[[PyTree, PyTree, Array, Bool[Array, "T B"]], tuple[PyTree, Array, Array]]
+    """`(params, carry[B], obs[T, B, ...], start[T, B]) -> (carry[B], outputs[T, B, P],
+    value[T, B])`. Where `start` is set the carry is reset before the step is read."""
+
+
+class Rollout(NamedTuple):
+    """What N environments did in T steps."""
+
+    obs: Array
+    """`[T, N, ...]` as the network reads it (normalised, where the config asks for it)."""
+    start: Bool[Array, "T N"]
+    """The first step of an episode."""
+    action: Array
+    """`[T, N, ...]` the sampled action, before `Policy.to_env`."""
+    log_prob: Float[Array, "T N"]
+    value: Float[Array, "T N"]
+    next_value: Float[Array, "T N"]
+    """The value of the true successor: of `final_obs` where an episode was truncated.
+    Meaningless where it terminated, so weigh it by `1 - terminated`."""
+    reward: Float[Array, "T N"]
+    terminated: Bool[Array, "T N"]
+    truncated: Bool[Array, "T N"]
+    mask: Float[Array, "T N"]
+    """1 for steps that count, 0 for padding."""
+    carry: PyTree
+    """`[N, ...]` the network's memory before the first step."""
+
+
+class RunningStats(NamedTuple):
+    """Moments of all samples seen so far; count 0, mean 0, variance 1 at first."""
+
+    count: Float[Array, ""]
+    mean: Array
+    var: Array
+
+
+class LearnerState(NamedTuple):
+    """What learning changes: the same on every device."""
+
+    key: Key[Array, ""]
+    params: PyTree
+    opt_state: PyTree
+    obs_stats: RunningStats | tuple[()]
+    reward_stats: RunningStats | tuple[()]
+    updates: Int[Array, ""]
+    """Updates done, from which schedules are computed."""
+
+
+class ActorState(NamedTuple):
+    """What acting changes: one row per environment."""
+
+    keys: Key[Array, " N"]
+    env_state: PyTree
+    obs: Array
+    """`[N, ...]` as the environment gave it."""
+    start: Bool[Array, " N"]
+    carry: PyTree
+    episode_return: Float[Array, " N"]
+    """Undiscounted, of the episode under way."""
+    episode_length: Int[Array, " N"]
+    discounted_return: Float[Array, " N"]
+    """Of the episode under way; what reward scaling measures."""
+
+
+class TrainState(NamedTuple):
+    """Everything a run needs to go on."""
+
+    learner: LearnerState
+    actors: ActorState
+
+
+class Learner(NamedTuple):
+    """A policy-gradient learner: a pair of pure functions."""
+
+    init: Callable[[Key[Array, ""], Any], TrainState]
+    """`(key, hparams) -> TrainState`."""
+    update: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+    """`(state, hparams) -> (state, metrics)`: collect, advantages, improve."""
+
+
+Collect = Callable[[LearnerState, ActorState], tuple[ActorState, Rollout, Array]]
+Advantage = Callable[[Rollout, Any], tuple[Array, Array]]
+"""`(rollout, hparams) -> (advantage[T, N], target[T, N])`."""
+Improve = Callable[[LearnerState, Rollout, Array, Array, Any], tuple[LearnerState, Metrics]]
+"""`(learner, rollout, advantage[T, N], target[T, N], hparams) -> (learner, metrics)`."""
