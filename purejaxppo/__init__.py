@@ -5,6 +5,7 @@ from purejaxppo.config import Config, ConfigError, HParams
 from purejaxppo.envs import MultiDiscrete, available_environments
 from purejaxppo.evaluate import evaluate
 from purejaxppo.learner import make_learner
+from purejaxppo.run import Result, run
 from purejaxppo.train import make_train, train_chunk
 from purejaxppo.types import Learner, TrainState
 
@@ -15,11 +16,13 @@ __all__ = [
     "HParams",
     "Learner",
     "MultiDiscrete",
+    "Result",
     "TrainState",
     "available_environments",
     "evaluate",
     "make_agent",
     "make_learner",
     "make_train",
+    "run",
     "train_chunk",
 ]

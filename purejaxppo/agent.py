@@ -42,9 +42,7 @@ class Agent(NamedTuple):
     units of the environment's reward. `carry` is the one `act` would be given with `obs`."""
 
 
-def make_agent(
-    config: Config, state: TrainState, env: Any = None, env_params: Any = None
-) -> Agent:
+def make_agent(config: Config, state: TrainState, env: Any = None, env_params: Any = None) -> Agent:
     """The agent of a training's state, of one seed.
 
     Of a state with a leading axis of seeds, take one: `jax.tree.map(lambda x: x[0], states)`.

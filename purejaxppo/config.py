@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 if TYPE_CHECKING:
-    Scalar = float | np.ndarray | jax.Array
+    Scalar = float | jax.Array
 else:
     Scalar = float
 
@@ -200,15 +202,15 @@ def _check_type(name: str, value: Any, hint: Any, default: Any) -> None:
 def _is_number(value: Any) -> bool:
     if isinstance(value, bool):
         return False
-    if isinstance(value, int | float | jax.core.Tracer):
+    if isinstance(value, int | float | Tracer):
         return True
     return isinstance(value, np.ndarray | np.generic | jax.Array) and (
-        jax.dtypes.issubdtype(value.dtype, np.number)
+        jnp.issubdtype(value.dtype, np.number)
     )
 
 
 def _check_range(name: str, value: Any, rule: Any) -> None:
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return
     numbers = np.asarray(value)
     low, high = rule["low"], rule["high"]

@@ -131,9 +131,7 @@ def normal(low: np.ndarray, high: np.ndarray) -> Policy:
     def to_env(action: Float[Array, "*batch A"]) -> Array:
         return jnp.clip(action.reshape(action.shape[:-1] + shape), low, high)
 
-    return Policy(
-        distribution=_diagonal_normal, to_env=to_env, **_gaussian_parts(low.size)
-    )
+    return Policy(distribution=_diagonal_normal, to_env=to_env, **_gaussian_parts(low.size))
 
 
 # Nodes and weights of E[f(Z)], Z standard normal.
@@ -154,15 +152,15 @@ class TanhNormal(NamedTuple):
     half_range: np.ndarray
 
     def log_prob(self, action: Float[Array, "*batch A"]) -> Float[Array, "*batch"]:
-        """log p(a) = log N(u; mean, std) - sum log |da/du|, at `action` u."""
-        return self.base.log_prob(action) - jnp.sum(self._log_slope(action), axis=-1)
+        """The log-density of a: log N(u; mean, std) - sum log |da/du|, at `action` u."""
+        return jnp.asarray(self.base.log_prob(action)) - jnp.sum(self._log_slope(action), axis=-1)
 
     def entropy(self) -> Float[Array, "*batch"]:
         """H(a) = H(u) + E[sum log |da/du|], by Gauss-Hermite quadrature on 16 nodes."""
         nodes = jnp.asarray(_NODES, self.mean.dtype)
         actions = self.mean[..., None, :] + self.std[..., None, :] * nodes[:, None]
         slopes = jnp.sum(self._log_slope(actions), axis=-1)
-        return self.base.entropy() + slopes @ jnp.asarray(_WEIGHTS, self.mean.dtype)
+        return jnp.asarray(self.base.entropy()) + slopes @ jnp.asarray(_WEIGHTS, self.mean.dtype)
 
     def mode(self) -> Float[Array, "*batch A"]:
         """The median rather than the mode, whose squashed form may lie at the bounds."""
@@ -170,9 +168,8 @@ class TanhNormal(NamedTuple):
 
     def _log_slope(self, action: Array) -> Array:
         # log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)), which does not cancel at large |u|
-        return 2.0 * (jnp.log(2.0) - action - jax.nn.softplus(-2.0 * action)) + np.log(
-            self.half_range
-        )
+        slope = 2.0 * (jnp.log(2.0) - action - jax.nn.softplus(-2.0 * action))
+        return slope + jnp.log(self.half_range)
 
 
 def tanh_normal(config: Config, low: np.ndarray, high: np.ndarray) -> Policy:
@@ -196,7 +193,8 @@ def tanh_normal(config: Config, low: np.ndarray, high: np.ndarray) -> Policy:
         return TanhNormal(_diagonal_normal(outputs), mean, std, half_range.reshape(-1))
 
     def to_env(action: Float[Array, "*batch A"]) -> Array:
-        return centre + half_range * jnp.tanh(action.reshape(action.shape[:-1] + shape))
+        squashed = jnp.tanh(action.reshape(action.shape[:-1] + shape))
+        return jnp.asarray(centre) + squashed * half_range
 
     return Policy(distribution=distribution, to_env=to_env, **_gaussian_parts(low.size))
 

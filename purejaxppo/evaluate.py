@@ -83,7 +83,5 @@ def evaluate(
         total=jnp.zeros(num_episodes),
         over=jnp.zeros(num_episodes, bool),
     )
-    last = jax.lax.while_loop(
-        lambda now: (now.steps < limit) & ~jnp.all(now.over), step, first
-    )
+    last = jax.lax.while_loop(lambda now: (now.steps < limit) & ~jnp.all(now.over), step, first)
     return last.total

@@ -62,13 +62,13 @@ def init_optimizer(hparams: HParams, params: PyTree) -> PyTree:
 def step_sizes(params: PyTree, hparams: HParams) -> Float[Array, "..."]:
     """The step size of each parameter in the flat vector: `critic_learning_rate` for those under
     names that begin with `critic`, `learning_rate` for all others. A scalar if they agree."""
-    if hparams.critic_learning_rate is None:
+    critic_rate = hparams.critic_learning_rate
+    if critic_rate is None:
         return jnp.asarray(hparams.learning_rate, jnp.float32)
 
     def size(path: Any, leaf: Array) -> Array:
         critic = path[0].key.startswith("critic")
-        chosen = hparams.critic_learning_rate if critic else hparams.learning_rate
-        return jnp.full_like(leaf, chosen)
+        return jnp.full_like(leaf, critic_rate if critic else hparams.learning_rate)
 
     return ravel_pytree(jax.tree_util.tree_map_with_path(size, params))[0]
 
@@ -76,18 +76,15 @@ def step_sizes(params: PyTree, hparams: HParams) -> Float[Array, "..."]:
 def ppo_loss(
     network: Network,
     policy: Policy,
-    config: Config,
     params: PyTree,
     batch: Batch,
     hparams: HParams,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Clipped surrogate + vf_coef * value loss - ent_coef * entropy, and what it is made of.
 
-    Schulman et al. 2017 (arXiv:1707.06347), eq. 9, as a loss. `batch` may be a minibatch.
+    Schulman et al. 2017 (arXiv:1707.06347), eq. 9, as a loss.
     """
     rollout, advantage = batch.rollout, batch.advantage
-    if config.advantage_normalization == "minibatch":
-        advantage = standardize(advantage, rollout.mask)
     _, outputs, value = network.apply(params, rollout.carry, rollout.obs, rollout.start)
     distribution = policy.distribution(outputs)
     log_ratio = distribution.log_prob(rollout.action) - rollout.log_prob
@@ -125,14 +122,18 @@ def make_improve(config: Config, network: Network, policy: Policy) -> Improve:
         rates = step_sizes(learner.params, hparams)
 
         def loss(flat: Array, batch: Batch) -> tuple[Array, Metrics]:
-            return ppo_loss(network, policy, config, unravel(flat), batch, hparams)
+            if config.advantage_normalization == "minibatch":
+                advantage = standardize(batch.advantage, batch.rollout.mask)
+                batch = batch._replace(advantage=advantage)
+            return ppo_loss(network, policy, unravel(flat), batch, hparams)
 
         def minibatch(carry: Any, chosen: Int[Array, " B"]) -> tuple[Any, Metrics]:
             flat, opt_state = carry
             gradient, metrics = jax.grad(loss, has_aux=True)(flat, take(sequences, chosen))
             metrics["grad_norm"] = jnp.linalg.norm(gradient)
             direction, opt_state = optimizer.update(gradient, opt_state)
-            return (flat - rates * direction, opt_state), metrics
+            flat = optax.apply_updates(flat, -rates * jnp.asarray(direction))
+            return (flat, opt_state), metrics
 
         def epoch(carry: Any, key: Key[Array, ""]) -> tuple[Any, tuple[Metrics, Array]]:
             current, stopped = carry

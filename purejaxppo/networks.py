@@ -187,7 +187,8 @@ def make_network(config: Config, observation_space: Any, policy: Policy) -> Netw
     def apply(
         params: PyTree, carry: PyTree, obs: Array, start: Bool[Array, "T B"]
     ) -> tuple[PyTree, Float[Array, "T B P"], Float[Array, "T B"]]:
-        return module.apply({"params": params}, carry, prepare(obs), start)
+        result: Any = module.apply({"params": params}, carry, prepare(obs), start)
+        return result
 
     return Network(init, initial_carry, apply)
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from purejaxppo.config import Scalar
 from purejaxppo.types import RunningStats
 
 OBS_CLIP = 10.0
@@ -35,12 +36,12 @@ def update_stats(stats: RunningStats, samples: Array, mask: Array) -> RunningSta
     batch_mean = jnp.sum(samples * weight, axes) / denominator
     batch_var = jnp.sum(jnp.square(samples - batch_mean) * weight, axes) / denominator
 
-    count = stats.count + batch_count
-    share = batch_count / jnp.maximum(count, 1.0)
+    total = stats.total + batch_count
+    share = batch_count / jnp.maximum(total, 1.0)
     delta = batch_mean - stats.mean
     mean = stats.mean + delta * share
     var = stats.var * (1 - share) + batch_var * share + jnp.square(delta) * share * (1 - share)
-    return RunningStats(count, mean, var)
+    return RunningStats(total, mean, var)
 
 
 def normalize_obs(stats: RunningStats | tuple[()], obs: Array) -> Array:
@@ -70,7 +71,10 @@ def scale_reward(stats: RunningStats | tuple[()], reward: Float[Array, "T N"]) -
 
 
 def discounted_returns(
-    running: Float[Array, " N"], reward: Float[Array, "T N"], done: Bool[Array, "T N"], gamma: Array
+    running: Float[Array, " N"],
+    reward: Float[Array, "T N"],
+    done: Bool[Array, "T N"],
+    gamma: Scalar,
 ) -> tuple[Float[Array, " N"], Float[Array, "T N"]]:
     """The running return `R_t = gamma R_{t-1} + r_t`, set to 0 after (not before) a done.
 

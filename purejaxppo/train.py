@@ -15,7 +15,7 @@ Train = Callable[[Key[Array, ""], HParams], tuple[TrainState, Metrics]]
 
 
 def make_train(config: Config, env: Any = None, env_params: Any = None) -> Train:
-    """The training that a config describes, as a pure function `(key, hparams) -> (state, metrics)`.
+    """The training that a config describes, as a pure `(key, hparams) -> (state, metrics)`.
 
     It runs `config.num_updates` updates. Metrics are `[U]`. Put it under `jax.jit` and
     `jax.vmap` as you like.
@@ -45,6 +45,4 @@ def train_chunk(
     Returns:
         the state, and metrics `[num_updates]`.
     """
-    return jax.lax.scan(
-        lambda state, _: learner.update(state, hparams), state, length=num_updates
-    )
+    return jax.lax.scan(lambda state, _: learner.update(state, hparams), state, length=num_updates)

@@ -106,9 +106,9 @@ class Rollout(NamedTuple):
 
 
 class RunningStats(NamedTuple):
-    """Moments of all samples seen so far; count 0, mean 0, variance 1 at first."""
+    """Moments of all samples seen so far; mean 0 and variance 1 before the first."""
 
-    count: Float[Array, ""]
+    total: Float[Array, ""]
     mean: Array
     var: Array
 

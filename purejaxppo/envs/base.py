@@ -62,9 +62,7 @@ def reset_on_demand(
         step_one: `(key, state, action) -> (state, obs, reward, terminated, truncated)`.
     """
 
-    def step(
-        keys: Key[Array, " N"], state: PyTree, action: Array
-    ) -> tuple[PyTree, TimeStep]:
+    def step(keys: Key[Array, " N"], state: PyTree, action: Array) -> tuple[PyTree, TimeStep]:
         step_keys, reset_keys = split_each(keys)
         state, final_obs, reward, terminated, truncated = jax.vmap(step_one)(
             step_keys, state, action

@@ -1,0 +1,118 @@
+"""Settings as TOML: fields of `Config` at the top, of `HParams` under `[hparams]`, and the seeds
+under `[run]`."""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from purejaxppo.config import Config, ConfigError, HParams, check_fields
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Which trainings to run side by side.
+
+    Raises `ConfigError` on construction if a value is out of range.
+    """
+
+    seed: int = field(default=0, metadata={"low": 0, "high": 2**32 - 1, "open_low": False})
+    """Seed of the random numbers, from which those of all trainings are split."""
+    num_seeds: int = field(default=1, metadata={"low": 1, "high": 2**20, "open_low": False})
+    """S, trainings that differ in their random numbers alone."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a file holds."""
+
+    config: Config = field(default_factory=Config)
+    hparams: HParams = field(default_factory=HParams)
+    run: Seeds = field(default_factory=Seeds)
+
+
+def load_settings(path: str | Path) -> Settings:
+    """Read a config file; what it does not give has a default.
+
+    Raises:
+        ConfigError: if the file cannot be read, is not TOML, has a key that does not exist (the
+            nearest is named), or a value that cannot work.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"config file {str(path)!r}: {error.strerror}; check the path") from error
+    except ValueError as error:
+        raise ConfigError(f"config file {str(path)!r}: is not UTF-8 text: {error}") from error
+    try:
+        table = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"config file {str(path)!r}: is not TOML: {error}") from error
+    try:
+        return _settings(table)
+    except ConfigError as error:
+        raise ConfigError(f"config file {str(path)!r}: {error}") from error
+
+
+def _settings(table: dict[str, Any]) -> Settings:
+    parts = {}
+    for name in ("hparams", "run"):
+        parts[name] = table.pop(name, {})
+        if not isinstance(parts[name], dict):
+            raise ConfigError(f"{name} = {parts[name]!r}: must be a table, written as [{name}]")
+    return Settings(
+        config=_build(Config, table, "", also=("hparams", "run")),
+        hparams=_build(HParams, parts["hparams"], "hparams."),
+        run=_build(Seeds, parts["run"], "run."),
+    )
+
+
+def _build(kind: Any, table: dict[str, Any], prefix: str, also: tuple[str, ...] = ()) -> Any:
+    names = [f.name for f in dataclasses.fields(kind)]
+    for key in table:
+        if key not in names:
+            raise ConfigError(f"{prefix}{key}: no such setting; {_nearest(key, prefix, also)}")
+    return kind(**table)
+
+
+def _nearest(key: str, prefix: str, also: tuple[str, ...]) -> str:
+    """The nearest setting of any table, so that one in the wrong table is found as well."""
+    known = {f.name: f.name for f in dataclasses.fields(Config)}
+    known |= {f.name: f"hparams.{f.name}" for f in dataclasses.fields(HParams)}
+    known |= {f.name: f"run.{f.name}" for f in dataclasses.fields(Seeds)}
+    known |= {name: f"[{name}]" for name in also}
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    if near:
+        return f"did you mean {known[near[0]]}?"
+    table = prefix.rstrip(".") or "the top level"
+    return f"`purejaxppo train --help` lists the settings of {table}"
+
+
+def dump_settings(settings: Settings) -> str:
+    """The TOML text that `load_settings` reads back to equal settings."""
+    lines = _dump(settings.config)
+    lines += ["", "[hparams]", *_dump(settings.hparams)]
+    lines += ["", "[run]", *_dump(settings.run)]
+    return "\n".join(lines) + "\n"
+
+
+def _dump(instance: Any) -> list[str]:
+    values = {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance)}
+    return [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        # JSON's escapes are TOML's, but for DEL, which TOML wants escaped too.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return repr(value) if isinstance(value, int) else repr(float(value))

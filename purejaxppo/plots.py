@@ -1,0 +1,61 @@
+"""Pictures of a run."""
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from purejaxppo.stats import mean_interval
+
+_POINTS = 200
+
+
+def learning_curve(
+    path: Path, env_id: str, env_steps: np.ndarray, returns: Float[np.ndarray, "U S"]
+) -> None:
+    """Draw the return over environment steps: the mean over seeds with its 95% band.
+
+    Args:
+        path: of the PNG file to write.
+        env_steps: `[U]` steps of one training.
+        returns: mean return of the episodes that ended in each update, NaN where none did.
+    """
+    from matplotlib.figure import Figure
+
+    steps, curves = smooth(env_steps, returns)
+    mean, low, high = mean_interval(curves)
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    num_seeds = returns.shape[1]
+    axes.plot(
+        steps, mean, color="C0", label=f"mean of {num_seeds} seeds" if num_seeds > 1 else None
+    )
+    if num_seeds > 1:
+        axes.fill_between(steps, low, high, color="C0", alpha=0.2, lw=0, label="95% interval")
+        axes.legend(loc="best", frameon=False)
+    axes.set_xlabel("environment steps (per seed)")
+    axes.set_ylabel("return of training episodes")
+    axes.set_title(env_id)
+    axes.set_xlim(0, float(env_steps[-1]))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def smooth(
+    env_steps: np.ndarray, returns: Float[np.ndarray, "U S"]
+) -> tuple[np.ndarray, Float[np.ndarray, "P S"]]:
+    """Each seed's curve as means over at most 200 equal stretches of updates.
+
+    A stretch in which a seed finished no episode repeats the one before; before a seed's first
+    episode it is NaN.
+    """
+    stretches = np.array_split(np.arange(len(env_steps)), min(_POINTS, len(env_steps)))
+    rows: list[np.ndarray] = []
+    for stretch in stretches:
+        part = returns[stretch]
+        seen = np.isfinite(part)
+        total = np.where(seen, part, 0.0).sum(axis=0)
+        before = rows[-1] if rows else np.full(returns.shape[1], np.nan)
+        rows.append(np.where(seen.any(axis=0), total / np.maximum(seen.sum(axis=0), 1), before))
+    return np.asarray([env_steps[stretch[-1]] for stretch in stretches]), np.asarray(rows)

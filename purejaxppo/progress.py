@@ -1,0 +1,107 @@
+"""What a person sees while a run goes on: a live bar on a terminal, plain lines elsewhere."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from purejaxppo.config import Config
+from purejaxppo.configfile import Settings
+
+_PLAIN_SECONDS = 5.0
+
+
+class Progress:
+    """Reports of one run; silent unless `enabled`."""
+
+    def __init__(self, config: Config, num_seeds: int, enabled: bool):
+        self._config, self._num_seeds = config, num_seeds
+        self._console = Console(quiet=not enabled, highlight=False, soft_wrap=True)
+        self._live = enabled and self._console.is_terminal
+        self._bar: Bar | None = None
+        self._returns = np.full(num_seeds, np.nan)
+        self._began = self._last_line = time.perf_counter()
+
+    def compiling(self) -> None:
+        config = self._config
+        steps = config.num_updates * config.batch_size
+        rounded = f" (total_timesteps = {config.total_timesteps:,} rounded up)"
+        self._console.print(
+            f"{config.env_id}: {self._num_seeds} seed{'s' if self._num_seeds > 1 else ''}, "
+            f"{config.num_updates:,} updates of {config.num_envs} x {config.num_steps} steps = "
+            f"{steps:,} environment steps each{rounded if steps > config.total_timesteps else ''}"
+        )
+
+    def training(self, compile_seconds: float) -> None:
+        self._console.print(f"compiled in {compile_seconds:.1f} s")
+        self._began = self._last_line = time.perf_counter()
+        if not self._live:
+            return
+        self._bar = Bar(
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} updates"),
+            TextColumn("[cyan]{task.fields[speed]}"),
+            TextColumn("[green]{task.fields[returns]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            expand=True,
+        )
+        self._bar.add_task("train", total=self._config.num_updates, speed="", returns="")
+        self._bar.start()
+
+    def update(self, done: int, episode_returns: np.ndarray) -> None:
+        """`episode_returns[u, S]` of the updates since the last call."""
+        for row in episode_returns:
+            self._returns = np.where(np.isfinite(row), row, self._returns)
+        now = time.perf_counter()
+        rate = done * self._config.batch_size * self._num_seeds / (now - self._began)
+        speed, returns = f"{_short(rate)} steps/s", f"return {self._mean_return()}"
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, speed=speed, returns=returns)
+        elif now - self._last_line > _PLAIN_SECONDS or done == self._config.num_updates:
+            left = (now - self._began) / done * (self._config.num_updates - done)
+            self._console.print(
+                f"update {done:,}/{self._config.num_updates:,}  {speed}  {returns}  "
+                f"{left:.0f} s left"
+            )
+            self._last_line = now
+
+    def failed(self, seed: int, update: int, kept: int, settings: Settings) -> None:
+        hparams = settings.hparams
+        self._console.print(
+            f"seed {seed}: the loss is not finite at update {update}. Its state after update "
+            f"{kept} is kept. Try a lower learning_rate (now {hparams.learning_rate:g}) or "
+            f"max_grad_norm (now {hparams.max_grad_norm:g}), or normalize_reward, and check that "
+            "the environment's rewards and observations are finite"
+        )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def finished(self, summary: dict[str, Any], directory: Path | None) -> None:
+        mean, interval = summary["eval_return_mean"], summary["eval_return_interval_95"]
+        between = f" (95% interval {interval[0]:.2f} to {interval[1]:.2f})" if interval else ""
+        self._console.print(
+            f"trained {summary['env_steps']:,} environment steps per seed in "
+            f"{summary['run_seconds']:.1f} s, {_short(summary['steps_per_second'])} steps/s"
+        )
+        if mean is not None:
+            self._console.print(
+                f"evaluation return {mean:.2f}{between}, mean over seeds of "
+                f"{summary['eval_episodes']} episodes each"
+            )
+        if directory is not None:
+            self._console.print(f"learning curve: {directory / 'learning_curve.png'}")
+
+    def _mean_return(self) -> str:
+        seen = self._returns[np.isfinite(self._returns)]
+        return f"{seen.mean():.1f}" if seen.size else "-"
+
+
+def _short(rate: float) -> str:
+    return f"{rate / 1e6:.2f}M" if rate >= 1e6 else f"{rate / 1e3:.1f}k"
