@@ -14,6 +14,7 @@ from purejaxppo.config import Config, ConfigError, HParams
 from purejaxppo.configfile import Seeds, Settings, load_settings
 
 _Flags = tyro.conf.arg(name="")
+_Numbers = tyro.conf.arg(help="Numbers, each of which can be swept without compiling anew.")
 
 
 @dataclass
@@ -29,9 +30,7 @@ class Train:
     ] = None
     """TOML file: settings at the top, [hparams] and [run] (seed, num_seeds) as tables."""
     config: Annotated[Config, _Flags] = dataclasses.field(default_factory=Config)
-    hparams: Annotated[HParams, tyro.conf.arg(help="Numbers that a training is traced over.")] = (
-        dataclasses.field(default_factory=HParams)
-    )
+    hparams: Annotated[HParams, _Numbers] = dataclasses.field(default_factory=HParams)
     run: Annotated[Seeds, _Flags] = dataclasses.field(default_factory=Seeds)
     run_dir: Path | None = None
     """Where to write; must not hold a run yet. None takes runs/ENV_ID/DATE-TIME."""

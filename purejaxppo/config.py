@@ -23,8 +23,11 @@ else:
     Scalar = float
 
 
-class ConfigError(ValueError):
-    """A setting that cannot work: the message gives the value, the rule and the remedy."""
+class ConfigError(Exception):
+    """A setting that cannot work: the message gives the value, the rule and the remedy.
+
+    Not a `ValueError`, which libraries that construct settings catch and word anew.
+    """
 
 
 def _bounded(default: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> Any:

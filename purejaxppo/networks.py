@@ -156,11 +156,12 @@ def make_network(config: Config, observation_space: Any, policy: Policy) -> Netw
             fit its shape.
     """
     prepare, shape = _observation_reader(config, observation_space)
+    convolutions = _uses_convolutions(config, shape)
 
     def encoder(**kwargs: Any) -> Encoder:
         return Encoder(
             obs_ndim=len(shape),
-            convolutions=_uses_convolutions(config, shape),
+            convolutions=convolutions,
             hidden_sizes=config.hidden_sizes,
             activation=config.activation,
             **kwargs,

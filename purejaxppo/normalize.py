@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from purejaxppo.config import Scalar
 from purejaxppo.types import RunningStats
 
 OBS_CLIP = 10.0
@@ -74,7 +73,7 @@ def discounted_returns(
     running: Float[Array, " N"],
     reward: Float[Array, "T N"],
     done: Bool[Array, "T N"],
-    gamma: Scalar,
+    gamma: Array | float,
 ) -> tuple[Float[Array, " N"], Float[Array, "T N"]]:
     """The running return `R_t = gamma R_{t-1} + r_t`, set to 0 after (not before) a done.
 

@@ -1,0 +1,32 @@
+"""Shapes and types of every annotated function in the numerical modules are checked in tests."""
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+CHECKED = (
+    "advantages agent collect distributions envs evaluate improve learner losses networks "
+    "normalize plots stats train"
+)
+install_import_hook([f"purejaxppo.{name}" for name in CHECKED.split()], "beartype.beartype")
+
+import purejaxppo as ppo  # noqa: E402  (after the hook, or nothing would be checked)
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    return jax.random.key(0)
+
+
+@pytest.fixture
+def tiny() -> ppo.Config:
+    """The smallest config that has several of everything."""
+    return ppo.Config(
+        total_timesteps=96,
+        num_envs=4,
+        num_steps=8,
+        update_epochs=2,
+        num_minibatches=2,
+        hidden_sizes=(8,),
+        memory_size=8,
+    )

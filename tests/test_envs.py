@@ -1,0 +1,131 @@
+"""The environment contract: auto-reset, flags, types, adapters."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from envs import ConstantChain, Params, RandomWalk
+
+import purejaxppo as ppo
+from purejaxppo.envs import make_environment
+from purejaxppo.types import Environment, TimeStep
+
+
+class Wrapped:
+    """Any object with gymnax's methods: steps go through the public, self-resetting `step`."""
+
+    def __init__(self, env: Any):
+        self.env = env
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.env, name)
+
+    def step(self, key: Any, state: Any, action: Any, params: Any) -> Any:
+        obs, state, reward, terminated, truncated, info = self.env.step(key, state, action, params)
+        return obs, state, reward * 2, terminated, truncated, info
+
+
+class FiveValues(Wrapped):
+    def step(self, key: Any, state: Any, action: Any, params: Any) -> Any:
+        return self.env.step(key, state, action, params)[:5]
+
+
+def roll(env: Environment, steps: int, n: int = 3) -> tuple[Any, TimeStep]:
+    """`steps` steps of n environments under actions that vary; `[steps, n, ...]`."""
+    state, obs = env.reset(jax.random.split(jax.random.key(0), n))
+
+    def step(state: Any, key: jax.Array) -> Any:
+        keys = jax.random.split(key, n)
+        action = jax.vmap(env.action_space.sample)(keys)
+        return env.step(keys, state, action)
+
+    return obs, jax.jit(lambda s, k: jax.lax.scan(step, s, k))(
+        state, jax.random.split(jax.random.key(1), steps)
+    )[1]
+
+
+def test_an_episode_that_ends_hands_out_both_observations():
+    first, steps = roll(make_environment(ppo.Config(), RandomWalk()), 60)
+    done = np.asarray(steps.terminated | steps.truncated)
+    both = np.asarray(steps.terminated & steps.truncated)
+    assert done.any()
+    assert both.any()
+    assert (steps.truncated & ~steps.terminated).any()
+    obs, final = np.asarray(steps.obs), np.asarray(steps.final_obs)
+    np.testing.assert_array_equal(obs[~done], final[~done])
+    assert (obs[done][:, 0] == 0).all()
+    assert (final[done][:, 0] > 0).all()
+    before = np.concatenate([np.asarray(first)[None], obs[:-1]])
+    np.testing.assert_array_equal(final[..., 0], before[..., 0] + 1)
+    np.testing.assert_array_equal(final[..., 1], before[..., 1])  # the same episode's mark
+    assert len(np.unique(obs[done][:, 1])) > 0.8 * done.sum()  # fresh episodes differ
+
+
+def test_the_time_limit_truncates_and_does_not_terminate():
+    _, steps = roll(make_environment(ppo.Config(), ConstantChain()), 11)
+    assert not steps.terminated.any()
+    np.testing.assert_array_equal(np.flatnonzero(steps.truncated[:, 0]), [4, 9])
+    _, longer = roll(make_environment(ppo.Config(), ConstantChain(), Params(8)), 11)
+    np.testing.assert_array_equal(np.flatnonzero(longer.truncated[:, 0]), [7])
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1", "Catch-bsuite"])
+def test_stepping_inside_equals_the_public_step(env_id: str):
+    """Until the first reset, whose keys differ: the same states, flags and rewards."""
+    import gymnax
+
+    inner, params = gymnax.make(env_id)
+    fast = make_environment(ppo.Config(env_id=env_id), inner, params)
+    public = make_environment(ppo.Config(env_id=env_id), Wrapped(inner), params)
+    (_, a), (_, b) = roll(fast, 300), roll(public, 300)
+    done = np.asarray(a.terminated | a.truncated)
+    assert done.any()
+    until = np.argmax(done, axis=0) + 1
+    for n in range(3):
+        np.testing.assert_allclose(a.reward[: until[n], n] * 2, b.reward[: until[n], n], rtol=1e-5)
+        np.testing.assert_array_equal(a.terminated[: until[n], n], b.terminated[: until[n], n])
+        np.testing.assert_allclose(
+            a.final_obs[: until[n], n], b.final_obs[: until[n], n], rtol=1e-4, atol=1e-5
+        )
+
+
+def test_a_wrapper_is_not_bypassed(tiny: ppo.Config, key: jax.Array):
+    plain = jax.jit(ppo.make_train(tiny, env=ConstantChain()))(key, ppo.HParams())[1]
+    wrapped = jax.jit(ppo.make_train(tiny, env=Wrapped(ConstantChain())))(key, ppo.HParams())[1]
+    np.testing.assert_allclose(np.nanmax(plain["episode_return"]), 5.0)
+    np.testing.assert_allclose(np.nanmax(wrapped["episode_return"]), 10.0)
+
+
+def test_an_environment_of_the_old_contract_is_refused(tiny: ppo.Config, key: jax.Array):
+    with pytest.raises(ppo.ConfigError, match=r"returned 5 values; gymnax 1\.x returns"):
+        ppo.make_train(tiny, env=FiveValues(ConstantChain()))(key, ppo.HParams())
+    with pytest.raises(ppo.ConfigError, match="has no reset, step"):
+        ppo.make_learner(tiny, env=object())
+
+
+@pytest.mark.parametrize("env_id", ppo.available_environments())
+def test_every_listed_environment_can_be_trained(env_id: str, key: jax.Array):
+    """Traced, not run: types and shapes of the whole training fit."""
+    config = ppo.Config(env_id=env_id, num_envs=2, num_steps=4, num_minibatches=2)
+    state, metrics = jax.eval_shape(ppo.make_train(config), key, ppo.HParams())
+    assert metrics["episode_return"].shape == (config.num_updates,)
+    assert all(x.dtype != jnp.int64 for x in jax.tree.leaves(state))
+
+
+def test_unknown_environments_name_the_nearest():
+    with pytest.raises(ppo.ConfigError, match="did you mean CartPole-v1"):
+        ppo.make_learner(ppo.Config(env_id="cartpole"))
+    with pytest.raises(ppo.ConfigError, match="pass it as env"):
+        ppo.make_learner(ppo.Config(env_id="MNISTBandit-bsuite"))
+
+
+def test_multi_discrete_space():
+    space = ppo.MultiDiscrete((3, 2))
+    samples = jax.vmap(space.sample)(jax.random.split(jax.random.key(0), 100))
+    assert {tuple(row) for row in samples.tolist()} == {(i, j) for i in range(3) for j in range(2)}
+    assert space.contains(jnp.array([2, 1]))
+    assert not space.contains(jnp.array([2, 2]))
+    with pytest.raises(ValueError, match="at least 1"):
+        ppo.MultiDiscrete((3, 0))

@@ -1,0 +1,407 @@
+"""Updates and whole trainings: what must hold of them, and learning of what is known."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from envs import Combination, ConstantChain, Countdown, RandomWalk, Target
+
+import purejaxppo as ppo
+from purejaxppo.collect import make_collect
+from purejaxppo.distributions import make_policy
+from purejaxppo.envs import make_environment
+from purejaxppo.improve import Batch, make_improve, ppo_loss
+from purejaxppo.learner import count_episodes, env_steps, explained_variance
+from purejaxppo.networks import make_network
+from purejaxppo.types import ActorState, Rollout
+
+
+def parts(config: ppo.Config, env: Any = None) -> Any:
+    environment = make_environment(config, env)
+    policy = make_policy(config, environment.action_space)
+    network = make_network(config, environment.observation_space, policy)
+    return policy, network, make_collect(config, environment, network, policy)
+
+
+def trained(config: ppo.Config, hparams: ppo.HParams, updates: int, env: Any = None) -> Any:
+    learner = ppo.make_learner(config, env)
+    state = jax.jit(learner.init)(jax.random.key(0), hparams)
+    return ppo.train_chunk(learner, state, hparams, updates)
+
+
+def assert_equal_trees(a: Any, b: Any, **tolerance: float) -> None:
+    def numbers(x: Any) -> np.ndarray:
+        return np.asarray(
+            jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        )
+
+    def compare(x: Any, y: Any) -> None:
+        if tolerance:
+            np.testing.assert_allclose(numbers(x), numbers(y), **tolerance)
+        else:
+            np.testing.assert_array_equal(numbers(x), numbers(y))
+
+    jax.tree.map(compare, a, b)
+
+
+# Bootstrapping
+
+
+@pytest.mark.parametrize("normalize_reward", [False, True])
+def test_a_time_limit_is_not_a_termination(normalize_reward: bool):
+    """Reward 1 for ever under a limit of 5 steps: V = 1 / (1 - gamma) = 10; cut at the limit it
+    would stay below 5."""
+    config = ppo.Config(
+        num_envs=8, num_steps=16, total_timesteps=128 * 150, hidden_sizes=(16,),
+        lr_schedule="constant", normalize_reward=normalize_reward,
+    )  # fmt: skip
+    hparams = ppo.HParams(learning_rate=1e-2, gamma=0.9, ent_coef=0.0)
+    state, metrics = trained(config, hparams, 150, ConstantChain())
+    agent = ppo.make_agent(config, state, env=ConstantChain())
+    value = agent.value(jnp.ones((1, 2)), agent.initial_carry(1))
+    assert value[0] == pytest.approx(10.0, rel=0.05)
+    assert np.nanmean(metrics["episode_return"]) == pytest.approx(5.0)
+
+
+def test_a_termination_cuts_the_bootstrap():
+    """Reward 1 for five steps, then the end: V(t) = 1 + gamma + ... + gamma^(4 - t)."""
+    config = ppo.Config(num_envs=8, num_steps=16, hidden_sizes=(16,), lr_schedule="constant")
+    hparams = ppo.HParams(learning_rate=1e-2, gamma=0.9, ent_coef=0.0)
+    state, _ = trained(config, hparams, 150, Countdown())
+    agent = ppo.make_agent(config, state, env=Countdown())
+    expected = [sum(0.9**k for k in range(5 - t)) for t in range(5)]
+    np.testing.assert_allclose(agent.value(jnp.eye(5), agent.initial_carry(5)), expected, rtol=0.05)
+
+
+@pytest.mark.parametrize("memory", ["none", "gru"])
+def test_next_value_is_the_value_of_the_true_successor(tiny: ppo.Config, memory: str):
+    config = dataclasses.replace(tiny, memory=memory, num_steps=32, normalize_obs=True)
+    _, network, collect = parts(config, RandomWalk())
+    state, _ = trained(config, ppo.HParams(), 3, RandomWalk())
+    _, rollout, raw = jax.jit(collect)(*state)
+    done = np.asarray(rollout.terminated | rollout.truncated)
+    cut = np.asarray(rollout.truncated & ~rollout.terminated)
+    assert cut.any()
+    inner = ~done[:-1]
+    np.testing.assert_allclose(rollout.next_value[:-1][inner], rollout.value[1:][inner], atol=1e-6)
+    # The observation before the reset: one step further in the same episode.
+    final = raw.at[..., 0].add(1.0)
+    stats = state.learner.obs_stats
+    final = jnp.clip((final - stats.mean) / jnp.sqrt(stats.var + 1e-8), -10, 10)
+    carry, apply = rollout.carry, jax.jit(network.apply)
+    for t in range(config.num_steps):
+        carry, _, _ = apply(
+            state.learner.params, carry, rollout.obs[t][None], rollout.start[t][None]
+        )
+        value = apply(
+            state.learner.params, carry, final[t][None], jnp.zeros((1, config.num_envs), bool)
+        )[2][0]
+        np.testing.assert_allclose(rollout.next_value[t][cut[t]], value[cut[t]], atol=1e-5)
+
+
+# Rollouts and ratios
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"normalize_obs": True, "normalize_reward": True},
+        {"env_id": "Pendulum-v1", "normalize_obs": True},
+        {"env_id": "Pendulum-v1", "normalize_obs": True, "action_distribution": "tanh_normal"},
+        {"memory": "gru", "normalize_obs": True},
+        {"memory": "lstm", "shared_trunk": True},
+    ],
+)
+def test_the_first_minibatch_has_ratio_1_and_no_kl(settings: dict[str, Any]):
+    """Later than the first update, so that normalisers are in use and carries are not zero. A
+    rollout's numbers and a loss's may round differently in the last bit."""
+    config = ppo.Config(update_epochs=1, num_minibatches=1, **settings)
+    policy, network, collect = parts(config)
+    state, _ = trained(config, ppo.HParams(), 4)
+
+    @jax.jit
+    def first(state: ppo.TrainState) -> Any:
+        _, rollout, _ = collect(*state)
+        zeros = jnp.zeros_like(rollout.value)
+        _, outputs, value = network.apply(
+            state.learner.params, rollout.carry, rollout.obs, rollout.start
+        )
+        ratio = jnp.exp(policy.distribution(outputs).log_prob(rollout.action) - rollout.log_prob)
+        batch = Batch(rollout, zeros, zeros)
+        _, metrics = ppo_loss(network, policy, state.learner.params, batch, ppo.HParams())
+        return ratio, value - rollout.value, metrics
+
+    ratio, value_change, metrics = first(state)
+    np.testing.assert_allclose(ratio, 1.0, atol=2**-22)
+    np.testing.assert_allclose(value_change, 0.0, atol=1e-5)
+    assert metrics["approx_kl"] < 1e-12
+    assert metrics["clip_fraction"] == 0.0
+
+
+def test_the_first_minibatch_ratio_is_exactly_1_with_the_default_sizes():
+    config = ppo.Config(normalize_obs=True, update_epochs=1, num_minibatches=1)
+    hparams = ppo.HParams(learning_rate=0.0)
+    _, metrics = trained(config, hparams, 3)
+    np.testing.assert_array_equal(metrics["approx_kl"], 0.0)
+    np.testing.assert_array_equal(metrics["clip_fraction"], 0.0)
+
+
+@pytest.mark.parametrize("memory", ["gru", "lstm"])
+def test_replaying_a_rollout_reproduces_what_was_acted_on(memory: str):
+    """Two rollouts in a row, episodes ending inside: each action's log-probability under the
+    stepwise network equals that of the replayed sequence, and the carry goes on across rollouts."""
+    config = ppo.Config(memory=memory, num_envs=4, num_steps=24, hidden_sizes=(16,))
+    policy, network, collect = parts(config, RandomWalk())
+    state, _ = trained(config, ppo.HParams(learning_rate=3e-3), 3, RandomWalk())
+    learner, actors = state
+    carry, apply = actors.carry, jax.jit(network.apply)
+    for _ in range(2):
+        actors, rollout, raw = jax.jit(collect)(learner, actors)
+        assert (rollout.terminated | rollout.truncated)[:-1].any()
+        assert_equal_trees(carry, rollout.carry, atol=1e-6)
+        for t in range(config.num_steps):
+            carry, outputs, value = apply(
+                learner.params, carry, raw[t][None], rollout.start[t][None]
+            )
+            log_prob = policy.distribution(outputs[0]).log_prob(rollout.action[t])
+            np.testing.assert_allclose(log_prob, rollout.log_prob[t], atol=1e-6)
+            np.testing.assert_allclose(value[0], rollout.value[t], atol=2e-6)
+
+
+# Purity, seeds and chunks
+
+
+@pytest.mark.parametrize("memory", ["none", pytest.param("gru", marks=pytest.mark.slow)])
+def test_chunks_equal_the_whole_bit_for_bit(tiny: ppo.Config, memory: str, key: jax.Array):
+    config = dataclasses.replace(
+        tiny, memory=memory, total_timesteps=21 * 32, normalize_obs=True, normalize_reward=True,
+        clip_schedule="cosine",
+    )  # fmt: skip
+    hparams = ppo.HParams(learning_rate=1e-3, target_kl=0.01)
+    learner = ppo.make_learner(config, RandomWalk())
+    whole, metrics = jax.jit(ppo.make_train(config, RandomWalk()))(key, hparams)
+    state, rows = jax.jit(learner.init)(key, hparams), []
+    for count in (10, 1, 10):
+        state, part = ppo.train_chunk(learner, state, hparams, num_updates=count)
+        rows.append(part)
+    assert_equal_trees(whole, state)
+    assert_equal_trees(metrics, jax.tree.map(lambda *x: jnp.concatenate(x), *rows))
+
+
+def test_a_seed_under_vmap_equals_the_seed_alone(key: jax.Array):
+    config = ppo.Config(total_timesteps=3 * 512, normalize_obs=True)
+    train, hparams = ppo.make_train(config), ppo.HParams()
+    keys = jax.random.split(key, 3)
+    states, metrics = jax.jit(jax.vmap(train, (0, None)))(keys, hparams)
+    for i in range(3):
+        state, rows = jax.jit(train)(keys[i], hparams)
+        mine = jax.tree.map(lambda x: x[i], states)  # noqa: B023
+        np.testing.assert_array_equal(rows["episodes"], metrics["episodes"][i])
+        assert_equal_trees(state.learner.params, mine.learner.params, atol=1e-5)
+        assert (
+            jax.random.key_data(state.actors.keys) == jax.random.key_data(mine.actors.keys)
+        ).all()
+    assert len(np.unique(metrics["value_loss"][:, 0])) == 3
+
+
+def test_hyperparameters_can_be_batched(tiny: ppo.Config, key: jax.Array):
+    rates = jnp.array([0.0, 1e-3, 1e-1])
+    axes = dataclasses.replace(
+        jax.tree.map(lambda _: None, ppo.HParams()), learning_rate=0, gamma=0
+    )
+    batched = ppo.HParams(learning_rate=rates, gamma=jnp.array([0.9, 0.9, 0.5]))
+    train = ppo.make_train(tiny)
+    states, _ = jax.jit(jax.vmap(train, (None, axes)))(key, batched)
+    alone, _ = jax.jit(train)(key, ppo.HParams(learning_rate=1e-3, gamma=0.9))
+    mine = jax.tree.map(lambda x: x[1], states)
+    assert_equal_trees(alone.learner.params, mine.learner.params, atol=1e-5)
+
+
+def shuffled_orders(config: ppo.Config, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    orders: list[tuple[int, ...]] = []
+    permutation = jax.random.permutation
+
+    def spy(key: jax.Array, n: int) -> jax.Array:
+        order = permutation(key, n)
+        jax.debug.callback(lambda x: orders.append(tuple(x.tolist())), order)
+        return order
+
+    monkeypatch.setattr(jax.random, "permutation", spy)
+    for seed in (0, 1):
+        jax.block_until_ready(jax.jit(ppo.make_train(config))(jax.random.key(seed), ppo.HParams()))
+    jax.effects_barrier()
+    return orders
+
+
+def test_permutations_differ_between_epochs_updates_and_seeds(
+    tiny: ppo.Config, monkeypatch: pytest.MonkeyPatch
+):
+    orders = shuffled_orders(tiny, monkeypatch)
+    assert len(orders) == 2 * tiny.num_updates * tiny.update_epochs
+    assert len(set(orders)) == len(orders)
+    assert all(sorted(order) == list(range(tiny.batch_size)) for order in orders)
+
+
+# Improvement
+
+
+def fixed_rollout(config: ppo.Config) -> tuple[Any, Rollout, jax.Array, jax.Array]:
+    _, _, collect = parts(config)
+    state = jax.jit(ppo.make_learner(config).init)(jax.random.key(0), ppo.HParams())
+    _, rollout, _ = jax.jit(collect)(*state)
+    rng = np.random.default_rng(0)
+    advantage = jnp.asarray(rng.normal(size=rollout.value.shape), jnp.float32)
+    return state.learner, rollout, advantage, advantage + rollout.value
+
+
+def test_gradients_are_clipped_by_their_global_norm(tiny: ppo.Config):
+    """After one Adam step from zero moments, the first moment is 0.1 times the clipped gradient."""
+    config = dataclasses.replace(tiny, update_epochs=1, num_minibatches=1)
+    policy, network, _ = parts(config)
+    learner, rollout, advantage, target = fixed_rollout(config)
+    improve = jax.jit(make_improve(config, network, policy))
+    norms = {}
+    for limit in (1e-3, np.inf):
+        hparams = ppo.HParams(max_grad_norm=limit)
+        new, metrics = improve(learner, rollout, advantage, target * 100, hparams)
+        moment = next(x for x in jax.tree.leaves(new.opt_state) if x.ndim == 1)
+        norms[limit] = float(jnp.linalg.norm(moment)) / 0.1
+        assert metrics["grad_norm"] > 1.0
+    assert norms[1e-3] == pytest.approx(1e-3, rel=1e-4)
+    assert norms[np.inf] == pytest.approx(float(metrics["grad_norm"]), rel=1e-4)
+
+
+def test_target_kl_leaves_out_the_epochs_after_the_one_that_passes_it(tiny: ppo.Config):
+    """One full batch an epoch: the first has no KL and the second passes the limit, so ten epochs
+    are two, metrics included, but for the order of the batch."""
+    results = {}
+    for epochs, target_kl in [(2, None), (10, None), (10, 1e-9), (10, 1e9)]:
+        config = dataclasses.replace(tiny, update_epochs=epochs, num_minibatches=1)
+        policy, network, _ = parts(config)
+        learner, rollout, advantage, target = fixed_rollout(config)
+        hparams = ppo.HParams(learning_rate=1e-2, target_kl=target_kl)
+        improve = jax.jit(make_improve(config, network, policy))
+        results[epochs, target_kl] = improve(learner, rollout, advantage, target, hparams)
+    assert_equal_trees(results[10, 1e9][0].params, results[10, None][0].params, atol=1e-6)
+    stopped, two = results[10, 1e-9], results[2, None]
+    assert_equal_trees(stopped[0].params, two[0].params, atol=1e-5)
+    assert_equal_trees(stopped[1], two[1], atol=1e-4)
+    free = results[10, None][1]
+    assert free["approx_kl"] > 2 * two[1]["approx_kl"]
+
+
+def test_critic_learning_rate_moves_the_critic_alone(tiny: ppo.Config):
+    learner, rollout, advantage, target = fixed_rollout(tiny)
+    policy, network, _ = parts(tiny)
+    hparams = ppo.HParams(learning_rate=0.0, critic_learning_rate=1e-3)
+    new, _ = jax.jit(make_improve(tiny, network, policy))(
+        learner, rollout, advantage, target, hparams
+    )
+    for name in learner.params:
+        changed = jax.tree.leaves(jax.tree.map(
+            lambda a, b: bool((a != b).any()), new.params[name], learner.params[name]))  # fmt: skip
+        assert all(changed) if name.startswith("critic") else not any(changed), name
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [("linear", [1, 0.75, 0.5, 0.25]), ("constant", [1, 1, 1, 1]),
+     ("cosine", [1, 0.8535534, 0.5, 0.1464466])],
+)  # fmt: skip
+def test_learning_rate_schedules(tiny: ppo.Config, schedule: Any, factors: list[float]):
+    config = dataclasses.replace(tiny, total_timesteps=4 * 32, lr_schedule=schedule)
+    _, metrics = trained(config, ppo.HParams(learning_rate=0.5), 4)
+    np.testing.assert_allclose(metrics["learning_rate"], 0.5 * np.array(factors), rtol=1e-6)
+
+
+# Metrics
+
+
+def test_episode_metrics_are_those_of_a_loop_over_episodes():
+    rng = np.random.default_rng(0)
+    reward = rng.normal(size=(3, 20, 4)).astype(np.float32)
+    done = rng.random((3, 20, 4)) < 0.1
+    done[1] = False
+    actors = ActorState(
+        keys=jax.random.split(jax.random.key(0), 4), env_state=(), obs=jnp.zeros((4, 1)),
+        start=jnp.ones(4, bool), carry=(), episode_return=jnp.zeros(4),
+        episode_length=jnp.zeros(4, jnp.int32), discounted_return=jnp.zeros(4),
+    )  # fmt: skip
+    total, length = np.zeros(4), np.zeros(4)
+    for k in range(3):
+        returns, lengths = [], []
+        for t in range(20):
+            total, length = total + reward[k, t], length + 1
+            for n in np.flatnonzero(done[k, t]):
+                returns.append(total[n])
+                lengths.append(length[n])
+                total[n] = length[n] = 0.0
+        actors, metrics = count_episodes(actors, jnp.asarray(reward[k]), jnp.asarray(done[k]))
+        assert metrics["episodes"] == len(returns)
+        if not returns:
+            assert np.isnan(metrics["episode_return"])
+            assert np.isnan(metrics["episode_length"])
+            continue
+        assert metrics["episode_return"] == pytest.approx(np.mean(returns), abs=1e-5)
+        assert metrics["episode_length"] == pytest.approx(np.mean(lengths), abs=1e-5)
+    np.testing.assert_allclose(actors.episode_return, total, atol=1e-5)
+    np.testing.assert_array_equal(actors.episode_length, length)
+
+
+def test_total_timesteps_is_rounded_up_and_the_true_count_reported(key: jax.Array):
+    config = ppo.Config(total_timesteps=1000, num_envs=4, num_steps=100, num_minibatches=4)
+    assert config.num_updates == 3
+    _, metrics = jax.jit(ppo.make_train(config))(key, ppo.HParams())
+    np.testing.assert_array_equal(metrics["env_steps"], [400, 800, 1200])
+
+
+def test_step_counts_do_not_overflow():
+    config = ppo.Config(total_timesteps=10**11, num_envs=1024, num_steps=1024)
+    steps = env_steps(config, jnp.int32(config.num_updates))
+    assert float(steps) == pytest.approx(config.num_updates * config.batch_size, rel=1e-6)
+
+
+def test_explained_variance():
+    target = jnp.array([1.0, 2.0, 3.0, 4.0])
+    assert explained_variance(target, target) == 1.0
+    assert explained_variance(jnp.full(4, 7.0), target) == pytest.approx(0.0, abs=1e-6)
+
+
+# Learning where the answer is known
+
+
+def test_multi_discrete_actions_learn_the_best_pair():
+    config = ppo.Config(num_envs=16, num_steps=8, hidden_sizes=(16,), lr_schedule="constant")
+    _, metrics = trained(config, ppo.HParams(learning_rate=1e-2, ent_coef=0.0), 60, Combination())
+    assert metrics["episode_return"][0] < 0.4
+    assert metrics["episode_return"][-1] > 0.95
+
+
+@pytest.mark.parametrize("kind", ["normal", "tanh_normal"])
+def test_continuous_actions_learn_the_best_one_within_bounds(kind: Any):
+    config = ppo.Config(
+        num_envs=16, num_steps=8, hidden_sizes=(16,), lr_schedule="constant",
+        action_distribution=kind, log_std_init=-0.5,
+    )  # fmt: skip
+    state, metrics = trained(config, ppo.HParams(learning_rate=3e-3, ent_coef=0.0), 150, Target())
+    assert np.min(metrics["episode_return"]) > -10.0  # no action out of bounds reached it
+    agent = ppo.make_agent(config, state, env=Target())
+    action, _ = agent.act(jax.random.key(0), jnp.ones((1, 2)), (), deterministic=True)
+    assert action.shape == (1, 1)
+    assert action[0, 0] == pytest.approx(1.0, abs=0.15)
+
+
+@pytest.mark.parametrize(("memory", "low", "high"), [("gru", 0.9, 1.0), ("none", -0.35, 0.35)])
+def test_memory_chain_needs_a_memory(memory: Any, low: float, high: float):
+    """The answer is shown in the first steps and asked for in the last: a policy without a
+    memory has an expected return of 0."""
+    config = ppo.Config(
+        env_id="MemoryChain-bsuite", memory=memory, num_envs=32, num_steps=32,
+        total_timesteps=60 * 1024, hidden_sizes=(32,), memory_size=32,
+    )  # fmt: skip
+    state, _ = trained(config, ppo.HParams(learning_rate=3e-3), 60)
+    returns = ppo.evaluate(config, state, jax.random.key(1), num_episodes=256)
+    assert low <= returns.mean() <= high

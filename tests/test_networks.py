@@ -1,0 +1,113 @@
+"""Networks: initialisation, sequences against single steps, and what they read."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gymnax.environments import spaces
+
+import purejaxppo as ppo
+from purejaxppo.distributions import make_policy
+from purejaxppo.networks import make_network
+from purejaxppo.types import Network
+
+VECTOR = spaces.Box(-1, 1, (3,))
+
+
+def network_for(space: object = VECTOR, **settings: object) -> Network:
+    config = ppo.Config(**{"hidden_sizes": (16, 16), "memory_size": 8} | settings)
+    return make_network(config, space, make_policy(config, spaces.Discrete(4)))
+
+
+def gain_of(kernel: jax.Array) -> np.ndarray:
+    """Singular values of a kernel with all inputs flattened."""
+    return np.linalg.svd(np.asarray(kernel).reshape(-1, kernel.shape[-1]), compute_uv=False)
+
+
+def test_orthogonal_initialisation_with_the_standard_gains(key: jax.Array):
+    params = network_for(spaces.Box(0, 1, (10, 10, 4)), memory="gru").init(key)
+    trunk = params["actor"]["encoder"]
+    for layer in ("Conv_0", "Dense_0", "Dense_1"):
+        np.testing.assert_allclose(gain_of(trunk[layer]["kernel"]), np.sqrt(2), rtol=1e-4)
+        np.testing.assert_array_equal(trunk[layer]["bias"], 0)
+    np.testing.assert_allclose(gain_of(params["actor_head"]["kernel"]), 0.01, rtol=1e-4)
+    np.testing.assert_allclose(gain_of(params["critic_head"]["kernel"]), 1.0, rtol=1e-4)
+    np.testing.assert_allclose(
+        gain_of(params["actor"]["memory"]["cell"]["hr"]["kernel"]), 1.0, rtol=1e-4
+    )
+
+
+def test_a_seed_is_initialised_alike_alone_and_under_vmap():
+    network = network_for()
+    keys = jax.random.split(jax.random.key(3), 4)
+    together = jax.vmap(network.init)(keys)
+    alone = [network.init(key) for key in keys]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *alone)
+    jax.tree.map(np.testing.assert_array_equal, together, stacked)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("memory", ["none", "gru", "lstm"])
+def test_a_sequence_is_its_steps_one_after_the_other(memory: str, shared: bool):
+    """With episodes that start inside the sequence, each row at other times."""
+    network = network_for(memory=memory, shared_trunk=shared)
+    key = jax.random.key(1)
+    params, obs = network.init(key), jax.random.normal(key, (12, 5, 3))
+    start = jax.random.bernoulli(key, 0.25, (12, 5))
+    carry = jax.tree.map(lambda x: x + 0.3, network.initial_carry(5))
+    end, outputs, value = network.apply(params, carry, obs, start)
+    apply = jax.jit(network.apply)
+    for t in range(12):
+        carry, one, v = apply(params, carry, obs[t][None], start[t][None])
+        np.testing.assert_allclose(one[0], outputs[t], atol=1e-6)
+        np.testing.assert_allclose(v[0], value[t], atol=1e-6)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), carry, end)
+
+
+@pytest.mark.parametrize("memory", ["gru", "lstm"])
+def test_start_forgets_all_that_came_before(memory: str):
+    network = network_for(memory=memory)
+    key = jax.random.key(2)
+    params, obs = network.init(key), jax.random.normal(key, (6, 1, 3))
+    start = jnp.arange(6)[:, None] == 3
+    _, before, _ = network.apply(params, network.initial_carry(1), obs, start)
+    _, after, _ = network.apply(params, network.initial_carry(1), obs[3:], jnp.zeros((3, 1), bool))
+    _, remembered, _ = network.apply(params, network.initial_carry(1), obs, start & False)
+    np.testing.assert_allclose(before[3:], after, atol=1e-6)
+    assert np.abs(remembered[3:] - after).max() > 1e-5
+
+
+def test_actor_and_critic_share_parameters_or_do_not(key: jax.Array):
+    assert set(network_for(shared_trunk=True).init(key)) == {"shared", "actor_head", "critic_head"}
+    separate = {"actor", "critic", "actor_head", "critic_head"}
+    assert set(network_for(shared_trunk=False).init(key)) == separate
+
+
+def test_pixels_are_read_as_numbers_from_0_to_1(key: jax.Array):
+    network = network_for(spaces.Box(0, 255, (40, 40, 3), jnp.uint8))
+    params, start = network.init(key), jnp.ones((1, 1), bool)
+    assert "Conv_2" in params["actor"]["encoder"]
+    pixels = jax.random.randint(key, (1, 1, 40, 40, 3), 0, 256).astype(jnp.uint8)
+    _, outputs, _ = network.apply(params, (), pixels, start)
+    _, expected, _ = network.apply(params, (), pixels.astype(jnp.float32) / 255, start)
+    np.testing.assert_array_equal(outputs, expected)
+
+
+def test_discrete_observations_are_one_hot(key: jax.Array):
+    network = network_for(spaces.Discrete(5))
+    kernel = network.init(key)["actor"]["encoder"]["Dense_0"]["kernel"]
+    assert kernel.shape == (5, 16)
+    assert network.apply(network.init(key), (), jnp.zeros((1, 2), int), jnp.ones((1, 2), bool))
+
+
+@pytest.mark.parametrize(
+    ("space", "settings", "words"),
+    [
+        (VECTOR, {"encoder": "cnn"}, r"\[3\]; use auto or mlp"),
+        (spaces.Discrete(5), {"normalize_obs": True}, "one-hot"),
+        (spaces.Dict({"a": VECTOR}), {}, "flatten"),
+    ],
+)
+def test_observations_that_do_not_fit_are_refused(space: object, settings: dict, words: str):
+    with pytest.raises(ppo.ConfigError, match=words):
+        network_for(space, **settings)
