@@ -22,4 +22,4 @@ def mean_interval(
     squares = np.where(seen, np.square(values - mean[..., None]), 0.0).sum(axis=-1)
     freedom = np.where(count > 1, count - 1, np.nan)
     half = t.ppf(0.5 + confidence / 2, freedom) * np.sqrt(squares / freedom / np.maximum(count, 1))
-    return mean, mean - half, mean + half
+    return np.asarray(mean), np.asarray(mean - half), np.asarray(mean + half)

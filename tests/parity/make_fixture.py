@@ -7,6 +7,7 @@ that PyTorch computed `family/value loss/expected/field`; `tests/test_parity.py`
 B samples, A action dimensions, P outputs of the policy head.
 """
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,13 @@ B = 64
 NUM_CATEGORIES = (3, 4)
 LOW, HIGH = np.float32([-2.0, -1.0]), np.float32([6.0, 0.5])
 COEFFICIENTS = {"clip_eps": 0.2, "vf_coef": 0.7, "ent_coef": 0.05}
-VF_CLIP_EPS = {"unclipped": None, "clipped": 0.3}
+VALUE_LOSSES = {"unclipped": {}, "clipped": {"vf_clip_eps": 0.3}}
+
+
+def tensor(array):
+    """Of the same shape; float64 if `array` is of floats."""
+    array = torch.from_numpy(np.asarray(array))
+    return array.double() if array.is_floating_point() else array
 
 
 def categorical(outputs, action):
@@ -46,15 +53,13 @@ def tanh_normal(outputs, action):
     The entropy is the mean of -log p(a), by the trapezoidal rule over u = mean + std z.
     """
     mean, log_std = outputs.chunk(2, dim=-1)
-    centre, half_range = (torch.from_numpy(x).double() / 2 for x in (HIGH + LOW, HIGH - LOW))
-    stretch = dist.AffineTransform(centre, half_range)
-    squash = [dist.TanhTransform(), stretch]
+    stretch = dist.AffineTransform(*(tensor(x) / 2 for x in (HIGH + LOW, HIGH - LOW)))
+    squash = dist.ComposeTransform([dist.TanhTransform(), stretch])
     squashed = dist.TransformedDistribution(dist.Normal(mean, log_std.exp()), squash)
     z = torch.linspace(-8.0, 8.0, 1601, dtype=torch.float64)[:, None, None]
-    grid = stretch(torch.tanh(mean + log_std.exp() * z))  # [1601, B, A]
-    surprise = -squashed.log_prob(grid) * dist.Normal(0.0, 1.0).log_prob(z).exp()
-    entropy = torch.trapezoid(surprise, z, dim=0).sum(-1)
-    return squashed.log_prob(stretch(torch.tanh(action))).sum(-1), entropy
+    surprise = -squashed.log_prob(squash(mean + log_std.exp() * z))  # [1601, B, A]
+    weighted = surprise * dist.Normal(0.0, 1.0).log_prob(z).exp()
+    return squashed.log_prob(squash(action)).sum(-1), torch.trapezoid(weighted, z, dim=0).sum(-1)
 
 
 def draw_discrete(rng, sizes):
@@ -72,19 +77,15 @@ def draw_gaussian(rng, size):
     return np.concatenate([mean, log_std], axis=-1).astype(np.float32), action.astype(np.float32)
 
 
-FAMILIES = {
-    categorical: (draw_discrete, (5,)),
-    normal: (draw_gaussian, 3),
-    tanh_normal: (draw_gaussian, len(LOW)),
-    multi_categorical: (draw_discrete, NUM_CATEGORIES),
-}
+FAMILIES = {categorical: (draw_discrete, (5,)), multi_categorical: (draw_discrete, NUM_CATEGORIES)}
+FAMILIES |= {normal: (draw_gaussian, 3), tanh_normal: (draw_gaussian, len(LOW))}
 
 
-def draw_case(rng, family, vf_clip_eps):
-    """The inputs of one case by name; `vf_clip_eps` is left out where the value is unclipped."""
+def draw_case(rng, family):
+    """The inputs of one case by name."""
     draw, size = FAMILIES[family]
     outputs, action = draw(rng, size)
-    log_prob, _ = family(torch.from_numpy(outputs).double(), torch.from_numpy(action))
+    log_prob, _ = family(tensor(outputs), tensor(action))
     old_value = rng.normal(0.0, 1.0, B)
     numbers = {
         "outputs": outputs,
@@ -93,10 +94,7 @@ def draw_case(rng, family, vf_clip_eps):
         "old_value": old_value,
         "advantage": rng.normal(0.0, 1.0, B),
         "target": old_value + rng.normal(0.0, 1.0, B),
-        **COEFFICIENTS,
-        **({} if vf_clip_eps is None else {"vf_clip_eps": vf_clip_eps}),
-        **({"low": LOW, "high": HIGH} if family is tanh_normal else {}),
-    }
+    } | ({"low": LOW, "high": HIGH} if family is tanh_normal else {})
     return {"action": action} | {name: np.float32(x) for name, x in numbers.items()}
 
 
@@ -119,24 +117,22 @@ def ppo_loss(family, outputs, value, x):
 def expected(family, case):
     """What the package must reproduce: the loss and its terms, log_prob [B], and the gradients
     by the policy's outputs [B, P] and by the value [B]; float64."""
-    x = {name: torch.from_numpy(np.asarray(array)) for name, array in case.items()}
-    x = {name: t.double() if t.is_floating_point() else t for name, t in x.items()}
+    x = {name: tensor(array) for name, array in case.items()}
     outputs, value = (x.pop(name).requires_grad_() for name in ("outputs", "value"))
     results = ppo_loss(family, outputs, value, x)
     results["loss"].backward()
     results |= {"outputs_grad": outputs.grad, "value_grad": value.grad}
-    return {name: tensor.detach().numpy() for name, tensor in results.items()}
+    return {name: result.detach().numpy() for name, result in results.items()}
 
 
 def main():
     rng = np.random.default_rng(20170720)
     arrays = {}
-    for family in FAMILIES:
-        for value_loss, vf_clip_eps in VF_CLIP_EPS.items():
-            case, prefix = draw_case(rng, family, vf_clip_eps), f"{family.__name__}/{value_loss}/"
-            arrays |= {prefix + name: array for name, array in case.items()}
-            results = expected(family, case)
-            arrays |= {f"{prefix}expected/{name}": array for name, array in results.items()}
+    for family, (name, clip) in itertools.product(FAMILIES, VALUE_LOSSES.items()):
+        scalars = {key: np.float32(x) for key, x in (COEFFICIENTS | clip).items()}
+        case = draw_case(rng, family) | scalars
+        results = {f"expected/{key}": array for key, array in expected(family, case).items()}
+        arrays |= {f"{family.__name__}/{name}/{key}": x for key, x in (case | results).items()}
     np.savez_compressed(Path(__file__).with_name("fixture.npz"), **arrays)
 
 

@@ -1,0 +1,209 @@
+"""Settings: what is refused and how, what transforms may do with them, and that each matters."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from envs import RandomWalk
+
+import purejaxppo as ppo
+from purejaxppo.configfile import Seeds, Settings, dump_settings, load_settings
+
+BAD_CONFIGS = [
+    ({"num_envs": 0}, "num_envs = 0: must be at least 1"),
+    ({"num_envs": "4"}, "num_envs = '4': must be a whole number; the default is 4"),
+    ({"num_steps": 1.5}, "num_steps = 1.5: must be a whole number"),
+    ({"num_envs": True}, "must be a whole number"),
+    ({"total_timesteps": -5}, "must be at least 1"),
+    ({"normalize_obs": 1}, "must be true or false"),
+    ({"env_id": 3}, "must be a text"),
+    ({"activation": "rellu"}, "did you mean relu?"),
+    ({"hidden_sizes": (64, 0)}, "each width must be at least 1"),
+    ({"hidden_sizes": (64, "a")}, "must be a list of whole numbers"),
+    ({"log_std_init": float("nan")}, "must be at least -10.0 and at most 10.0"),
+    (
+        {"num_envs": 4, "num_steps": 100, "num_minibatches": 3},
+        "num_envs * num_steps = 4 * 100 = 400 does not divide into num_minibatches = 3; "
+        "choose num_minibatches from 1, 2, 4, 5, 8",
+    ),
+    (
+        {"memory": "gru", "num_envs": 6, "num_minibatches": 4},
+        "num_envs (whole sequences, for memory = gru) = 6 does not divide",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD_CONFIGS)
+def test_bad_config(settings: dict[str, Any], message: str):
+    with pytest.raises(ppo.ConfigError) as error:
+        ppo.Config(**settings)
+    assert message in str(error.value)
+
+
+BAD_HPARAMS = [
+    ({"gamma": 1.2}, "gamma = 1.2: must be at least 0 and at most 1"),
+    ({"clip_eps": -1.0}, "clip_eps = -1.0: must be greater than 0"),
+    ({"clip_eps": 0.0}, "must be greater than 0"),
+    ({"learning_rate": float("nan")}, "must be at least 0"),
+    ({"learning_rate": "fast"}, "learning_rate = 'fast': must be a number"),
+    ({"ent_coef": None}, "must be a number"),
+    ({"ent_coef": True}, "must be a number"),
+    ({"gamma": np.array([0.9, 1.5])}, "gamma = 1.5: must be"),
+    ({"target_kl": 0.0}, "must be greater than 0"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD_HPARAMS)
+def test_bad_hparams(settings: dict[str, Any], message: str):
+    with pytest.raises(ppo.ConfigError) as error:
+        ppo.HParams(**settings)
+    assert message in str(error.value)
+
+
+def test_config_is_hashable_and_takes_lists():
+    assert hash(ppo.Config(hidden_sizes=[32, 32])) == hash(ppo.Config(hidden_sizes=(32, 32)))
+
+
+def test_transforms_may_put_anything_into_hparams():
+    hparams = ppo.HParams(gamma=0.9)
+    slopes = jax.grad(lambda h: -(h.gamma**2) - h.learning_rate)(hparams)
+    assert slopes.gamma == pytest.approx(-1.8)
+    assert slopes.learning_rate == -1.0
+    doubled = jax.jit(lambda h: jax.tree.map(lambda x: 2 * x, h))(hparams)
+    assert doubled.gamma == pytest.approx(1.8)
+    assert len(jax.tree.leaves(ppo.HParams(target_kl=0.1))) == len(jax.tree.leaves(hparams)) + 1
+
+
+# No option without effect
+
+OTHER_VALUES: dict[str, Any] = {
+    "env_id": "Acrobot-v1",
+    "total_timesteps": 200,
+    "num_envs": 8,
+    "num_steps": 16,
+    "update_epochs": 3,
+    "num_minibatches": 4,
+    "encoder": "cnn",
+    "memory": "gru",
+    "hidden_sizes": (8, 8),
+    "memory_size": 4,
+    "activation": "relu",
+    "shared_trunk": True,
+    "action_distribution": "tanh_normal",
+    "log_std_init": -1.0,
+    "advantage_normalization": "none",
+    "normalize_obs": True,
+    "normalize_reward": True,
+    "lr_schedule": "constant",
+    "clip_schedule": "linear",
+    "learning_rate": 1e-3,
+    "critic_learning_rate": 1e-3,
+    "gamma": 0.5,
+    "gae_lambda": 0.5,
+    "clip_eps": 1e-4,
+    "vf_clip_eps": 1e-4,
+    "ent_coef": 0.5,
+    "vf_coef": 5.0,
+    "max_grad_norm": 1e-2,
+    "target_kl": 1e-9,
+    "adam_eps": 1e-2,
+}
+# Where a setting acts only together with another, both sides have the other.
+TOGETHER_WITH: dict[str, dict[str, Any]] = {
+    "encoder": {"env_id": "Catch-bsuite"},
+    "memory_size": {"memory": "gru"},
+    "action_distribution": {"env_id": "Pendulum-v1"},
+    "log_std_init": {"env_id": "Pendulum-v1"},
+    "clip_schedule": {"clip_eps": 1e-4},
+}
+HPARAMS = {f.name for f in dataclasses.fields(ppo.HParams)}
+
+
+@functools.cache
+def compiled(config: ppo.Config) -> Any:
+    env = RandomWalk() if config.env_id == "RandomWalk" else None
+    options = {"xla_backend_optimization_level": 0}
+    return jax.jit(ppo.make_train(config, env), compiler_options=options)
+
+
+def outcome(tiny: ppo.Config, settings: dict[str, Any]) -> Any:
+    settings = {"env_id": "RandomWalk"} | settings
+    config = dataclasses.replace(tiny, **{k: v for k, v in settings.items() if k not in HPARAMS})
+    hparams = ppo.HParams(**{k: v for k, v in settings.items() if k in HPARAMS})
+    state, metrics = compiled(config)(jax.random.key(0), hparams)
+    return jax.tree.leaves((state.learner.params, metrics))
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(ppo.Config)] + sorted(HPARAMS))
+def test_every_option_has_an_effect(name: str, tiny: ppo.Config):
+    base = TOGETHER_WITH.get(name, {})
+    if name == "encoder":
+        with pytest.raises(ppo.ConfigError, match="height, width, channels"):
+            outcome(tiny, base | {name: OTHER_VALUES[name]})
+        return
+    before, after = outcome(tiny, base), outcome(tiny, base | {name: OTHER_VALUES[name]})
+    same = len(before) == len(after) and all(
+        x.shape == y.shape and jnp.array_equal(x, y, equal_nan=True)
+        for x, y in zip(before, after, strict=True)
+    )
+    assert not same
+
+
+# Files
+
+
+def test_settings_come_back_from_their_file(tmp_path: Path):
+    settings = Settings(
+        ppo.Config(env_id='odd "name"\n\x7f é', hidden_sizes=(), normalize_obs=True),
+        ppo.HParams(learning_rate=1 / 3, target_kl=0.02, max_grad_norm=float("inf"), ent_coef=0),
+        Seeds(seed=7, num_seeds=3),
+    )
+    path = tmp_path / "config.toml"
+    path.write_text(dump_settings(settings), encoding="utf-8")
+    assert load_settings(path) == settings
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("num_env = 3", "num_env: no such setting; did you mean num_envs?"),
+        ("learning_rate = 1e-3", "did you mean hparams.learning_rate?"),
+        ("[hparams]\nlerning_rate = 1", "hparams.lerning_rate: no such setting; did you mean hpar"),
+        ("[hparams]\nnum_envs = 3", "did you mean num_envs?"),
+        ("[hparms]\n", "hparms: no such setting; did you mean [hparams]?"),
+        ("[run]\nseeds = 3", "did you mean run."),
+        ("zzz = 1", "lists the settings of the top level"),
+        ("hparams = 3", "must be a table, written as [hparams]"),
+        ("num_envs = ", "is not TOML"),
+        ("num_envs = '4'", "must be a whole number"),
+        ("[hparams]\ngamma = 1.2", "gamma = 1.2: must be"),
+        ("[run]\nnum_seeds = 0", "num_seeds = 0: must be at least 1"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, message: str):
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(ppo.ConfigError) as error:
+        load_settings(path)
+    assert str(error.value).startswith(f"config file {str(path)!r}: ")
+    assert message in str(error.value)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path):
+    with pytest.raises(ppo.ConfigError, match="No such file"):
+        load_settings(tmp_path / "none.toml")
+    with pytest.raises(ppo.ConfigError, match="directory"):
+        load_settings(tmp_path)
+    (tmp_path / "latin.toml").write_bytes(b"env_id = '\xff'")
+    with pytest.raises(ppo.ConfigError, match="not UTF-8"):
+        load_settings(tmp_path / "latin.toml")
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.toml")), ids=lambda p: p.stem)
+def test_shipped_configs_load_and_fit_their_environment(path: Path):
+    ppo.make_learner(load_settings(path).config)

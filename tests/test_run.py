@@ -1,0 +1,236 @@
+"""The host loop: its files, that they repeat the run, seeds that fail, evaluation and agents."""
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from envs import Poisoned, RandomWalk
+
+import purejaxppo as ppo
+from purejaxppo.checkpoint import latest, load_state
+from purejaxppo.configfile import load_settings
+from purejaxppo.loggers import COLUMNS
+from purejaxppo.plots import smooth
+from purejaxppo.stats import mean_interval
+
+FILES = {"config.toml", "metrics.csv", "summary.json", "learning_curve.png", "checkpoints"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[ppo.Config, Any, Path]:
+    directory = tmp_path_factory.mktemp("runs") / "with space é"
+    config = ppo.Config(
+        total_timesteps=1000, num_steps=8, hidden_sizes=(8,), normalize_obs=True, num_minibatches=2
+    )
+    hparams = ppo.HParams(learning_rate=1e-3)
+    result = ppo.run(
+        config, hparams, seed=3, num_seeds=2, run_dir=directory, eval_episodes=16, tensorboard=True
+    )
+    return config, result, directory
+
+
+def rows(directory: Path) -> list[dict[str, str]]:
+    with (directory / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_directory_holds_what_was_promised(finished: Any):
+    _, result, directory = finished
+    assert {p.name for p in directory.iterdir()} == FILES | {"tensorboard"}
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary == result.summary
+    assert summary["env_steps"] == 1024  # 1000, rounded up to updates of 32
+    assert summary["eval_return_mean"] == pytest.approx(result.returns.mean())
+    low, high = summary["eval_return_interval_95"]
+    assert low <= summary["eval_return_mean"] <= high
+    assert summary["versions"]["jax"] == jax.__version__
+    assert (directory / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list((directory / "tensorboard").glob("seed_*/events*"))) == 2
+
+
+def test_metrics_are_those_of_train_and_read_back_exactly(finished: Any):
+    config, result, directory = finished
+    table = rows(directory)
+    assert [(r["seed"], r["update"]) for r in table[:3]] == [("0", "1"), ("1", "1"), ("0", "2")]
+    assert list(table[0])[2:] == list(COLUMNS)
+    assert len(table) == 2 * config.num_updates
+    keys = jax.random.split(jax.random.key(3), 2)
+    train = jax.jit(jax.vmap(ppo.make_train(config), (0, None)))
+    states, metrics = train(keys, ppo.HParams(learning_rate=1e-3))
+    for name in COLUMNS:
+        expected = np.asarray(metrics[name])
+        np.testing.assert_array_equal(result.metrics[name], expected)
+        read = np.array([np.float32(r[name]) for r in table]).reshape(-1, 2).T
+        np.testing.assert_array_equal(read, expected.astype(np.float32))
+    jax.tree.map(np.testing.assert_array_equal, states.learner.params, result.states.learner.params)
+
+
+def test_config_toml_repeats_the_run_bit_for_bit(finished: Any, tmp_path: Path):
+    _, result, directory = finished
+    settings = load_settings(directory / "config.toml")
+    again = ppo.run(
+        settings.config, settings.hparams, seed=settings.run.seed,
+        num_seeds=settings.run.num_seeds, run_dir=tmp_path / "again", eval_episodes=16,
+        progress=False,
+    )  # fmt: skip
+    assert (tmp_path / "again/metrics.csv").read_bytes() == (directory / "metrics.csv").read_bytes()
+    assert (tmp_path / "again/config.toml").read_text() == (directory / "config.toml").read_text()
+    np.testing.assert_array_equal(again.returns, result.returns)
+
+
+def test_the_final_state_comes_back_from_disk(finished: Any):
+    config, result, directory = finished
+    path = latest(directory)
+    assert path.name == "000000032"
+    state = load_state(path, config, 2)
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(result.states), strict=True):
+        assert x.dtype == y.dtype
+        assert bool(jnp.all(x == y))
+    with pytest.raises(ppo.ConfigError, match="cannot be read"):
+        load_state(path, dataclasses.replace(config, hidden_sizes=(9,)), 2)
+    with pytest.raises(ppo.ConfigError, match="no finished state"):
+        latest(directory / "tensorboard")
+
+
+def test_a_directory_that_holds_a_run_is_left_alone(finished: Any):
+    config, _, directory = finished
+    before = (directory / "metrics.csv").read_bytes()
+    with pytest.raises(ppo.ConfigError, match="already holds a run"):
+        ppo.run(config, run_dir=directory)
+    assert (directory / "metrics.csv").read_bytes() == before
+
+
+def test_a_seed_whose_loss_turns_non_finite_disturbs_no_other(tmp_path: Path, capsys: Any):
+    """The rewards of some seeds are NaN from some step on; the others are the same without them."""
+    config = ppo.Config(
+        env_id="poisoned", total_timesteps=8 * 60, num_envs=1, num_steps=8, num_minibatches=1,
+        hidden_sizes=(8,), update_epochs=1,
+    )  # fmt: skip
+    result = ppo.run(config, num_seeds=6, run_dir=tmp_path / "r", env=Poisoned(), eval_episodes=4)
+    assert 0 < len(result.failed) <= 6
+    seed, update = next(iter(result.failed.items()))
+    text = capsys.readouterr().out
+    assert f"seed {seed}: the loss is not finite at update {update}" in text
+    assert "Try a lower learning_rate (now 0.00025)" in text
+    assert result.summary["failed_seeds"][str(seed)] == {"update": update}
+    mine = [r for r in rows(tmp_path / "r") if r["seed"] == str(seed)]
+    assert [int(r["update"]) for r in mine] == list(range(1, update + 1))
+    assert np.isnan(float(mine[-1]["policy_loss"]))
+    assert all(np.isfinite(float(r["policy_loss"])) for r in mine[:-1])
+    for leaf in jax.tree.leaves(result.states.learner.params):
+        assert np.isfinite(leaf).all()
+    assert result.states.learner.updates[seed] < update
+
+
+def test_a_run_all_of_whose_seeds_failed_stops(tmp_path: Path):
+    config = ppo.Config(total_timesteps=10**9, num_steps=8, hidden_sizes=(8,), num_minibatches=1)
+    result = ppo.run(config, ppo.HParams(learning_rate=1e38), run_dir=tmp_path / "r")
+    assert result.failed.keys() == {0}
+    assert result.summary["eval_return_mean"] is None
+    assert result.summary["env_steps"] < 10**6
+    for leaf in jax.tree.leaves(result.states.learner.params):
+        assert np.isfinite(leaf).all()
+    json.loads((tmp_path / "r/summary.json").read_text(), parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"hparams": ppo.HParams(learning_rate=np.array([1e-3, 1e-4]))}, "vmap the function"),
+        ({"eval_episodes": 0}, "eval_episodes = 0"),
+        ({"tensorboard": True}, "give run_dir"),
+        ({"num_seeds": 0}, "num_seeds = 0"),
+        ({"run_dir": "/proc/none/here"}, "cannot be written"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options: dict[str, Any], words: str):
+    with pytest.raises(ppo.ConfigError, match=words):
+        ppo.run(ppo.Config(), **options)
+
+
+# Agents and evaluation
+
+
+@pytest.mark.parametrize("memory", ["none", "lstm"])
+def test_an_agent_works_in_anyones_loop_and_evaluate_agrees(memory: Any):
+    """A plain Python loop over one environment; deterministic, so that both see the same."""
+    config = ppo.Config(
+        env_id="RandomWalk", total_timesteps=3 * 32, num_steps=8, hidden_sizes=(8,),
+        memory=memory, memory_size=8, normalize_obs=True,
+    )  # fmt: skip
+    env = RandomWalk()
+    state, _ = jax.jit(ppo.make_train(config, env))(jax.random.key(0), ppo.HParams())
+    returns = ppo.evaluate(
+        config, state, jax.random.key(5), num_episodes=400, deterministic=True, env=env
+    )
+    agent, act = ppo.make_agent(config, state, env), None
+    act = jax.jit(agent.act, static_argnums=3)
+    params, mine = env.default_params, []
+    for episode in range(100):
+        key = jax.random.fold_in(jax.random.key(100), episode)
+        obs, env_state = env.reset(key, params)
+        carry, total, over = agent.initial_carry(1), 0.0, False
+        while not over:
+            key, step_key = jax.random.split(key)
+            action, carry = act(key, obs[None], carry, True)
+            obs, env_state, reward, terminated, truncated, _ = env.step(
+                step_key, env_state, action[0], params
+            )
+            total, over = total + float(reward), bool(terminated | truncated)
+        mine.append(total)
+    error = np.hypot(np.std(mine) / 10, np.std(returns) / 20)
+    assert abs(np.mean(mine) - np.mean(returns)) < 4 * error
+
+
+def test_start_resets_a_row_of_the_carry(tiny: ppo.Config):
+    config = dataclasses.replace(tiny, memory="gru")
+    state, _ = jax.jit(ppo.make_train(config))(jax.random.key(0), ppo.HParams())
+    agent = ppo.make_agent(config, state)
+    key, obs = jax.random.key(1), jnp.ones((2, 4))
+    fresh = agent.initial_carry(2)
+    _, carry = agent.act(key, obs, fresh)
+    _, again = agent.act(key, obs, carry, start=jnp.array([True, False]))
+    for first, second in zip(jax.tree.leaves(carry), jax.tree.leaves(again), strict=True):
+        np.testing.assert_allclose(first[0], second[0], atol=1e-6)
+        assert np.abs(first[1] - second[1]).max() > 1e-4
+
+
+def test_evaluate_is_reproducible_and_counts_unfinished_episodes_as_they_are():
+    config = ppo.Config(total_timesteps=512)
+    state, _ = jax.jit(ppo.make_train(config))(jax.random.key(0), ppo.HParams())
+    key = jax.random.key(2)
+    whole = ppo.evaluate(config, state, key, num_episodes=8)
+    np.testing.assert_array_equal(whole, ppo.evaluate(config, state, key, num_episodes=8))
+    cut = ppo.evaluate(config, state, key, num_episodes=8, max_steps=5)
+    np.testing.assert_array_equal(cut, np.minimum(whole, 5))
+    states = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    both = jax.vmap(lambda s, k: ppo.evaluate(config, s, k, 8))(states, jnp.stack([key, key]))
+    np.testing.assert_array_equal(both[0], whole)
+
+
+# Statistics and plots
+
+
+def test_mean_interval_is_students():
+    """For 1, 2, 3, 4: t(0.975, 3) = 3.182446, deviation sqrt(5/3), over sqrt(4)."""
+    values = np.array([[1.0, 2.0, 3.0, 4.0], [7.0, np.nan, np.nan, np.nan]])
+    mean, low, high = mean_interval(values)
+    np.testing.assert_allclose(mean, [2.5, 7.0])
+    half = 3.182446 * np.sqrt(5 / 3) / 2
+    np.testing.assert_allclose([low[0], high[0]], [2.5 - half, 2.5 + half], rtol=1e-6)
+    assert np.isnan([low[1], high[1]]).all()
+
+
+def test_curves_carry_the_last_episode_forward():
+    returns = np.array([[np.nan, 1.0], [2.0, np.nan], [np.nan, 3.0]])
+    steps, curves = smooth(np.array([10, 20, 30]), returns)
+    np.testing.assert_array_equal(steps, [10, 20, 30])
+    np.testing.assert_array_equal(curves, [[np.nan, 1], [2, 1], [2, 3]])
+    _, long = smooth(np.arange(1000), np.ones((1000, 2)))
+    assert long.shape == (200, 2)
