@@ -1,5 +1,7 @@
 """Shapes and types of every annotated function in the numerical modules are checked in tests."""
 
+import os
+
 import jax
 import pytest
 from jaxtyping import install_import_hook
@@ -9,6 +11,11 @@ CHECKED = (
     "normalize plots stats train"
 )
 install_import_hook([f"purejaxppo.{name}" for name in CHECKED.split()], "beartype.beartype")
+
+# Compiled programs are kept between test runs here, not in the user's cache folder.
+jax.config.update("jax_compilation_cache_dir", ".pytest_cache/xla")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+os.environ["MPLBACKEND"] = "agg"
 
 import purejaxppo as ppo  # noqa: E402  (after the hook, or nothing would be checked)
 
