@@ -20,7 +20,8 @@ def learning_curve(
         env_steps: `[U]` steps of one training.
         returns: mean return of the episodes that ended in each update, NaN where none did.
     """
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # slow to import
+    from matplotlib.ticker import EngFormatter
 
     steps, curves = smooth(env_steps, returns)
     mean, low, high = mean_interval(curves)
@@ -33,11 +34,17 @@ def learning_curve(
     if num_seeds > 1:
         axes.fill_between(steps, low, high, color="C0", alpha=0.2, lw=0, label="95% interval")
         axes.legend(loc="best", frameon=False)
+    if np.isfinite(curves).any():
+        # The interval of a few seeds may reach far beyond any return that occurred.
+        least, most = np.nanmin(curves), np.nanmax(curves)
+        margin = 0.05 * (most - least) or 1.0
+        axes.set_ylim(least - margin, most + margin)
     axes.set_xlabel("environment steps (per seed)")
     axes.set_ylabel("return of training episodes")
     axes.set_title(env_id)
     axes.set_xlim(0, float(env_steps[-1]))
     axes.grid(alpha=0.3)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 

@@ -1,6 +1,7 @@
 """What a person sees while a run goes on: a live bar on a terminal, plain lines elsewhere."""
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ class Progress:
         self._returns = np.full(num_seeds, np.nan)
         self._began = self._last_line = time.perf_counter()
 
-    def compiling(self) -> None:
+    def starting(self) -> None:
+        """Say what is to be done."""
         config = self._config
         steps = config.num_updates * config.batch_size
         rounded = f" (total_timesteps = {config.total_timesteps:,} rounded up)"
@@ -36,7 +38,12 @@ class Progress:
             f"{steps:,} environment steps each{rounded if steps > config.total_timesteps else ''}"
         )
 
+    def working(self, what: str) -> AbstractContextManager[Any]:
+        """A sign of life, on a terminal, while something of unknown length goes on."""
+        return self._console.status(what) if self._live else nullcontext()
+
     def training(self, compile_seconds: float) -> None:
+        """The bar appears."""
         self._console.print(f"compiled in {compile_seconds:.1f} s")
         self._began = self._last_line = time.perf_counter()
         if not self._live:
@@ -80,6 +87,7 @@ class Progress:
         )
 
     def close(self) -> None:
+        """The bar stays as it is; also after an error."""
         if self._bar is not None:
             self._bar.stop()
 

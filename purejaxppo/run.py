@@ -101,12 +101,15 @@ def run(
 
     shown = Progress(config, num_seeds, enabled=progress)
     try:
-        program = _compile(learner, settings, shown)
+        shown.starting()
+        with shown.working("compiling"):
+            program = _compile(learner, settings)
         training = _train(program, settings, loggers, shown)
     finally:
         shown.close()
         close_all(loggers)
-    returns = _evaluate(settings, training.states, eval_episodes, env, env_params)
+    with shown.working("evaluating"):
+        returns = _evaluate(settings, training.states, eval_episodes, env, env_params)
     summary = _summarize(settings, program, training, returns)
     if directory is not None:
         _write(directory, settings, training, summary)
@@ -183,9 +186,8 @@ class _Program(NamedTuple):
     compile_seconds: float
 
 
-def _compile(learner: Learner, settings: Settings, shown: Progress) -> _Program:
+def _compile(learner: Learner, settings: Settings) -> _Program:
     hparams, seeds = settings.hparams, settings.run
-    shown.compiling()
     began = time.perf_counter()
     root = jax.random.key(seeds.seed)
     init = jax.jit(lambda key, hparams: _init(learner, seeds.num_seeds, key, hparams))
