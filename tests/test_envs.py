@@ -114,6 +114,24 @@ def test_every_listed_environment_can_be_trained(env_id: str, key: jax.Array):
     assert all(x.dtype != jnp.int64 for x in jax.tree.leaves(state))
 
 
+class WrongObs(ConstantChain):
+    def get_obs(self, state: Any, params: Any = None, key: Any = None) -> jax.Array:
+        return jnp.ones(3)
+
+
+class GrowingState(Wrapped):
+    def step(self, key: Any, state: Any, action: Any, params: Any) -> Any:
+        obs, state, *rest = self.env.step(key, state, action, params)
+        return obs, state.replace(time=state.time[None]), *rest
+
+
+def test_an_environment_whose_shapes_do_not_fit_is_refused(tiny: ppo.Config):
+    with pytest.raises(ppo.ConfigError, match=r"shape \(3,\), but its observation space"):
+        ppo.make_learner(tiny, env=WrongObs())
+    with pytest.raises(ppo.ConfigError, match="other shapes than the one reset returns"):
+        ppo.make_learner(tiny, env=GrowingState(ConstantChain()))
+
+
 def test_unknown_environments_name_the_nearest():
     with pytest.raises(ppo.ConfigError, match="did you mean CartPole-v1"):
         ppo.make_learner(ppo.Config(env_id="cartpole"))

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from gymnax.environments.environment import Environment as GymnaxEnvironment
@@ -23,7 +24,8 @@ def from_gymnax(name: str, env: Any, params: Any = None) -> Environment:
         params: None takes `env.default_params`.
 
     Raises:
-        ConfigError: if `env` lacks a method of the contract.
+        ConfigError: if `env` lacks a method of the contract, or its observations or states change
+            their shapes.
     """
     needed = ("reset", "step", "observation_space", "action_space")
     missing = [attribute for attribute in needed if not hasattr(env, attribute)]
@@ -43,15 +45,46 @@ def from_gymnax(name: str, env: Any, params: Any = None) -> Environment:
         getattr(type(env), method) is getattr(GymnaxEnvironment, method)
         for method in ("step", "reset")
     )
-    step = reset_on_demand(reset_one, _inner_step(env, params)) if plain else None
-    return Environment(
+    if plain:
+        step = reset_on_demand(reset_one, _inner_step(env, params))
+    else:
+        step = jax.vmap(_public_step(env, params))
+    environment = Environment(
         name=name,
         observation_space=env.observation_space(params),
         action_space=env.action_space(params),
         max_episode_steps=_time_limit(params),
         reset=jax.vmap(reset_one),
-        step=step or jax.vmap(_public_step(env, params)),
+        step=step,
     )
+    _check_shapes(environment)
+    return environment
+
+
+def _check_shapes(env: Environment) -> None:
+    """A scan needs states and observations that keep their shapes; nothing is computed."""
+
+    def both(key: Key[Array, ""]) -> Any:
+        keys = key[None]
+        state, obs = env.reset(keys)
+        next_state, result = env.step(keys, state, env.action_space.sample(key)[None])
+        return state, obs, next_state, result
+
+    state, obs, next_state, result = jax.eval_shape(both, jax.random.key(0))
+    expected = (1, *env.observation_space.shape)
+    for where, shape in (("reset", obs.shape), ("step", result.final_obs.shape)):
+        if shape != expected:
+            raise ConfigError(
+                f"env {env.name}: {where} returns an observation of shape {shape[1:]}, but its "
+                f"observation space has the shape {expected[1:]}; make them agree"
+            )
+    try:
+        chex.assert_trees_all_equal_shapes(state, next_state)
+    except AssertionError as error:
+        raise ConfigError(
+            f"env {env.name}: the state that step returns has other shapes than the one reset "
+            f"returns; make them agree: {error}"
+        ) from error
 
 
 def _time_limit(params: Any) -> int | None:
