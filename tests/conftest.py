@@ -1,7 +1,5 @@
 """Shapes and types of every annotated function in the numerical modules are checked in tests."""
 
-import os
-
 import jax
 import pytest
 from jaxtyping import install_import_hook
@@ -15,7 +13,6 @@ install_import_hook([f"purejaxppo.{name}" for name in CHECKED.split()], "beartyp
 # Compiled programs are kept between test runs here, not in the user's cache folder.
 jax.config.update("jax_compilation_cache_dir", ".pytest_cache/xla")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-os.environ["MPLBACKEND"] = "agg"
 
 import purejaxppo as ppo  # noqa: E402  (after the hook, or nothing would be checked)
 
