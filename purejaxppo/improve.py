@@ -1,5 +1,6 @@
 """How a batch improves the policy: minibatch epochs of a loss under Adam."""
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -37,8 +38,8 @@ class Batch(NamedTuple):
 
 
 def scheduled(schedule: str, updates: Int[Array, ""], num_updates: int) -> Float[Array, ""]:
-    """The factor, from 1 at the first update towards 0 after the last, of a hyperparameter."""
-    progress = updates / num_updates
+    """A hyperparameter's factor: 1 at the first update, towards 0 after the last, 0 from there on."""
+    progress = jnp.minimum(updates / num_updates, 1.0)
     if schedule == "linear":
         return 1.0 - progress
     if schedule == "cosine":
@@ -171,11 +172,13 @@ def _at_this_update(
     def scale(value: Any, factor: Array) -> Any:
         return None if value is None else value * factor
 
-    now = jax.tree.map(lambda x: x, hparams)
-    for name in ("learning_rate", "critic_learning_rate"):
-        object.__setattr__(now, name, scale(getattr(hparams, name), rate))
-    for name in ("clip_eps", "vf_clip_eps"):
-        object.__setattr__(now, name, scale(getattr(hparams, name), clip))
+    now = dataclasses.replace(
+        hparams,
+        learning_rate=scale(hparams.learning_rate, rate),
+        critic_learning_rate=scale(hparams.critic_learning_rate, rate),
+        clip_eps=scale(hparams.clip_eps, clip),
+        vf_clip_eps=scale(hparams.vf_clip_eps, clip),
+    )
     return now, jnp.asarray(now.learning_rate, jnp.float32)
 
 

@@ -102,6 +102,40 @@ def test_next_value_is_the_value_of_the_true_successor(tiny: ppo.Config, memory:
         np.testing.assert_allclose(rollout.next_value[t][cut[t]], value[cut[t]], atol=1e-5)
 
 
+# Statistics
+
+
+def test_statistics_are_frozen_in_a_rollout_and_the_first_observation_is_normalised_too():
+    """NumPy over what four updates saw: update k normalises by all that came before it."""
+    config = ppo.Config(num_envs=3, num_steps=16, num_minibatches=2, hidden_sizes=(8,),
+                        normalize_obs=True, normalize_reward=True)  # fmt: skip
+    _, _, collect = parts(config, RandomWalk())
+    learner, hparams = ppo.make_learner(config, RandomWalk()), ppo.HParams(gamma=0.9)
+    state = jax.jit(learner.init)(jax.random.key(0), hparams)
+    collect, update = jax.jit(collect), jax.jit(learner.update)
+    seen: list[np.ndarray] = [np.zeros((0, 2))]
+    returns: list[np.ndarray] = []
+    running = np.zeros(3)
+    for k in range(4):
+        actors, rollout, raw = collect(*state)
+        before = np.concatenate(seen)
+        mean, std = (before.mean(0), before.std(0)) if k else (0.0, 1.0)
+        expected = np.clip((np.asarray(raw) - mean) / std, -10, 10)
+        np.testing.assert_allclose(rollout.obs, expected, atol=2e-4)
+        if k:  # not by their own batch's moments, nor left as they are
+            assert np.abs(np.asarray(rollout.obs[0]) - np.asarray(raw[0])).max() > 0.1
+        for reward, terminated, truncated in zip(
+            rollout.reward, rollout.terminated, rollout.truncated, strict=True
+        ):
+            running = 0.9 * running + np.asarray(reward)
+            returns.append(running)
+            running = np.where(terminated | truncated, 0.0, running)
+        seen.append(np.asarray(raw, np.float64).reshape(-1, 2))
+        state, _ = update(state, hparams)
+        np.testing.assert_allclose(state.learner.reward_stats.var, np.var(returns), rtol=1e-3)
+        np.testing.assert_array_equal(actors.env_state.time, state.actors.env_state.time)
+
+
 # Rollouts and ratios
 
 
@@ -308,13 +342,13 @@ def test_critic_learning_rate_moves_the_critic_alone(tiny: ppo.Config):
 
 @pytest.mark.parametrize(
     ("schedule", "factors"),
-    [("linear", [1, 0.75, 0.5, 0.25]), ("constant", [1, 1, 1, 1]),
-     ("cosine", [1, 0.8535534, 0.5, 0.1464466])],
+    [("linear", [1, 0.75, 0.5, 0.25, 0, 0]), ("constant", [1, 1, 1, 1, 1, 1]),
+     ("cosine", [1, 0.8535534, 0.5, 0.1464466, 0, 0])],
 )  # fmt: skip
 def test_learning_rate_schedules(tiny: ppo.Config, schedule: Any, factors: list[float]):
     config = dataclasses.replace(tiny, total_timesteps=4 * 32, lr_schedule=schedule)
-    _, metrics = trained(config, ppo.HParams(learning_rate=0.5), 4)
-    np.testing.assert_allclose(metrics["learning_rate"], 0.5 * np.array(factors), rtol=1e-6)
+    _, metrics = trained(config, ppo.HParams(learning_rate=0.5), 6)  # two past the end
+    np.testing.assert_allclose(metrics["learning_rate"], 0.5 * np.array(factors), atol=1e-7)
 
 
 # Metrics
