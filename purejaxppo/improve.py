@@ -38,7 +38,7 @@ class Batch(NamedTuple):
 
 
 def scheduled(schedule: str, updates: Int[Array, ""], num_updates: int) -> Float[Array, ""]:
-    """A hyperparameter's factor: 1 at the first update, towards 0 after the last, 0 from there on."""
+    """A hyperparameter's factor: 1 at the first update, 0 after the last and from there on."""
     progress = jnp.minimum(updates / num_updates, 1.0)
     if schedule == "linear":
         return 1.0 - progress

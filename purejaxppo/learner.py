@@ -28,9 +28,13 @@ from purejaxppo.types import (
     TrainState,
 )
 
+MUST_BE_FINITE = ("policy_loss", "value_loss", "entropy", "grad_norm")
+
 
 def make_learner(config: Config, env: Any = None, env_params: Any = None) -> Learner:
     """The learner for a config.
+
+    An update whose loss is not finite leaves the state as it was.
 
     Args:
         env: an object that keeps gymnax 1.x's contract, in place of the one that
@@ -83,9 +87,20 @@ def make_learner(config: Config, env: Any = None, env_params: Any = None) -> Lea
         actors, episodes = count_episodes(actors, raw_reward, done)
         metrics["env_steps"] = env_steps(config, learner.updates)
         metrics["explained_variance"] = explained_variance(rollout.value, target)
-        return TrainState(learner, actors), metrics | episodes
+        new = TrainState(learner, actors)
+        return keep_if_finite(metrics, new, state), metrics | episodes
 
     return Learner(init, update)
+
+
+def keep_if_finite(metrics: Metrics, new: TrainState, old: TrainState) -> TrainState:
+    """`new`, or `old` where the loss was not finite.
+
+    From there on the update is repeated to the same end: the state stays the last good one,
+    and the metrics stay non-finite.
+    """
+    finite = jnp.all(jnp.stack([jnp.isfinite(metrics[name]) for name in MUST_BE_FINITE]))
+    return jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
 
 
 def count_episodes(

@@ -77,11 +77,12 @@ class Progress:
             )
             self._last_line = now
 
-    def failed(self, seed: int, update: int, kept: int, settings: Settings) -> None:
+    def failed(self, seed: int, update: int, settings: Settings) -> None:
+        """The loss of `seed` is not finite at `update`."""
         hparams = settings.hparams
         self._console.print(
-            f"seed {seed}: the loss is not finite at update {update}. Its state after update "
-            f"{kept} is kept. Try a lower learning_rate (now {hparams.learning_rate:g}) or "
+            f"seed {seed}: the loss is not finite at update {update}. The state before it is kept. "
+            f"Try a lower learning_rate (now {hparams.learning_rate:g}) or "
             f"max_grad_norm (now {hparams.max_grad_norm:g}), or normalize_reward, and check that "
             "the environment's rewards and observations are finite"
         )

@@ -19,7 +19,7 @@ from purejaxppo.checkpoint import FOLDER, save_state
 from purejaxppo.config import Config, ConfigError, HParams, check_fields
 from purejaxppo.configfile import Seeds, Settings, dump_settings
 from purejaxppo.evaluate import evaluate
-from purejaxppo.learner import make_learner
+from purejaxppo.learner import MUST_BE_FINITE, make_learner
 from purejaxppo.loggers import (
     COLUMNS,
     CsvLogger,
@@ -36,7 +36,6 @@ from purejaxppo.types import Learner, Metrics, TrainState
 
 CHUNK_SECONDS = 0.5
 _CHUNK_CAPACITY = 1024
-_MUST_BE_FINITE = ("policy_loss", "value_loss", "entropy", "grad_norm")
 _RUN_FILES = ("config.toml", "metrics.csv", "summary.json", FOLDER)
 
 
@@ -254,7 +253,7 @@ def _train(
     while done < config.num_updates and alive.any():
         count = min(count, config.num_updates - done, _CHUNK_CAPACITY)
         chunk_began = time.perf_counter()
-        new_states, rows = program.chunk(states, settings.hparams, jnp.int32(count))
+        states, rows = program.chunk(states, settings.hparams, jnp.int32(count))
         metrics = {name: np.asarray(rows[name])[:count] for name in COLUMNS}
         seconds = time.perf_counter() - chunk_began
 
@@ -262,8 +261,7 @@ def _train(
         for seed, row in bad.items():
             alive[seed] = False
             failed[seed] = done + row + 1
-            shown.failed(seed, failed[seed], kept=done, settings=settings)
-        states = new_states if alive.all() else _select_seeds(alive, new_states, states)
+            shown.failed(seed, failed[seed], settings)
         parts.append({k: np.where(written, v, np.nan) for k, v in metrics.items()})
         for logger in loggers:
             logger.write(done + 1, metrics, written)
@@ -278,19 +276,10 @@ def _train(
 def _finite_rows(metrics: HostMetrics, alive: np.ndarray) -> tuple[np.ndarray, dict[int, int]]:
     """Which rows `[u, S]` belong to a training that goes well, its first bad one included, and
     the first bad row of each seed that has one."""
-    finite = np.all([np.isfinite(metrics[name]) for name in _MUST_BE_FINITE], axis=0)
+    finite = np.all([np.isfinite(metrics[name]) for name in MUST_BE_FINITE], axis=0)
     good_before = np.cumsum(~finite, axis=0) - ~finite == 0
     bad = {int(s): int(np.argmin(finite[:, s])) for s in np.flatnonzero(alive & ~finite.all(0))}
     return good_before & alive, bad
-
-
-def _select_seeds(chosen: np.ndarray, new: TrainState, old: TrainState) -> TrainState:
-    rows = jnp.asarray(chosen)
-
-    def select(x: jax.Array, y: jax.Array) -> jax.Array:
-        return jnp.where(rows.reshape(rows.shape + (1,) * (x.ndim - 1)), x, y)
-
-    return jax.tree.map(select, new, old)
 
 
 def _evaluate(
