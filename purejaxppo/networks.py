@@ -37,6 +37,26 @@ def orthogonal(gain: float) -> Callable[..., Array]:
     return init
 
 
+class PatchConv(nn.Module):
+    """A convolution of stride 1 without padding, as one product of all patches with the kernel.
+
+    For a few small kernels this is many times as fast on CPU as XLA's own convolution, above all
+    inside a scan and under `vmap`. Parameters are those of `nn.Conv`.
+    """
+
+    features: int
+    size: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w features"]:
+        k, channels = self.size, x.shape[-1]
+        kernel = self.param("kernel", orthogonal(np.sqrt(2)), (k, k, channels, self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        height, width = x.shape[1] - k + 1, x.shape[2] - k + 1
+        shifted = [x[:, i : i + height, j : j + width] for i in range(k) for j in range(k)]
+        return jnp.concatenate(shifted, axis=-1) @ kernel.reshape(-1, self.features) + bias
+
+
 class Encoder(nn.Module):
     """`[..., *obs_shape]` to features `[..., F]`: convolutions if asked for, then dense layers."""
 
@@ -51,15 +71,8 @@ class Encoder(nn.Module):
         batch_shape = obs.shape[: obs.ndim - self.obs_ndim]
         if self.convolutions:
             x = obs.reshape((-1, *obs.shape[obs.ndim - self.obs_ndim :]))
-            for features, size, stride in _convolutions(x.shape[1:3]):
-                conv = nn.Conv(
-                    features,
-                    (size, size),
-                    (stride, stride),
-                    padding="VALID",
-                    kernel_init=orthogonal(np.sqrt(2)),
-                )
-                x = act(conv(x))
+            for convolution in _convolutions(x.shape[1:3]):
+                x = act(convolution(x))
         else:
             x = obs
         x = x.reshape((*batch_shape, -1))
@@ -68,12 +81,22 @@ class Encoder(nn.Module):
         return x
 
 
-def _convolutions(image: tuple[int, ...]) -> list[tuple[int, int, int]]:
-    """Layers as (features, kernel size, stride): those of Mnih et al. 2015 for pixel images,
-    one small layer (Young and Tian 2019, MinAtar) for grids."""
-    if min(image) >= _SMALLEST_PIXEL_IMAGE:
-        return [(32, 8, 4), (64, 4, 2), (64, 3, 1)]
-    return [(16, min(3, *image), 1)]
+def _convolutions(image: tuple[int, ...]) -> list[nn.Module]:
+    """Layers of Mnih et al. 2015 for pixel images, one small one (Young and Tian 2019, MinAtar)
+    for grids. To be called inside a compact module, whose submodules they become."""
+    if min(image) < _SMALLEST_PIXEL_IMAGE:
+        return [PatchConv(16, min(3, *image), name="Conv_0")]
+    return [
+        nn.Conv(
+            features,
+            (size, size),
+            (stride, stride),
+            padding="VALID",
+            kernel_init=orthogonal(np.sqrt(2)),
+            name=f"Conv_{i}",
+        )
+        for i, (features, size, stride) in enumerate([(32, 8, 4), (64, 4, 2), (64, 3, 1)])
+    ]
 
 
 class Memory(nn.Module):

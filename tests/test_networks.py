@@ -1,5 +1,6 @@
 """Networks: initialisation, sequences against single steps, and what they read."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +9,7 @@ from gymnax.environments import spaces
 
 import purejaxppo as ppo
 from purejaxppo.distributions import make_policy
-from purejaxppo.networks import make_network
+from purejaxppo.networks import PatchConv, make_network
 from purejaxppo.types import Network
 
 VECTOR = spaces.Box(-1, 1, (3,))
@@ -35,6 +36,14 @@ def test_orthogonal_initialisation_with_the_standard_gains(key: jax.Array):
     np.testing.assert_allclose(
         gain_of(params["actor"]["memory"]["cell"]["hr"]["kernel"]), 1.0, rtol=1e-4
     )
+
+
+def test_patch_conv_is_a_convolution(key: jax.Array):
+    x = jax.random.normal(key, (5, 10, 7, 4))
+    ours, theirs = PatchConv(6, 3), nn.Conv(6, (3, 3), padding="VALID")
+    params = ours.init(key, x)
+    params["params"]["bias"] += 0.5
+    np.testing.assert_allclose(ours.apply(params, x), theirs.apply(params, x), atol=1e-5)
 
 
 def test_a_seed_is_initialised_alike_alone_and_under_vmap():
