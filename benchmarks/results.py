@@ -60,8 +60,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         "",
         f"Final evaluation of 128 episodes, sampled actions, {NUM_SEEDS} seeds trained side by "
         f"side; seconds are of all of them together, after compiling, on "
-        f"{one['device']['cpu_count']} shared cores of a {one['device']['kind']} ({versions}). "
-        "`make results` repeats it.",
+        f"{one['device']['cpu_count']} {one['device']['platform'].upper()} cores that had other "
+        f"work too ({versions}). `make results` repeats it.",
     ]
     return "\n".join(lines)
 

@@ -160,7 +160,9 @@ class TanhNormal(NamedTuple):
         nodes = jnp.asarray(_NODES, self.mean.dtype)
         actions = self.mean[..., None, :] + self.std[..., None, :] * nodes[:, None]
         slopes = jnp.sum(self._log_slope(actions), axis=-1)
-        return jnp.asarray(self.base.entropy()) + slopes @ jnp.asarray(_WEIGHTS, self.mean.dtype)
+        return jnp.asarray(self.base.entropy()) + jnp.sum(
+            slopes * jnp.asarray(_WEIGHTS, self.mean.dtype), axis=-1
+        )
 
     def mode(self) -> Float[Array, "*batch A"]:
         """The median rather than the mode, whose squashed form may lie at the bounds."""
