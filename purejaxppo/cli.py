@@ -66,7 +66,8 @@ class Envs:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; the exit status: 0, 1 if a training failed, 2 for bad input."""
+    """Run a command; the exit status: 0, 1 if a training failed, 2 for bad input, 130 if
+    interrupted."""
     args = sys.argv[1:] if argv is None else argv
     try:
         command = _parse(args)
@@ -76,6 +77,9 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"purejaxppo: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("purejaxppo: interrupted; the metrics so far are kept", file=sys.stderr)
+        return 130
 
 
 def _parse(args: list[str]) -> Train | Eval | Envs:
@@ -127,6 +131,7 @@ def _eval(command: Eval) -> int:
 
     if command.episodes < 1:
         raise ConfigError(f"episodes = {command.episodes}: must be at least 1")
+    Seeds(seed=command.seed)
     settings = load_settings(command.run_dir / "config.toml")
     path = latest(command.run_dir)
     enable_compilation_cache()

@@ -89,6 +89,7 @@ class Config:
                 f"hidden_sizes = {list(self.hidden_sizes)}: each width must be at least 1; "
                 "use for example [64, 64], or [] for a linear network"
             )
+        _check_sizes(self)
         _check_minibatches(self)
 
     @property
@@ -227,6 +228,21 @@ def _check_range(name: str, value: Any, rule: Any) -> None:
     raise ConfigError(f"{name} = {worst}: must be {wanted}")
 
 
+def _check_sizes(config: Config) -> None:
+    """Samples of a batch and updates of a training are counted by 32-bit integers."""
+    if config.batch_size >= 2**31:
+        raise ConfigError(
+            f"num_envs * num_steps = {config.num_envs} * {config.num_steps} = "
+            f"{config.batch_size}: must be below 2^31; choose fewer of either"
+        )
+    if config.num_updates >= 2**31:
+        raise ConfigError(
+            f"total_timesteps / (num_envs * num_steps) = {config.total_timesteps} / "
+            f"{config.batch_size} = {config.num_updates} updates: must be below 2^31; choose a "
+            "smaller total_timesteps, or more num_envs or num_steps"
+        )
+
+
 def _check_minibatches(config: Config) -> None:
     if config.memory == "none":
         size, formula = config.batch_size, "num_envs * num_steps"
@@ -236,7 +252,8 @@ def _check_minibatches(config: Config) -> None:
         values = f"{size}"
     if size % config.num_minibatches == 0:
         return
-    divisors = [d for d in range(1, size + 1) if size % d == 0]
+    small = [d for d in range(1, math.isqrt(size) + 1) if size % d == 0]
+    divisors = sorted({*small, *(size // d for d in small)})
     near = sorted(sorted(divisors, key=lambda d: abs(d - config.num_minibatches))[:5])
     raise ConfigError(
         f"{formula} = {values} does not divide into num_minibatches = {config.num_minibatches}; "

@@ -1,6 +1,7 @@
 """Where metrics go: CSV always, TensorBoard and Weights & Biases by choice."""
 
 import csv
+import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,10 +72,8 @@ class TensorBoardLogger:
     """Event files under `tensorboard/seed_<n>/`, by environment steps."""
 
     def __init__(self, run_dir: Path, num_seeds: int):
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError as error:
-            raise ConfigError(_install("tensorboard", "tensorboardX")) from error
+        from tensorboardX import SummaryWriter
+
         folder = run_dir / "tensorboard"
         self._writers = [SummaryWriter(str(folder / f"seed_{n}")) for n in range(num_seeds)]
 
@@ -93,10 +92,8 @@ class WandbLogger:
     `offline` to log without a network."""
 
     def __init__(self, run_dir: Path, settings: dict[str, Any]):
-        try:
-            import wandb  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise ConfigError(_install("wandb", "wandb")) from error
+        import wandb  # pyright: ignore[reportMissingImports]
+
         self._run = wandb.init(project="purejaxppo", dir=str(run_dir), config=settings)
 
     def write(self, first_update: int, metrics: HostMetrics, alive: np.ndarray) -> None:
@@ -120,8 +117,10 @@ def _finite(values: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _install(extra: str, package: str) -> str:
-    return f"--{extra} needs the package {package}; pip install 'purejaxppo[{extra}]'"
+def require(extra: str, package: str) -> None:
+    """Raise `ConfigError` if the package of an optional logger is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"{extra} needs the package {package}; pip install 'purejaxppo[{extra}]'")
 
 
 def close_all(loggers: Sequence[Logger]) -> None:

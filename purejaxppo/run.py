@@ -28,6 +28,7 @@ from purejaxppo.loggers import (
     TensorBoardLogger,
     WandbLogger,
     close_all,
+    require,
 )
 from purejaxppo.plots import learning_curve
 from purejaxppo.progress import Progress
@@ -131,6 +132,10 @@ def _check_run_options(run_dir: Any, eval_episodes: int, tensorboard: bool, wand
         raise ConfigError(f"eval_episodes = {eval_episodes!r}: must be a whole number, at least 1")
     if run_dir is None and (tensorboard or wandb):
         raise ConfigError("tensorboard and wandb write into the run directory: give run_dir")
+    if tensorboard:
+        require("tensorboard", "tensorboardX")
+    if wandb:
+        require("wandb", "wandb")
 
 
 def _prepare(directory: Path, settings: Settings) -> Path:

@@ -44,6 +44,8 @@ def failed_with_2(argv: list[str], capsys: Any) -> str:
         ("train --encoder cnn", "use auto or mlp"),
         ("train --action-distribution tanh_normal", "use auto"),
         ("train --num-seeds 0", "num_seeds = 0"),
+        ("train --num-envs 1000000000", "must be below 2^31"),
+        ("train --wandb", "pip install 'purejaxppo[wandb]'"),
         ("train --eval-episodes 0", "eval_episodes = 0"),
         ("eval /proc/none", "No such file"),
         ("trane", "train"),
@@ -54,6 +56,7 @@ def test_bad_input_ends_with_one_clear_message(
     arguments: str, words: str, capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     assert words in failed_with_2(arguments.split(), capsys)
     assert not list(tmp_path.iterdir())
 

@@ -25,6 +25,11 @@ BAD_CONFIGS = [
     ({"activation": "rellu"}, "did you mean relu?"),
     ({"hidden_sizes": (64, 0)}, "each width must be at least 1"),
     ({"hidden_sizes": (64, "a")}, "must be a list of whole numbers"),
+    (
+        {"num_envs": 10**9},
+        "num_envs * num_steps = 1000000000 * 128 = 128000000000: must be below 2^31",
+    ),
+    ({"total_timesteps": 10**20}, "updates: must be below 2^31; choose a smaller"),
     ({"log_std_init": float("nan")}, "must be at least -10.0 and at most 10.0"),
     (
         {"num_envs": 4, "num_steps": 100, "num_minibatches": 3},
