@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
-from purejaxppo.config import Config
+from purejaxppo.config import Config, ConfigError
 from purejaxppo.distributions import draw_noise, make_policy
 from purejaxppo.envs import make_environment
 from purejaxppo.networks import make_network
@@ -59,6 +59,11 @@ def make_agent(config: Config, state: TrainState, env: Any = None, env_params: A
 
 def agent_in(environment: Environment, config: Config, state: TrainState) -> Agent:
     """`make_agent` for an environment at hand."""
+    if state.learner.updates.ndim:
+        raise ConfigError(
+            f"state: its leaves have a leading axis of {len(state.learner.updates)} seeds; take "
+            "one, jax.tree.map(lambda x: x[0], states), or vmap over them"
+        )
     policy = make_policy(config, environment.action_space)
     network = make_network(config, environment.observation_space, policy)
     learner = state.learner

@@ -28,14 +28,13 @@ class Train:
     config_file: Annotated[
         tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[CONFIG.toml]")
     ] = None
-    """TOML file: settings at the top, [hparams] and [run] (seed, num_seeds) as tables."""
+    """TOML file: settings at the top, then [hparams], and [run] with seed, num_seeds and
+    eval_episodes."""
     config: Annotated[Config, _Flags] = dataclasses.field(default_factory=Config)
     hparams: Annotated[HParams, _Numbers] = dataclasses.field(default_factory=HParams)
     run: Annotated[Seeds, _Flags] = dataclasses.field(default_factory=Seeds)
     run_dir: Path | None = None
     """Where to write; must not hold a run yet. None takes runs/ENV_ID/DATE-TIME."""
-    eval_episodes: int = 128
-    """Episodes of the final evaluation, per seed."""
     tensorboard: bool = False
     """Write TensorBoard event files too."""
     wandb: bool = False
@@ -58,6 +57,8 @@ class Eval:
     """Seed of the evaluation's random numbers."""
     json: bool = False
     """Print one JSON object."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder."""
 
 
 @dataclass
@@ -105,6 +106,7 @@ def _parse(args: list[str]) -> Train | Eval | Envs:
 def _train(command: Train) -> int:
     from purejaxppo.run import run  # after the arguments are known to be good
 
+    _refuse_custom_env(command.run, "trained")
     stamp = time.strftime("%Y%m%d-%H%M%S")
     result = run(
         command.config,
@@ -112,7 +114,7 @@ def _train(command: Train) -> int:
         seed=command.run.seed,
         num_seeds=command.run.num_seeds,
         run_dir=command.run_dir or Path("runs", command.config.env_id, stamp),
-        eval_episodes=command.eval_episodes,
+        eval_episodes=command.run.eval_episodes,
         tensorboard=command.tensorboard,
         wandb=command.wandb,
         compilation_cache=command.compilation_cache,
@@ -120,23 +122,33 @@ def _train(command: Train) -> int:
     return 1 if result.failed else 0
 
 
+def _refuse_custom_env(seeds: Seeds, what: str) -> None:
+    if seeds.custom_env:
+        raise ConfigError(
+            "run.custom_env = true: the environment or its parameters were passed from Python, so "
+            f"the run can only be {what} from there"
+        )
+
+
 def _eval(command: Eval) -> int:
     import jax
     import numpy as np
 
     from purejaxppo.checkpoint import latest, load_state
-    from purejaxppo.evaluate import evaluate
+    from purejaxppo.evaluate import LATER_EVALUATION, evaluate, evaluation_keys
     from purejaxppo.run import enable_compilation_cache
-    from purejaxppo.stats import mean_interval
 
     if command.episodes < 1:
         raise ConfigError(f"episodes = {command.episodes}: must be at least 1")
     Seeds(seed=command.seed)
     settings = load_settings(command.run_dir / "config.toml")
+    seeds = settings.run
+    _refuse_custom_env(seeds, "evaluated")
     path = latest(command.run_dir)
-    enable_compilation_cache()
-    states = load_state(path, settings.config, settings.run.num_seeds)
-    keys = jax.random.split(jax.random.key(command.seed), settings.run.num_seeds)
+    if command.compilation_cache:
+        enable_compilation_cache()
+    states = load_state(path, settings.config, seeds.num_seeds)
+    keys = evaluation_keys(command.seed, seeds.num_seeds, LATER_EVALUATION)
 
     def returns(state: Any, key: jax.Array) -> jax.Array:
         return evaluate(
@@ -144,28 +156,41 @@ def _eval(command: Eval) -> int:
         )
 
     episodes = np.asarray(jax.jit(jax.vmap(returns))(states, keys))
+    last = np.asarray(states.learner.updates)
+    _report(command, settings.config, episodes, last < settings.config.num_updates)
+    return 0
+
+
+def _report(command: Eval, config: Config, episodes: Any, failed: Any) -> None:
+    """Print returns `episodes[S, E]`; seeds that `failed[S]` do not count in the mean."""
+    import numpy as np
+
+    from purejaxppo.stats import mean_interval
+
     per_seed = episodes.mean(axis=1)
-    mean, low, high = mean_interval(per_seed)
+    mean, low, high = mean_interval(np.where(failed, np.nan, per_seed))
     interval = None if np.isnan(low) else [float(low), float(high)]
     if command.json:
+        result = {
+            "env_id": config.env_id,
+            "episodes": command.episodes,
+            "deterministic": command.deterministic,
+            "return_per_seed": per_seed.tolist(),
+            "return_mean": None if np.isnan(mean) else float(mean),
+            "return_interval_95": interval,
+            "failed_seeds": np.flatnonzero(failed).tolist(),
+        }
+        print(json.dumps(result))
+        return
+    for seed, returns in enumerate(episodes):
+        note = "; its training failed, this is its last good state" if failed[seed] else ""
         print(
-            json.dumps(
-                {
-                    "env_id": settings.config.env_id,
-                    "episodes": command.episodes,
-                    "deterministic": command.deterministic,
-                    "return_per_seed": per_seed.tolist(),
-                    "return_mean": float(mean),
-                    "return_interval_95": interval,
-                }
-            )
+            f"seed {seed}: return {returns.mean():.2f} (deviation over episodes "
+            f"{returns.std():.2f}){note}"
         )
-        return 0
-    for seed, (value, spread) in enumerate(zip(per_seed, episodes.std(axis=1), strict=True)):
-        print(f"seed {seed}: return {value:.2f} (deviation over episodes {spread:.2f})")
     between = f" (95% interval {interval[0]:.2f} to {interval[1]:.2f})" if interval else ""
-    print(f"mean: {mean:.2f}{between}, {command.episodes} episodes per seed")
-    return 0
+    if not failed.all():
+        print(f"mean: {mean:.2f}{between}, {command.episodes} episodes per seed")
 
 
 def _envs() -> int:

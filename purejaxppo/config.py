@@ -23,6 +23,10 @@ else:
     Scalar = float
 
 
+FLOAT_MAX = float(np.finfo(np.float32).max)
+MAX_WIDTH = 2**16
+
+
 class ConfigError(Exception):
     """A setting that cannot work: the message gives the value, the rule and the remedy.
 
@@ -61,7 +65,7 @@ class Config:
     """A recurrent cell after the encoder, for partial observation."""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """Widths of the dense layers (after the convolutions, with a cnn)."""
-    memory_size: int = _bounded(64, 1)
+    memory_size: int = _bounded(64, 1, MAX_WIDTH)
     """Width of the recurrent cell; without effect if memory is none."""
     activation: Literal["tanh", "relu", "gelu", "silu"] = "tanh"
     """Nonlinearity of every hidden layer."""
@@ -74,7 +78,7 @@ class Config:
     advantage_normalization: Literal["minibatch", "batch", "none"] = "minibatch"
     """Over what advantages are shifted and scaled to mean 0 and standard deviation 1."""
     normalize_obs: bool = False
-    """Whether observations are normalised by running statistics."""
+    """Whether observations are normalised by running statistics; discrete ones are one-hot."""
     normalize_reward: bool = False
     """Whether rewards are divided by the running deviation of the discounted return."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -84,10 +88,10 @@ class Config:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if any(size < 1 for size in self.hidden_sizes):
+        if any(not 1 <= size <= MAX_WIDTH for size in self.hidden_sizes):
             raise ConfigError(
-                f"hidden_sizes = {list(self.hidden_sizes)}: each width must be at least 1; "
-                "use for example [64, 64], or [] for a linear network"
+                f"hidden_sizes = {list(self.hidden_sizes)}: each width must be at least 1 and at "
+                f"most {MAX_WIDTH}; use for example [64, 64], or [] for a linear network"
             )
         _check_sizes(self)
         _check_minibatches(self)
@@ -111,9 +115,9 @@ class HParams:
     the integers and `None` of a `vmap` axis specification pass unchecked.
     """
 
-    learning_rate: Scalar = _bounded(2.5e-4, 0)
+    learning_rate: Scalar = _bounded(2.5e-4, 0, FLOAT_MAX)
     """Adam's step size at the start of training."""
-    critic_learning_rate: Scalar | None = _bounded(None, 0)
+    critic_learning_rate: Scalar | None = _bounded(None, 0, FLOAT_MAX)
     """Step size of the critic's own parameters; None means learning_rate."""
     gamma: Scalar = _bounded(0.99, 0, 1)
     """Discount per step."""
@@ -123,16 +127,16 @@ class HParams:
     """The probability ratio is clipped to [1 - clip_eps, 1 + clip_eps]."""
     vf_clip_eps: Scalar | None = _bounded(None, 0, open_low=True)
     """How far a value may move from the rollout's in the value loss; None does not clip."""
-    ent_coef: Scalar = _bounded(0.01, 0)
+    ent_coef: Scalar = _bounded(0.01, 0, FLOAT_MAX)
     """Weight of the entropy bonus."""
-    vf_coef: Scalar = _bounded(0.5, 0)
+    vf_coef: Scalar = _bounded(0.5, 0, FLOAT_MAX)
     """Weight of the value loss."""
     max_grad_norm: Scalar = _bounded(0.5, 0, open_low=True)
     """Gradients are scaled down to this global norm; inf does not clip."""
     target_kl: Scalar | None = _bounded(None, 0, open_low=True)
     """After an epoch whose mean approximate KL exceeds this, the update's other epochs are
     left out; None never stops."""
-    adam_eps: Scalar = _bounded(1e-5, 0, open_low=True)
+    adam_eps: Scalar = _bounded(1e-5, 0, FLOAT_MAX, open_low=True)
     """Adam's epsilon."""
 
     def __post_init__(self) -> None:
@@ -176,12 +180,23 @@ def check_fields(instance: Any) -> None:
     hints = typing.get_type_hints(type(instance))
     for f in dataclasses.fields(instance):
         value = getattr(instance, f.name)
-        if isinstance(value, list):
-            value = tuple(value)
-            object.__setattr__(instance, f.name, value)
         _check_type(f.name, value, hints[f.name], f.default)
+        value = _plain(value, hints[f.name])
+        object.__setattr__(instance, f.name, value)
         if "low" in f.metadata and value is not None:
             _check_range(f.name, value, f.metadata)
+
+
+def _plain(value: Any, hint: Any) -> Any:
+    """A checked value in the type its field has: lists as tuples, NumPy's and whole numbers as
+    Python's own of the right kind."""
+    if isinstance(value, list):
+        return tuple(value)
+    if hint is int:
+        return int(value)
+    if isinstance(value, int) and hint not in (bool, str):
+        return float(value) if abs(value) <= FLOAT_MAX else math.inf * (1 if value > 0 else -1)
+    return value
 
 
 def _check_type(name: str, value: Any, hint: Any, default: Any) -> None:
@@ -194,10 +209,10 @@ def _check_type(name: str, value: Any, hint: Any, default: Any) -> None:
         near = difflib.get_close_matches(str(value), choices, n=1)
         kind += f" (did you mean {near[0]}?)" if near and not fits else ""
     elif typing.get_origin(hint) is tuple:
-        fits = isinstance(value, tuple) and all(type(item) is int for item in value)
+        fits = isinstance(value, tuple | list) and all(type(item) is int for item in value)
         kind = "a list of whole numbers"
     else:
-        fits = type(value) is hint
+        fits = type(value) is hint or (hint is int and isinstance(value, np.integer))
         kind = {int: "a whole number", bool: "true or false", str: "a text"}[hint]
     if not fits:
         raise ConfigError(f"{name} = {value!r}: must be {kind}; the default is {default!r}")
@@ -250,6 +265,13 @@ def _check_minibatches(config: Config) -> None:
     else:
         size, formula = config.num_envs, f"num_envs (whole sequences, for memory = {config.memory})"
         values = f"{size}"
+    if config.batch_size == config.num_minibatches and (
+        config.advantage_normalization == "minibatch"
+    ):
+        raise ConfigError(
+            f"num_minibatches = {config.num_minibatches} leaves one sample in each, whose "
+            "normalised advantage is 0; choose fewer, or advantage_normalization = 'batch'"
+        )
     if size % config.num_minibatches == 0:
         return
     small = [d for d in range(1, math.isqrt(size) + 1) if size % d == 0]

@@ -1,5 +1,5 @@
-"""Settings as TOML: fields of `Config` at the top, of `HParams` under `[hparams]`, and the seeds
-under `[run]`."""
+"""Settings as TOML: fields of `Config` at the top, of `HParams` under `[hparams]`, seeds and
+evaluation under `[run]`."""
 
 import dataclasses
 import difflib
@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import tyro
+
 from purejaxppo.config import Config, ConfigError, HParams, check_fields
 
 
 @dataclass(frozen=True)
 class Seeds:
-    """Which trainings to run side by side.
+    """Which trainings to run side by side, and what is needed besides to repeat them.
 
     Raises `ConfigError` on construction if a value is out of range.
     """
@@ -23,6 +25,10 @@ class Seeds:
     """Seed of the random numbers, from which those of all trainings are split."""
     num_seeds: int = field(default=1, metadata={"low": 1, "high": 2**20, "open_low": False})
     """S, trainings that differ in their random numbers alone."""
+    eval_episodes: int = field(default=128, metadata={"low": 1, "high": 2**20, "open_low": False})
+    """Episodes of the final evaluation, per seed."""
+    custom_env: tyro.conf.Suppress[bool] = False
+    """Whether the environment was passed from Python, so that no name brings it back."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -39,6 +39,11 @@ def make_policy(config: Config, action_space: Any) -> Policy:
             np.broadcast_to(np.asarray(bound, np.float32), action_space.shape)
             for bound in (action_space.low, action_space.high)
         )
+        if not np.all(low < high):
+            raise ConfigError(
+                f"the action space {action_space} of {config.env_id}: each lower bound must be "
+                "below its upper one"
+            )
         if config.action_distribution == "tanh_normal":
             return tanh_normal(config, low, high)
         return normal(low, high)
@@ -196,7 +201,7 @@ def tanh_normal(config: Config, low: np.ndarray, high: np.ndarray) -> Policy:
 
     def to_env(action: Float[Array, "*batch A"]) -> Array:
         squashed = jnp.tanh(action.reshape(action.shape[:-1] + shape))
-        return jnp.asarray(centre) + squashed * half_range
+        return jnp.clip(centre + squashed * half_range, low, high)
 
     return Policy(distribution=distribution, to_env=to_env, **_gaussian_parts(low.size))
 

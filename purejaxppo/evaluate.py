@@ -7,11 +7,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from purejaxppo.agent import agent_in
-from purejaxppo.config import Config
+from purejaxppo.config import Config, ConfigError
 from purejaxppo.envs import make_environment
 from purejaxppo.types import PyTree, TrainState
 
 MAX_STEPS_WITHOUT_LIMIT = 10_000
+# Rows of a split and folded-in numbers are the same keys: these lie beyond any number of seeds.
+FINAL_EVALUATION, LATER_EVALUATION = 2**31, 2**31 + 1
+
+
+def evaluation_keys(seed: int, num_seeds: int, purpose: int) -> Key[Array, " S"]:
+    """Keys that share nothing with those of the trainings that `seed` began."""
+    return jax.random.split(jax.random.fold_in(jax.random.key(seed), purpose), num_seeds)
 
 
 class _Episodes(NamedTuple):
@@ -51,11 +58,16 @@ def evaluate(
         env_params: its parameters; None takes its defaults.
 
     Raises:
-        ConfigError: if the environment does not exist, or its spaces do not fit the config.
+        ConfigError: if the environment does not exist, its spaces do not fit the config, the state
+            is of several seeds, or a number is below 1.
     """
+    for name, value in (("num_episodes", num_episodes), ("max_steps", max_steps)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} = {value}: must be at least 1")
     environment = make_environment(config, env, env_params)
     agent = agent_in(environment, config, state)
-    limit = max_steps or environment.max_episode_steps or MAX_STEPS_WITHOUT_LIMIT
+    limit = environment.max_episode_steps if max_steps is None else max_steps
+    limit = MAX_STEPS_WITHOUT_LIMIT if limit is None else limit
 
     def step(now: _Episodes) -> _Episodes:
         key, act_key, env_key = jax.random.split(now.key, 3)

@@ -11,6 +11,7 @@ from purejaxppo.collect import init_actors, make_collect
 from purejaxppo.config import Config, HParams
 from purejaxppo.distributions import make_policy
 from purejaxppo.envs import make_environment
+from purejaxppo.envs.base import check_contract, is_box
 from purejaxppo.improve import init_optimizer, make_improve
 from purejaxppo.networks import make_network
 from purejaxppo.normalize import (
@@ -47,6 +48,7 @@ def make_learner(config: Config, env: Any = None, env_params: Any = None) -> Lea
     environment = make_environment(config, env, env_params)
     policy = make_policy(config, environment.action_space)
     network = make_network(config, environment.observation_space, policy)
+    check_contract(environment, policy)
     collect = make_collect(config, environment, network, policy)
     improve = make_improve(config, network, policy)
 
@@ -54,11 +56,12 @@ def make_learner(config: Config, env: Any = None, env_params: Any = None) -> Lea
         params_key, learner_key, envs_key = jax.random.split(key, 3)
         params = network.init(params_key)
         obs_shape = tuple(environment.observation_space.shape)
+        normalizes = config.normalize_obs and is_box(environment.observation_space)
         learner = LearnerState(
             key=learner_key,
             params=params,
             opt_state=init_optimizer(hparams, params),
-            obs_stats=init_stats(obs_shape) if config.normalize_obs else (),
+            obs_stats=init_stats(obs_shape) if normalizes else (),
             reward_stats=init_stats(()) if config.normalize_reward else (),
             updates=jnp.zeros((), jnp.int32),
         )
@@ -88,18 +91,23 @@ def make_learner(config: Config, env: Any = None, env_params: Any = None) -> Lea
         metrics["env_steps"] = env_steps(config, learner.updates)
         metrics["explained_variance"] = explained_variance(rollout.value, target)
         new = TrainState(learner, actors)
-        return keep_if_finite(metrics, new, state), metrics | episodes
+        kept = keep_if_finite(metrics, new, state)
+        return kept, metrics | episodes
 
     return Learner(init, update)
 
 
 def keep_if_finite(metrics: Metrics, new: TrainState, old: TrainState) -> TrainState:
-    """`new`, or `old` where the loss was not finite.
+    """`new`, or `old` where the loss, or anything learned, is not finite.
 
-    From there on the update is repeated to the same end: the state stays the last good one,
-    and the metrics stay non-finite.
+    From there on the update is repeated to the same end: the state stays the last good one.
+    Where it was not the loss but what was learned (statistics of an infinite observation, say),
+    the loss is reported as NaN.
     """
-    finite = jnp.all(jnp.stack([jnp.isfinite(metrics[name]) for name in MUST_BE_FINITE]))
+    numbers = [x for x in jax.tree.leaves(new.learner) if jnp.issubdtype(x.dtype, jnp.floating)]
+    checked = [metrics[name] for name in MUST_BE_FINITE] + numbers
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in checked]))
+    metrics["policy_loss"] = jnp.where(finite, metrics["policy_loss"], jnp.nan)
     return jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
 
 

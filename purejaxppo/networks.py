@@ -222,11 +222,6 @@ def _observation_reader(
 ) -> tuple[Callable[[Array], Array], tuple[int, ...]]:
     """How an observation becomes floats, and the shape of one that has."""
     if is_discrete(space):
-        if config.normalize_obs:
-            raise ConfigError(
-                f"normalize_obs = True, but the observations of {config.env_id} are {space}; "
-                "discrete observations are one-hot encoded, set normalize_obs to false"
-            )
         return lambda obs: jax.nn.one_hot(obs, space.n), (int(space.n),)
     if is_box(space):
         return _floats, tuple(space.shape)

@@ -21,7 +21,9 @@ class Progress:
 
     def __init__(self, config: Config, num_seeds: int, enabled: bool):
         self._config, self._num_seeds = config, num_seeds
-        self._console = Console(quiet=not enabled, highlight=False, soft_wrap=True)
+        self._console = Console(
+            quiet=not enabled, highlight=False, markup=False, emoji=False, soft_wrap=True
+        )
         self._live = enabled and self._console.is_terminal
         self._bar: Bar | None = None
         self._returns = np.full(num_seeds, np.nan)
@@ -51,8 +53,8 @@ class Progress:
         self._bar = Bar(
             BarColumn(bar_width=None),
             TextColumn("{task.completed:,.0f}/{task.total:,.0f} updates"),
-            TextColumn("[cyan]{task.fields[speed]}"),
-            TextColumn("[green]{task.fields[returns]}"),
+            TextColumn("{task.fields[speed]}", style="cyan"),
+            TextColumn("{task.fields[returns]}", style="green"),
             TimeRemainingColumn(),
             console=self._console,
             expand=True,

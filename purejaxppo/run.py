@@ -18,7 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache as jax_cache
 from purejaxppo.checkpoint import FOLDER, save_state
 from purejaxppo.config import Config, ConfigError, HParams, check_fields
 from purejaxppo.configfile import Seeds, Settings, dump_settings
-from purejaxppo.evaluate import evaluate
+from purejaxppo.evaluate import FINAL_EVALUATION, evaluate, evaluation_keys
 from purejaxppo.learner import MUST_BE_FINITE, make_learner
 from purejaxppo.loggers import (
     COLUMNS,
@@ -37,7 +37,14 @@ from purejaxppo.types import Learner, Metrics, TrainState
 
 CHUNK_SECONDS = 0.5
 _CHUNK_CAPACITY = 1024
-_RUN_FILES = ("config.toml", "metrics.csv", "summary.json", FOLDER)
+_RUN_FILES = (
+    "config.toml",
+    "metrics.csv",
+    "summary.json",
+    "learning_curve.png",
+    "tensorboard",
+    FOLDER,
+)
 
 
 @dataclass(frozen=True)
@@ -90,9 +97,11 @@ def run(
         ConfigError: before anything is compiled or written, if a setting cannot work, or
             `run_dir` already holds a run or cannot be written.
     """
-    settings = Settings(config, hparams or HParams(), Seeds(seed, num_seeds))
+    custom = env is not None or env_params is not None
+    seeds = Seeds(seed, num_seeds, eval_episodes, custom)
+    settings = Settings(config, hparams or HParams(), seeds)
     _check_scalars(settings.hparams)
-    _check_run_options(run_dir, eval_episodes, tensorboard, wandb)
+    _check_loggers(run_dir, tensorboard, wandb)
     learner = make_learner(config, env, env_params)
     directory = None if run_dir is None else _prepare(Path(run_dir), settings)
     loggers = _open_loggers(directory, settings, tensorboard, wandb)
@@ -109,7 +118,7 @@ def run(
         shown.close()
         close_all(loggers)
     with shown.working("evaluating"):
-        returns = _evaluate(settings, training.states, eval_episodes, env, env_params)
+        returns = _evaluate(settings, training.states, env, env_params)
     summary = _summarize(settings, program, training, returns)
     if directory is not None:
         _write(directory, settings, training, summary)
@@ -127,9 +136,7 @@ def _check_scalars(hparams: HParams) -> None:
             )
 
 
-def _check_run_options(run_dir: Any, eval_episodes: int, tensorboard: bool, wandb: bool) -> None:
-    if type(eval_episodes) is not int or eval_episodes < 1:
-        raise ConfigError(f"eval_episodes = {eval_episodes!r}: must be a whole number, at least 1")
+def _check_loggers(run_dir: Any, tensorboard: bool, wandb: bool) -> None:
     if run_dir is None and (tensorboard or wandb):
         raise ConfigError("tensorboard and wandb write into the run directory: give run_dir")
     if tensorboard:
@@ -140,19 +147,20 @@ def _check_run_options(run_dir: Any, eval_episodes: int, tensorboard: bool, wand
 
 def _prepare(directory: Path, settings: Settings) -> Path:
     """Make the run directory and write the settings there, which proves that it can be written."""
-    held = [name for name in _RUN_FILES if (directory / name).exists()]
+    try:
+        held = [name for name in _RUN_FILES if (directory / name).exists()]
+        if not held:
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / "config.toml").write_text(dump_settings(settings), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir = {str(directory)!r}: cannot be written: {error.strerror}; choose another"
+        ) from error
     if held:
         raise ConfigError(
             f"run_dir = {str(directory)!r}: already holds a run ({', '.join(held)}); "
             "choose another directory, or move that one away"
         )
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.toml").write_text(dump_settings(settings), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"run_dir = {str(directory)!r}: cannot be written: {error.strerror}; choose another"
-        ) from error
     return directory
 
 
@@ -287,12 +295,9 @@ def _finite_rows(metrics: HostMetrics, alive: np.ndarray) -> tuple[np.ndarray, d
     return good_before & alive, bad
 
 
-def _evaluate(
-    settings: Settings, states: TrainState, episodes: int, env: Any, env_params: Any
-) -> np.ndarray:
-    keys = jax.random.split(
-        jax.random.fold_in(jax.random.key(settings.run.seed), 1), settings.run.num_seeds
-    )
+def _evaluate(settings: Settings, states: TrainState, env: Any, env_params: Any) -> np.ndarray:
+    keys = evaluation_keys(settings.run.seed, settings.run.num_seeds, FINAL_EVALUATION)
+    episodes = settings.run.eval_episodes
 
     def returns(state: TrainState, key: jax.Array) -> jax.Array:
         return evaluate(settings.config, state, key, episodes, env=env, env_params=env_params)

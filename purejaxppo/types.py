@@ -42,8 +42,8 @@ class Environment(NamedTuple):
     name: str
     observation_space: Any
     action_space: Any
-    max_episode_steps: int | None
-    """The time limit in steps where the environment states one."""
+    max_episode_steps: Any
+    """The time limit in steps where the environment states one, else None."""
     reset: Callable[[Key[Array, " N"]], tuple[PyTree, Array]]
     """`keys[N] -> (state[N], obs[N, ...])`."""
     step: Callable[[Key[Array, " N"], PyTree, Array], tuple[PyTree, TimeStep]]

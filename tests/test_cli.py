@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gymnax
 import pytest
 
+import purejaxppo as ppo
 from purejaxppo.cli import main
 
 SMALL = ["--total-timesteps=640", "--num-steps=8", "--hidden-sizes=8", "--num-minibatches=2"]
@@ -95,19 +97,19 @@ def test_train_and_eval_end_to_end(tmp_path: Path):
             env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
         )  # fmt: skip
 
-    trained = command("train", "my.toml", "--num-envs", "4", "--run-dir", "r", *SMALL)
+    trained = command("train", "my.toml", "--num-envs", "4", "--run-dir", "m[/x]", *SMALL)
     assert "\x1b" not in trained.stdout  # plain lines when the output is no terminal
     assert "640 environment steps each" in trained.stdout
-    assert "learning curve: r/learning_curve.png" in trained.stdout
-    text = (tmp_path / "r/config.toml").read_text()
+    assert "learning curve: m[/x]/learning_curve.png" in trained.stdout
+    text = (tmp_path / "m[/x]/config.toml").read_text()
     assert "num_envs = 4" in text
     assert "gamma = 0.9" in text
     assert "num_seeds = 3" in text
     assert list((tmp_path / "cache/purejaxppo").iterdir())
-    evaluation = json.loads(command("eval", "r", "--episodes", "9", "--json").stdout)
+    evaluation = json.loads(command("eval", "m[/x]", "--episodes", "9", "--json").stdout)
     assert len(evaluation["return_per_seed"]) == 3
     assert evaluation["episodes"] == 9
-    plain = command("eval", "r", "--deterministic", "--episodes", "5").stdout
+    plain = command("eval", "m[/x]", "--deterministic", "--episodes", "5").stdout
     assert plain.startswith("seed 0: return ")
     assert "mean: " in plain
 
@@ -116,6 +118,26 @@ def test_a_run_that_diverges_exits_1(tmp_path: Path, capsys: Any):
     argv = ["train", "--run-dir", str(tmp_path / "r"), "--hparams.learning-rate", "1e38", *SMALL]
     assert main(argv) == 1
     assert "the loss is not finite at update" in capsys.readouterr().out
+
+
+def test_a_run_on_an_environment_object_is_not_taken_for_another(tmp_path: Path, capsys: Any):
+    config = ppo.Config(total_timesteps=64, num_steps=8, hidden_sizes=(8,))
+    limit = gymnax.make("CartPole-v1")[1].replace(max_steps_in_episode=7)
+    ppo.run(config, env_params=limit, run_dir=tmp_path / "r", eval_episodes=2, progress=False)
+    for argv in (["eval", str(tmp_path / "r")], ["train", str(tmp_path / "r/config.toml")]):
+        assert "were passed from Python" in failed_with_2(argv, capsys)
+
+
+def test_eval_names_seeds_that_failed_and_leaves_them_out(tmp_path: Path, capsys: Any):
+    argv = ["train", "--run-dir", str(tmp_path / "r"), "--hparams.learning-rate", "1e38", *SMALL]
+    main([*argv, "--no-compilation-cache"])
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "r"), "--json", "--no-compilation-cache"]) == 0
+    evaluation = json.loads(capsys.readouterr().out)
+    assert evaluation["failed_seeds"] == [0]
+    assert evaluation["return_mean"] is None
+    assert main(["eval", str(tmp_path / "r")]) == 0
+    assert "its training failed" in capsys.readouterr().out
 
 
 def test_envs_lists_what_can_be_trained(capsys: Any):

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from envs import RandomWalk
@@ -24,6 +23,8 @@ BAD_CONFIGS = [
     ({"env_id": 3}, "must be a text"),
     ({"activation": "rellu"}, "did you mean relu?"),
     ({"hidden_sizes": (64, 0)}, "each width must be at least 1"),
+    ({"hidden_sizes": (10**12,)}, "at most 65536"),
+    ({"num_minibatches": 512}, "leaves one sample in each"),
     ({"hidden_sizes": (64, "a")}, "must be a list of whole numbers"),
     (
         {"num_envs": 10**9},
@@ -59,6 +60,8 @@ BAD_HPARAMS = [
     ({"ent_coef": None}, "must be a number"),
     ({"ent_coef": True}, "must be a number"),
     ({"gamma": np.array([0.9, 1.5])}, "gamma = 1.5: must be"),
+    ({"learning_rate": float("inf")}, "at most 3.4"),
+    ({"ent_coef": 10**400}, "at most 3.4"),
     ({"target_kl": 0.0}, "must be greater than 0"),
 ]
 
@@ -71,6 +74,7 @@ def test_bad_hparams(settings: dict[str, Any], message: str):
 
 
 def test_config_is_hashable_and_takes_lists():
+    assert type(ppo.Config(num_envs=np.int64(8)).num_envs) is int
     assert hash(ppo.Config(hidden_sizes=[32, 32])) == hash(ppo.Config(hidden_sizes=(32, 32)))
 
 
@@ -93,7 +97,7 @@ OTHER_VALUES: dict[str, Any] = {
     "num_steps": 16,
     "update_epochs": 3,
     "num_minibatches": 4,
-    "encoder": "cnn",
+    "encoder": "mlp",
     "memory": "gru",
     "hidden_sizes": (8, 8),
     "memory_size": 4,
@@ -120,7 +124,7 @@ OTHER_VALUES: dict[str, Any] = {
 }
 # Where a setting acts only together with another, both sides have the other.
 TOGETHER_WITH: dict[str, dict[str, Any]] = {
-    "encoder": {"env_id": "Catch-bsuite"},
+    "encoder": {"env_id": "Breakout-MinAtar"},
     "memory_size": {"memory": "gru"},
     "action_distribution": {"env_id": "Pendulum-v1"},
     "log_std_init": {"env_id": "Pendulum-v1"},
@@ -140,23 +144,15 @@ def outcome(tiny: ppo.Config, settings: dict[str, Any]) -> Any:
     settings = {"env_id": "RandomWalk"} | settings
     config = dataclasses.replace(tiny, **{k: v for k, v in settings.items() if k not in HPARAMS})
     hparams = ppo.HParams(**{k: v for k, v in settings.items() if k in HPARAMS})
-    state, metrics = compiled(config)(jax.random.key(0), hparams)
-    return jax.tree.leaves((state.learner.params, metrics))
+    _, metrics = compiled(config)(jax.random.key(0), hparams)
+    return metrics
 
 
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(ppo.Config)] + sorted(HPARAMS))
 def test_every_option_has_an_effect(name: str, tiny: ppo.Config):
     base = TOGETHER_WITH.get(name, {})
-    if name == "encoder":
-        with pytest.raises(ppo.ConfigError, match="height, width, channels"):
-            outcome(tiny, base | {name: OTHER_VALUES[name]})
-        return
     before, after = outcome(tiny, base), outcome(tiny, base | {name: OTHER_VALUES[name]})
-    same = len(before) == len(after) and all(
-        x.shape == y.shape and jnp.array_equal(x, y, equal_nan=True)
-        for x, y in zip(before, after, strict=True)
-    )
-    assert not same
+    assert not all(np.array_equal(before[k], after[k], equal_nan=True) for k in before)
 
 
 # Files
@@ -166,7 +162,7 @@ def test_settings_come_back_from_their_file(tmp_path: Path):
     settings = Settings(
         ppo.Config(env_id='odd "name"\n\x7f é', hidden_sizes=(), normalize_obs=True),
         ppo.HParams(learning_rate=1 / 3, target_kl=0.02, max_grad_norm=float("inf"), ent_coef=0),
-        Seeds(seed=7, num_seeds=3),
+        Seeds(seed=7, num_seeds=3, eval_episodes=5),
     )
     path = tmp_path / "config.toml"
     path.write_text(dump_settings(settings), encoding="utf-8")

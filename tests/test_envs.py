@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from envs import ConstantChain, Params, RandomWalk
+from gymnax.environments import spaces
 
 import purejaxppo as ppo
 from purejaxppo.envs import make_environment
@@ -119,6 +120,23 @@ class WrongObs(ConstantChain):
         return jnp.ones(3)
 
 
+class VectorReward(ConstantChain):
+    def step_env(self, key: Any, state: Any, action: Any, params: Any) -> Any:
+        obs, state, reward, terminated, info = super().step_env(key, state, action, params)
+        return obs, state, reward[None], terminated, info
+
+
+class OddSpaces(ConstantChain):
+    def __init__(self, observation: Any, action: Any):
+        self.spaces = observation, action
+
+    def observation_space(self, params: Any) -> Any:
+        return self.spaces[0]
+
+    def action_space(self, params: Any) -> Any:
+        return self.spaces[1]
+
+
 class GrowingState(Wrapped):
     def step(self, key: Any, state: Any, action: Any, params: Any) -> Any:
         obs, state, *rest = self.env.step(key, state, action, params)
@@ -128,8 +146,38 @@ class GrowingState(Wrapped):
 def test_an_environment_whose_shapes_do_not_fit_is_refused(tiny: ppo.Config):
     with pytest.raises(ppo.ConfigError, match=r"shape \(3,\), but its observation space"):
         ppo.make_learner(tiny, env=WrongObs())
+    with pytest.raises(ppo.ConfigError, match=r"shape \(1,\) as its reward"):
+        ppo.make_learner(tiny, env=VectorReward())
     with pytest.raises(ppo.ConfigError, match="other shapes than the one reset returns"):
         ppo.make_learner(tiny, env=GrowingState(ConstantChain()))
+
+
+BOX, TWO = spaces.Box(0, 1, (2,)), spaces.Discrete(2)
+
+
+@pytest.mark.parametrize(
+    ("observation", "action", "words"),
+    [
+        (spaces.Dict({"a": BOX}), TWO, "observation space .*flatten a Dict"),
+        (BOX, spaces.Dict({"a": TWO}), "action space .* is not supported"),
+        (BOX, spaces.Tuple([TWO]), "action space .* is not supported"),
+        (BOX, spaces.Box(1.0, -1.0, (1,)), "lower bound must be below"),
+        (BOX, spaces.Box(float("nan"), 1.0, (1,)), "lower bound must be below"),
+    ],
+)
+def test_spaces_that_are_not_supported_are_refused(
+    tiny: ppo.Config, observation: Any, action: Any, words: str
+):
+    with pytest.raises(ppo.ConfigError, match=words):
+        ppo.run(tiny, env=OddSpaces(observation, action))
+
+
+def test_trainings_can_be_vmapped_over_parameters_of_the_environment(tiny: ppo.Config):
+    def longest(limit: jax.Array) -> jax.Array:
+        train = ppo.make_train(tiny, ConstantChain(), Params(limit))
+        return jnp.nanmax(train(jax.random.key(0), ppo.HParams())[1]["episode_length"])
+
+    np.testing.assert_array_equal(jax.jit(jax.vmap(longest))(jnp.array([3, 6])), [3, 6])
 
 
 def test_unknown_environments_name_the_nearest():

@@ -113,7 +113,6 @@ def test_discrete_observations_are_one_hot(key: jax.Array):
     ("space", "settings", "words"),
     [
         (VECTOR, {"encoder": "cnn"}, r"\[3\]; use auto or mlp"),
-        (spaces.Discrete(5), {"normalize_obs": True}, "one-hot"),
         (spaces.Dict({"a": VECTOR}), {}, "flatten"),
     ],
 )

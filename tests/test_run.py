@@ -15,6 +15,7 @@ from envs import Poisoned, RandomWalk
 import purejaxppo as ppo
 from purejaxppo.checkpoint import latest, load_state
 from purejaxppo.configfile import load_settings
+from purejaxppo.evaluate import FINAL_EVALUATION, LATER_EVALUATION, evaluation_keys
 from purejaxppo.loggers import COLUMNS
 from purejaxppo.plots import smooth
 from purejaxppo.stats import mean_interval
@@ -76,8 +77,8 @@ def test_config_toml_repeats_the_run_bit_for_bit(finished: Any, tmp_path: Path):
     settings = load_settings(directory / "config.toml")
     again = ppo.run(
         settings.config, settings.hparams, seed=settings.run.seed,
-        num_seeds=settings.run.num_seeds, run_dir=tmp_path / "again", eval_episodes=16,
-        progress=False,
+        num_seeds=settings.run.num_seeds, run_dir=tmp_path / "again",
+        eval_episodes=settings.run.eval_episodes, progress=False,
     )  # fmt: skip
     assert (tmp_path / "again/metrics.csv").read_bytes() == (directory / "metrics.csv").read_bytes()
     assert (tmp_path / "again/config.toml").read_text() == (directory / "config.toml").read_text()
@@ -128,6 +129,34 @@ def test_a_seed_whose_loss_turns_non_finite_disturbs_no_other(tmp_path: Path, ca
     assert result.states.learner.updates[seed] == update - 1
 
 
+class Infinite(RandomWalk):
+    """Its observation is infinite in the last step of a full episode."""
+
+    def get_obs(self, state: Any, params: Any = None, key: Any = None) -> jax.Array:
+        return jnp.where(state.time == 4, jnp.inf, super().get_obs(state))
+
+
+def test_statistics_of_an_infinite_observation_are_not_kept(tiny: ppo.Config):
+    """The network sees it clipped, so the loss is finite while the statistics are not."""
+    config = dataclasses.replace(tiny, normalize_obs=True)
+    result = ppo.run(config, env=Infinite(), eval_episodes=2)
+    assert result.failed == {0: 1}
+    for leaf in jax.tree.leaves(result.states.learner._replace(key=())):
+        assert np.isfinite(leaf).all()
+
+
+def test_evaluations_share_no_key_with_trainings():
+    training = jax.random.key_data(jax.random.split(jax.random.key(0), 64))
+    deeper = jax.vmap(lambda k: jax.random.key_data(jax.random.split(k, 8)))(
+        jax.random.wrap_key_data(training)
+    )
+    seen = {tuple(row) for row in np.concatenate([training, deeper.reshape(-1, 2)]).tolist()}
+    for purpose in (FINAL_EVALUATION, LATER_EVALUATION):
+        keys = jax.random.key_data(evaluation_keys(0, 64, purpose)).tolist()
+        assert not seen & {tuple(row) for row in keys}
+        seen |= {tuple(row) for row in keys}
+
+
 def test_a_run_all_of_whose_seeds_failed_stops(tmp_path: Path):
     config = ppo.Config(total_timesteps=10**9, num_steps=8, hidden_sizes=(8,), num_minibatches=1)
     result = ppo.run(config, ppo.HParams(learning_rate=1e38), run_dir=tmp_path / "r")
@@ -147,6 +176,7 @@ def test_a_run_all_of_whose_seeds_failed_stops(tmp_path: Path):
         ({"tensorboard": True}, "give run_dir"),
         ({"num_seeds": 0}, "num_seeds = 0"),
         ({"run_dir": "/proc/none/here"}, "cannot be written"),
+        ({"run_dir": "x" * 300}, "File name too long"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options: dict[str, Any], words: str):
@@ -209,7 +239,12 @@ def test_evaluate_is_reproducible_and_counts_unfinished_episodes_as_they_are():
     np.testing.assert_array_equal(whole, ppo.evaluate(config, state, key, num_episodes=8))
     cut = ppo.evaluate(config, state, key, num_episodes=8, max_steps=5)
     np.testing.assert_array_equal(cut, np.minimum(whole, 5))
+    for bad in ({"num_episodes": 0}, {"max_steps": 0}):
+        with pytest.raises(ppo.ConfigError, match="= 0: must be at least 1"):
+            ppo.evaluate(config, state, key, **bad)
     states = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    with pytest.raises(ppo.ConfigError, match="leading axis of 2 seeds"):
+        ppo.evaluate(config, states, key)
     both = jax.vmap(lambda s, k: ppo.evaluate(config, s, k, 8))(states, jnp.stack([key, key]))
     np.testing.assert_array_equal(both[0], whole)
 

@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Key
 
-from purejaxppo.types import PyTree, TimeStep
+from purejaxppo.config import ConfigError
+from purejaxppo.types import Environment, Policy, PyTree, TimeStep
 
 
 class MultiDiscrete:
@@ -91,3 +93,35 @@ def select_rows(condition: Bool[Array, " N"], chosen: PyTree, other: PyTree) -> 
         return jnp.where(condition.reshape(condition.shape + (1,) * (x.ndim - 1)), x, y)
 
     return jax.tree.map(select, chosen, other)
+
+
+def check_contract(env: Environment, policy: Policy) -> None:
+    """Trace one reset and one step, computing nothing, and check what comes out.
+
+    Raises:
+        ConfigError: if observations do not fit the observation space, or a state changes its
+            shapes.
+    """
+
+    def both(key: Key[Array, ""]) -> Any:
+        state, obs = env.reset(key[None])
+        outputs = jnp.zeros((1, policy.num_outputs + policy.num_free))
+        action = policy.to_env(policy.sample(outputs, policy.noise(key)[None]))
+        next_state, result = env.step(key[None], state, action)
+        return state, obs, next_state, result
+
+    state, obs, next_state, result = jax.eval_shape(both, jax.random.key(0))
+    space = (1, *env.observation_space.shape)
+    for method, shape in (("reset", obs.shape), ("step", result.final_obs.shape)):
+        if shape != space:
+            raise ConfigError(
+                f"env {env.name}: {method} returns an observation of shape {shape[1:]}, but its "
+                f"observation space has the shape {space[1:]}; make them agree"
+            )
+    try:
+        chex.assert_trees_all_equal_shapes(state, next_state)
+    except AssertionError as error:
+        raise ConfigError(
+            f"env {env.name}: the state that step returns has other shapes than the one reset "
+            f"returns; make them agree: {error}"
+        ) from error
