@@ -61,9 +61,7 @@ def evaluate(
         ConfigError: if the environment does not exist, its spaces do not fit the config, the state
             is of several seeds, or a number is below 1.
     """
-    for name, value in (("num_episodes", num_episodes), ("max_steps", max_steps)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} = {value}: must be at least 1")
+    _check_counts(num_episodes, max_steps)
     environment = make_environment(config, env, env_params)
     agent = agent_in(environment, config, state)
     limit = environment.max_episode_steps if max_steps is None else max_steps
@@ -97,3 +95,9 @@ def evaluate(
     )
     last = jax.lax.while_loop(lambda now: (now.steps < limit) & ~jnp.all(now.over), step, first)
     return last.total
+
+
+def _check_counts(num_episodes: int, max_steps: int | None) -> None:
+    for name, value in (("num_episodes", num_episodes), ("max_steps", max_steps)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} = {value}: must be at least 1")

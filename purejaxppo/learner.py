@@ -25,6 +25,7 @@ from purejaxppo.types import (
     Learner,
     LearnerState,
     Metrics,
+    Rollout,
     RunningStats,
     TrainState,
 )
@@ -75,17 +76,8 @@ def make_learner(config: Config, env: Any = None, env_params: Any = None) -> Lea
         advantage, target = gae(rollout, hparams)
         learner, metrics = improve(learner, rollout, advantage, target, hparams)
 
-        if isinstance(learner.obs_stats, RunningStats):
-            stats = update_stats(learner.obs_stats, raw_obs, rollout.mask)
-            learner = learner._replace(obs_stats=stats)
-        if isinstance(learner.reward_stats, RunningStats):
-            running, returns = discounted_returns(
-                actors.discounted_return, raw_reward, done, hparams.gamma
-            )
-            actors = actors._replace(discounted_return=running)
-            stats = update_stats(learner.reward_stats, returns, rollout.mask)
-            learner = learner._replace(reward_stats=stats)
-
+        raw = rollout._replace(obs=raw_obs, reward=raw_reward)
+        learner, actors = refresh_statistics(learner, actors, raw, hparams)
         learner = learner._replace(updates=learner.updates + 1)
         actors, episodes = count_episodes(actors, raw_reward, done)
         metrics["env_steps"] = env_steps(config, learner.updates)
@@ -95,6 +87,26 @@ def make_learner(config: Config, env: Any = None, env_params: Any = None) -> Lea
         return kept, metrics | episodes
 
     return Learner(init, update)
+
+
+def refresh_statistics(
+    learner: LearnerState, actors: ActorState, raw: Rollout, hparams: HParams
+) -> tuple[LearnerState, ActorState]:
+    """Take a rollout, its observations and rewards as the environment gave them, into the running
+    statistics that the config asks for."""
+    if isinstance(learner.obs_stats, RunningStats):
+        stats = update_stats(learner.obs_stats, raw.obs, raw.mask)
+        learner = learner._replace(obs_stats=stats)
+    if isinstance(learner.reward_stats, RunningStats):
+        done = raw.terminated | raw.truncated
+        running, returns = discounted_returns(
+            actors.discounted_return, raw.reward, done, hparams.gamma
+        )
+        actors = actors._replace(discounted_return=running)
+        learner = learner._replace(
+            reward_stats=update_stats(learner.reward_stats, returns, raw.mask)
+        )
+    return learner, actors
 
 
 def keep_if_finite(metrics: Metrics, new: TrainState, old: TrainState) -> TrainState:

@@ -97,8 +97,7 @@ def run(
         ConfigError: before anything is compiled or written, if a setting cannot work, or
             `run_dir` already holds a run or cannot be written.
     """
-    custom = env is not None or env_params is not None
-    seeds = Seeds(seed, num_seeds, eval_episodes, custom)
+    seeds = Seeds(seed, num_seeds, eval_episodes, env is not None or env_params is not None)
     settings = Settings(config, hparams or HParams(), seeds)
     _check_scalars(settings.hparams)
     _check_loggers(run_dir, tensorboard, wandb)
