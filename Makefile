@@ -31,7 +31,7 @@ test: lint ## lint, types and tests
 test-slow: $(INSTALLED) ## the tests that take minutes
 	$(BIN)/pytest -n auto -m slow
 
-results: $(INSTALLED) ## train each config with 10 seeds; writes the README's table (about 15 minutes)
+results: $(INSTALLED) ## train each config with 10 seeds; writes the README's table (half an hour)
 	$(BIN)/python benchmarks/results.py
 
 parity: ## write the numbers of PyTorch's autograd that the tests compare with
