@@ -176,8 +176,8 @@ def test_the_first_minibatch_has_ratio_1_and_no_kl(settings: dict[str, Any]):
 
 
 def test_the_first_minibatch_ratio_is_exactly_1_with_the_default_sizes():
-    config = ppo.Config(normalize_obs=True, update_epochs=1, num_minibatches=1)
-    hparams = ppo.HParams(learning_rate=0.0)
+    """With a learning rate of 0 every minibatch is a first one."""
+    config, hparams = ppo.Config(normalize_obs=True), ppo.HParams(learning_rate=0.0)
     _, metrics = trained(config, hparams, 3)
     np.testing.assert_array_equal(metrics["approx_kl"], 0.0)
     np.testing.assert_array_equal(metrics["clip_fraction"], 0.0)
