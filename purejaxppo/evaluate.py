@@ -64,8 +64,8 @@ def evaluate(
     _check_counts(num_episodes, max_steps)
     environment = make_environment(config, env, env_params)
     agent = agent_in(environment, config, state)
-    limit = environment.max_episode_steps if max_steps is None else max_steps
-    limit = MAX_STEPS_WITHOUT_LIMIT if limit is None else limit
+    limits = (max_steps, environment.max_episode_steps, MAX_STEPS_WITHOUT_LIMIT)
+    limit = next(limit for limit in limits if limit is not None)
 
     def step(now: _Episodes) -> _Episodes:
         key, act_key, env_key = jax.random.split(now.key, 3)

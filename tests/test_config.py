@@ -207,4 +207,7 @@ def test_files_that_cannot_be_read(tmp_path: Path):
 
 @pytest.mark.parametrize("path", sorted(Path("configs").glob("*.toml")), ids=lambda p: p.stem)
 def test_shipped_configs_load_and_fit_their_environment(path: Path):
-    ppo.make_learner(load_settings(path).config)
+    settings = load_settings(path)
+    learner = ppo.make_learner(settings.config)
+    state = jax.eval_shape(learner.init, jax.random.key(0), settings.hparams)
+    assert len(state.actors.obs) == settings.config.num_envs
