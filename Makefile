@@ -3,10 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install train test lint test-slow results parity lock clean
+.PHONY: help install train test lint test-slow test-faults bench-checkpoints results parity lock clean
 
 help: ## show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
 install: $(INSTALLED) ## make .venv with the locked versions of everything
 
@@ -30,6 +30,12 @@ test: lint ## lint, types and tests
 
 test-slow: $(INSTALLED) ## the tests that take minutes
 	$(BIN)/pytest -n auto -m slow
+
+test-faults: $(INSTALLED) ## runs killed 20 times each, and told to stop at every moment (ten minutes)
+	$(BIN)/pytest -n auto -m faults
+
+bench-checkpoints: $(INSTALLED) ## what checkpoints cost; writes the README's table (ten minutes)
+	$(BIN)/python benchmarks/checkpoints.py
 
 results: $(INSTALLED) ## train each config with 10 seeds; writes the README's table (half an hour)
 	$(BIN)/python benchmarks/results.py

@@ -12,14 +12,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from readme import write_table
+
 import purejaxppo as ppo
 from purejaxppo.configfile import load_settings
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/learning.json"
-README = ROOT / "README.md"
 NUM_SEEDS = 10
-BEGIN, END = "<!-- results: benchmarks/results.py -->", "<!-- end of results -->"
 # The mean over seeds of the final 128-episode evaluation that each config was made to reach.
 TARGETS = {
     "cartpole": 495.0,
@@ -66,14 +66,6 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_table(results: dict[str, dict[str, Any]]) -> None:
-    """Put the table between its two marks in the README."""
-    text = README.read_text(encoding="utf-8")
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
-    README.write_text(f"{head}{BEGIN}\n{table(results)}\n{END}{tail}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(TARGETS))
@@ -86,7 +78,7 @@ def main() -> None:
         results[name] = train(name)
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    write_table(results)
+    write_table("results", table(results))
 
 
 if __name__ == "__main__":

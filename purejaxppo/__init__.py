@@ -4,8 +4,11 @@ from purejaxppo.agent import Agent, make_agent
 from purejaxppo.config import Config, ConfigError, HParams
 from purejaxppo.envs import MultiDiscrete, available_environments
 from purejaxppo.evaluate import evaluate
+from purejaxppo.export import export_policy
 from purejaxppo.learner import make_learner
-from purejaxppo.run import Result, run
+from purejaxppo.load import Loaded, load
+from purejaxppo.run import Result, resume, run
+from purejaxppo.rundir import StorageError
 from purejaxppo.train import make_train, train_chunk
 from purejaxppo.types import Learner, TrainState
 
@@ -15,14 +18,19 @@ __all__ = [
     "ConfigError",
     "HParams",
     "Learner",
+    "Loaded",
     "MultiDiscrete",
     "Result",
+    "StorageError",
     "TrainState",
     "available_environments",
     "evaluate",
+    "export_policy",
+    "load",
     "make_agent",
     "make_learner",
     "make_train",
+    "resume",
     "run",
     "train_chunk",
 ]

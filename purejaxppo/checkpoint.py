@@ -1,58 +1,424 @@
-"""States on disk."""
+"""Checkpoints: `checkpoints/<updates>/`, a `TrainState` as orbax writes it, and `manifest.json`.
 
+A checkpoint is written under another name and renamed when it is complete. The manifest holds the
+host's position, the settings, the shape of each leaf and the SHA-256 digest of every file; one that
+disagrees with its manifest is not a checkpoint. Nothing is ever unpickled.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+import tomllib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from purejaxppo.config import Config, ConfigError, HParams
-from purejaxppo.learner import make_learner
+from purejaxppo.config import Config, ConfigError
+from purejaxppo.configfile import Settings, dump_settings, settings_from
+from purejaxppo.rundir import CHECKPOINTS, StorageError, write_whole
 from purejaxppo.types import TrainState
 
-FOLDER = "checkpoints"
+FORMAT = 1
+_MANIFEST = "manifest.json"
+_UNFINISHED = ".saving"
+# In the background a folder that cannot be made would be waited for until a time runs out.
+_ASYNC = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+# In which the other writes of a save that failed come to their end.
+_SETTLING_SECONDS = 0.5
 
 
-def save_state(run_dir: Path, update: int, state: TrainState) -> Path:
-    """Write the state after `update` updates under `run_dir/checkpoints/`; atomic."""
-    path = (run_dir / FOLDER / f"{update:09d}").absolute()
-    ocp.save(str(path), state)
-    return path
+class DamagedError(Exception):
+    """What lies there is no whole checkpoint; the message says in which way."""
 
 
-def latest(run_dir: Path) -> Path:
-    """The folder of the newest state in a run directory.
+@dataclass(frozen=True)
+class Position:
+    """Where the host stands after `updates` updates."""
+
+    updates: int
+    metrics_bytes: int = 0
+    """Length of `metrics.csv`."""
+    metrics_digest: str = ""
+    """SHA-256 of so many of its bytes."""
+    run_seconds: float = 0.0
+    failed: dict[int, int] = dataclasses.field(default_factory=dict)
+    """Seeds whose loss turned non-finite, and the update at which it did."""
+    extended: tuple[tuple[int, int], ...] = ()
+    """(updates done, new `total_timesteps`) each time that a resume changed it."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint, of S seeds."""
+
+    path: Path
+    position: Position
+    settings: Settings
+    leaves: dict[str, str]
+    """Type and shape of each leaf by its path."""
+    eval_return: float | None
+    """Mean over the seeds that have not failed, if it was evaluated."""
+
+
+def save(run_dir: Path, position: Position, settings: Settings, states: TrainState) -> Checkpoint:
+    """Write the states `[S, ...]` after `position.updates` updates; all of it or nothing.
+
+    Raises:
+        StorageError: if it cannot be written; what was there before is left as it was.
+    """
+    path = (run_dir / CHECKPOINTS / f"{position.updates:09d}").absolute()
+    unfinished = path.with_name(path.name + _UNFINISHED)
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "position": dataclasses.asdict(position),
+        "settings": dump_settings(settings),
+        "leaves": _leaves(states),
+        "eval_return": None,
+    }
+    reason = None
+    with _quiet():
+        try:
+            _write(path, unfinished, manifest, states)
+        except Exception as error:  # orbax raises many kinds for a disk that is full
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if reason is not None:
+            time.sleep(_SETTLING_SECONDS)
+    if reason is not None:
+        for part in path.parent.glob(f"{unfinished.name}*"):
+            shutil.rmtree(part, ignore_errors=True)
+        raise StorageError(f"checkpoint {str(path)!r}: cannot be written: {reason}")
+    return _checkpoint(path, manifest)
+
+
+def _write(path: Path, unfinished: Path, manifest: dict[str, Any], states: TrainState) -> None:
+    path.parent.mkdir(exist_ok=True)
+    _remove(unfinished)
+    with ocp.Context(async_options=_ASYNC):
+        ocp.save(str(unfinished), _arrays(states))
+    manifest["files"] = _digests(unfinished)
+    _write_manifest(unfinished, manifest)
+    if path.exists():  # only ever a damaged one, or the same once more
+        _remove(path)
+    unfinished.replace(path)
+    _sync(path.parent)
+
+
+def record_evaluation(checkpoint: Checkpoint, eval_return: float | None) -> None:
+    """Note what an evaluation of the checkpoint gave."""
+    manifest = json.loads((checkpoint.path / _MANIFEST).read_text(encoding="utf-8"))
+    _write_manifest(checkpoint.path, manifest | {"eval_return": eval_return})
+
+
+def prune(run_dir: Path, newest: int, keep: int) -> None:
+    """Remove all checkpoints up to update `newest` but the `keep` last and the best."""
+    folders = [p for p in _folders(run_dir) if int(p.name) <= newest]
+    known = {c.path: c for c in _by_manifest(folders)}
+    kept = {*list(known)[-keep:], *(c.path for c in _by_return(known.values())[:1])}
+    for folder in folders:
+        if folder not in kept:
+            _remove(folder)
+    for part in unfinished(run_dir):
+        _remove(part)
+
+
+def find(run_dir: Path, which: str | int = "newest") -> tuple[Checkpoint, list[str]]:
+    """The newest whole checkpoint, the best by evaluation, or that of an update; and in words each
+    better one that had to be skipped.
 
     Raises:
         ConfigError: if there is none.
     """
-    found = sorted(p for p in (run_dir / FOLDER).glob("*") if p.name.isdigit())
-    if not found:
-        raise ConfigError(
-            f"run directory {str(run_dir)!r}: holds no finished state under {FOLDER}/; "
-            "train to the end first"
-        )
-    return found[-1].absolute()
+    if which not in ("newest", "best") and (type(which) is not int or which < 0):
+        raise ConfigError(f"checkpoint {which!r}: must be newest, best, or a number of updates")
+    folders = _folders(run_dir)
+    there = ", ".join(str(int(p.name)) for p in folders) or "none"
+    if which == "best":
+        wanted = [c.path for c in _by_return(_by_manifest(folders))]
+    else:
+        wanted = [p for p in reversed(folders) if which in ("newest", int(p.name))]
+    skipped = [f"{p}: an unfinished save" for p in unfinished(run_dir)]
+    for folder in wanted:
+        try:
+            return read(folder), skipped
+        except DamagedError as error:
+            skipped.append(f"{folder}: {error}")
+    kind = "evaluated" if which == "best" else "whole"
+    after = "" if which in ("newest", "best") else f" after {which} updates"
+    named = "".join(f"\n  {line}" for line in skipped)
+    raise ConfigError(
+        f"run directory {str(run_dir)!r}: has no {kind} checkpoint{after} (there: {there}){named}"
+    )
 
 
-def load_state(
-    path: Path, config: Config, num_seeds: int, env: Any = None, env_params: Any = None
-) -> TrainState:
-    """The state written at `path`, its leaves `[S, ...]`.
+def has_any(run_dir: Path) -> bool:
+    """Whether a checkpoint was ever completed there and not removed, in whatever state it is."""
+    return bool(_folders(run_dir))
+
+
+def best(run_dir: Path) -> Checkpoint | None:
+    """The checkpoint of the highest evaluation return, the later one of equals, going by what
+    manifests say."""
+    return next(iter(_by_return(_by_manifest(_folders(run_dir)))), None)
+
+
+def read(path: Path) -> Checkpoint:
+    """What the manifest says, once every file agrees with it.
 
     Raises:
-        ConfigError: if it cannot be read, or is not a state of this config.
+        DamagedError: if a file is missing or changed, or the format is not ours.
     """
-    learner = make_learner(config, env, env_params)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_seeds))
-    shapes = jax.eval_shape(jax.vmap(learner.init, (0, None)), keys, HParams())
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    template = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
-    )
+    manifest = _manifest(path)
+    checkpoint = _checkpoint(path, manifest)
     try:
-        state = ocp.load(str(path), template)
-    except Exception as error:  # orbax raises many kinds for a damaged or foreign folder
+        found = _digests(path)
+    except OSError as error:
+        raise DamagedError(f"cannot be read: {error.strerror}") from error
+    wanted = manifest["files"]
+    if not isinstance(wanted, dict):
+        raise DamagedError(f"{_MANIFEST} does not say what it should")
+    for name in sorted(wanted):
+        if name not in found:
+            raise DamagedError(f"the file {name} is missing")
+        if wanted[name] != found[name]:
+            raise DamagedError(f"the file {name} has changed since it was written")
+    return checkpoint
+
+
+def restore(checkpoint: Checkpoint, init: Any) -> TrainState:
+    """The states `[S, ...]`, on the first device; `init` gives their shapes, `() -> TrainState`.
+
+    Raises:
+        ConfigError: if the shapes are not those of the checkpoint.
+    """
+    shapes = jax.eval_shape(init)
+    _check_leaves(checkpoint, _leaves(shapes))
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    template = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        for name, x in _arrays(shapes).items()
+    }
+    try:
+        with _quiet():
+            arrays = ocp.load(str(checkpoint.path), template)
+    except Exception as error:  # orbax raises many kinds for a foreign folder
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"checkpoint {str(path)!r}: cannot be read: {reason}") from error
-    return state
+        raise ConfigError(
+            f"checkpoint {str(checkpoint.path)!r}: cannot be read: {reason}"
+        ) from error
+    leaves, structure = jax.tree.flatten(shapes)
+    filled = [
+        arrays[_name(i)] if x.size else jnp.zeros(x.shape, x.dtype) for i, x in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(structure, filled)
+
+
+def check_same_run(checkpoint: Checkpoint, settings: Settings) -> None:
+    """Raise `ConfigError` if a run under `settings` could not go on from the checkpoint, naming
+    each setting that differs. Its length, its evaluation and its `HParams` may."""
+    pairs = []
+    for f in dataclasses.fields(Config):
+        if f.name != "total_timesteps":
+            pairs.append((f.name, checkpoint.settings.config, settings.config))
+    for name in ("seed", "num_seeds", "custom_env"):
+        pairs.append((name, checkpoint.settings.run, settings.run))
+    different = [
+        f"{name} is {getattr(new, name)!r} and was {getattr(old, name)!r}"
+        for name, old, new in pairs
+        if getattr(old, name) != getattr(new, name)
+    ]
+    if different:
+        raise ConfigError(
+            f"checkpoint {str(checkpoint.path)!r}: is of another training: {'; '.join(different)}; "
+            "set it back, or begin a new run"
+        )
+
+
+def _check_leaves(checkpoint: Checkpoint, wanted: dict[str, str]) -> None:
+    held = checkpoint.leaves
+    different = [
+        f"{name} is {held.get(name, 'absent')} there and {wanted.get(name, 'absent')} here"
+        for name in sorted(held.keys() | wanted.keys())
+        if held.get(name) != wanted.get(name)
+    ]
+    if different:
+        more = f", and {len(different) - 3} more" if len(different) > 3 else ""
+        raise ConfigError(
+            f"checkpoint {str(checkpoint.path)!r}: does not fit this environment and version: "
+            f"{'; '.join(different[:3])}{more}"
+        )
+
+
+def _leaves(states: Any) -> dict[str, str]:
+    paths = jax.tree_util.tree_flatten_with_path(states)[0]
+    return {
+        jax.tree_util.keystr(path): f"{leaf.dtype}{list(np.shape(leaf))}" for path, leaf in paths
+    }
+
+
+def unfinished(run_dir: Path) -> list[Path]:
+    """What saves that were cut off have left."""
+    return [p for p in _entries(run_dir) if _UNFINISHED in p.name]
+
+
+def _folders(run_dir: Path) -> list[Path]:
+    """Of completed checkpoints, whole or damaged since, oldest first."""
+    found = [p for p in _entries(run_dir) if p.name.isascii() and p.name.isdecimal()]
+    return sorted(found, key=lambda p: int(p.name))
+
+
+def _entries(run_dir: Path) -> list[Path]:
+    try:
+        return sorted((run_dir / CHECKPOINTS).absolute().iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ConfigError(
+            f"run directory {str(run_dir)!r}: its {CHECKPOINTS}/ cannot be read: {error.strerror}"
+        ) from error
+
+
+def _by_manifest(folders: list[Path]) -> list[Checkpoint]:
+    """Those with a manifest that is whole; whether the rest is, is not looked at."""
+    found = []
+    for folder in folders:
+        with suppress(DamagedError):
+            found.append(_checkpoint(folder, _manifest(folder)))
+    return found
+
+
+def _by_return(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
+    """Those that were evaluated, the best first, the later one of equals."""
+    evaluated = [c for c in checkpoints if c.eval_return is not None]
+    return sorted(evaluated, key=lambda c: (c.eval_return, c.position.updates), reverse=True)
+
+
+def _arrays(states: Any) -> dict[str, Any]:
+    """Leaves by number, without empty ones, which orbax does not store, and without names, which
+    it would mix up where they hold dots."""
+    leaves = enumerate(jax.tree.leaves(states))
+    return {_name(i): leaf for i, leaf in leaves if leaf.size}
+
+
+def _name(index: int) -> str:
+    return f"{index:05d}"
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != _MANIFEST)
+    found = {}
+    for path in files:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found[path.relative_to(folder).as_posix()] = digest
+    return found
+
+
+def _manifest_text(manifest: dict[str, Any]) -> str:
+    """With a digest of itself; the one text that stands for these values."""
+    content = {key: value for key, value in manifest.items() if key != "digest"}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps(content | {"digest": digest}, indent=1, sort_keys=True)
+
+
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    write_whole(folder / _MANIFEST, _manifest_text(manifest))
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        text = (folder / _MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        version = manifest["format"]
+    except OSError as error:
+        raise DamagedError(f"{_MANIFEST} cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise DamagedError(f"{_MANIFEST} is no manifest of a checkpoint") from error
+    if version != FORMAT:
+        raise DamagedError(
+            f"is written in format {version!r}, and this version of purejaxppo reads {FORMAT}"
+        )
+    if text != _manifest_text(manifest):
+        raise DamagedError(f"{_MANIFEST} has changed since it was written")
+    return manifest
+
+
+def _checkpoint(path: Path, manifest: dict[str, Any]) -> Checkpoint:
+    try:
+        eval_return = manifest["eval_return"]
+        return Checkpoint(
+            path=path,
+            position=_position(manifest["position"]),
+            settings=settings_from(tomllib.loads(manifest["settings"])),
+            leaves=dict(manifest["leaves"]),
+            eval_return=None if eval_return is None else float(eval_return),
+        )
+    except (ConfigError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as e:
+        raise DamagedError(f"{_MANIFEST} does not say what it should: {e}") from e
+
+
+def _position(table: dict[str, Any]) -> Position:
+    position = Position(
+        updates=int(table["updates"]),
+        metrics_bytes=int(table["metrics_bytes"]),
+        metrics_digest=str(table["metrics_digest"]),
+        run_seconds=float(table["run_seconds"]),
+        failed={int(seed): int(update) for seed, update in table["failed"].items()},
+        extended=tuple((int(at), int(total)) for at, total in table["extended"]),
+    )
+    if min(position.updates, position.metrics_bytes, position.run_seconds) < 0:
+        raise ValueError("a negative position")
+    return position
+
+
+def _remove(path: Path) -> None:
+    """Under another name first, so that a half-removed one is never taken for a checkpoint."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        path.unlink()
+        return
+    going = path.with_name(path.name.partition(_UNFINISHED)[0] + _UNFINISHED + ".old")
+    if going != path:
+        shutil.rmtree(going, ignore_errors=True)
+        path.replace(going)
+    shutil.rmtree(going)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax logs a traceback beside what it raises, and where one of its writes fails it closes
+    the event loop in which the others are still to report."""
+    logger = logging.getLogger("absl")
+    level, hook = logger.level, sys.unraisablehook
+
+    def without_closed_loops(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    logger.setLevel(logging.CRITICAL + 1)
+    sys.unraisablehook = without_closed_loops
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        sys.unraisablehook = hook

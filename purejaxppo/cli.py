@@ -1,9 +1,14 @@
-"""The command line: `purejaxppo train | eval | envs`."""
+"""The command line: `purejaxppo train | resume | eval | export | envs`."""
 
 import dataclasses
 import json
+import os
 import sys
 import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +16,9 @@ from typing import Annotated, Any
 import tyro
 
 from purejaxppo.config import Config, ConfigError, HParams
-from purejaxppo.configfile import Seeds, Settings, load_settings
+from purejaxppo.configfile import RunSettings, Settings, load_settings
+from purejaxppo.rundir import RunWarning, StorageError, write_whole
+from purejaxppo.signals import exit_at_second_signal
 
 _Flags = tyro.conf.arg(name="")
 _Numbers = tyro.conf.arg(help="Numbers, each of which can be swept without compiling anew.")
@@ -29,26 +36,39 @@ class Train:
         tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[CONFIG.toml]")
     ] = None
     """TOML file: settings at the top, then [hparams], and [run] with seed, num_seeds and
-    eval_episodes."""
+    what else concerns the host."""
     config: Annotated[Config, _Flags] = dataclasses.field(default_factory=Config)
     hparams: Annotated[HParams, _Numbers] = dataclasses.field(default_factory=HParams)
-    run: Annotated[Seeds, _Flags] = dataclasses.field(default_factory=Seeds)
+    run: Annotated[RunSettings, _Flags] = dataclasses.field(default_factory=RunSettings)
     run_dir: Path | None = None
     """Where to write; must not hold a run yet. None takes runs/ENV_ID/DATE-TIME."""
-    tensorboard: bool = False
-    """Write TensorBoard event files too."""
-    wandb: bool = False
-    """Log to Weights & Biases too; WANDB_MODE=offline needs no network."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder."""
+
+
+@dataclass
+class Resume:
+    """Go on with a run that was stopped or killed, or make a finished one longer.
+
+    It ends as if nothing had happened, bit for bit. Damaged checkpoints are skipped.
+    """
+
+    run_dir: tyro.conf.Positional[Path]
+    """A run directory that `train` wrote."""
+    total_timesteps: int | None = None
+    """Another length of the whole training; schedules run over the new one from here on."""
     compilation_cache: bool = True
     """Keep compiled programs in the user's cache folder."""
 
 
 @dataclass
 class Eval:
-    """Evaluate the final state of a run on fresh episodes."""
+    """Evaluate a state of a run on fresh episodes."""
 
     run_dir: tyro.conf.Positional[Path]
     """A run directory that `train` wrote."""
+    checkpoint: str = "newest"
+    """The newest checkpoint, the best by evaluation, or the number of its updates."""
     episodes: int = 128
     """Episodes per seed."""
     deterministic: bool = False
@@ -62,28 +82,71 @@ class Eval:
 
 
 @dataclass
+class Export:
+    """Write a policy as StableHLO, for programs that have jax but not this package."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """A run directory that `train` wrote."""
+    file: tyro.conf.Positional[Path]
+    """The file to write; must not be there yet."""
+    checkpoint: str = "newest"
+    """The newest checkpoint, the best by evaluation, or the number of its updates."""
+    seed: int = 0
+    """Which of the trainings that ran side by side, counted from 0."""
+    sample: bool = False
+    """Sample actions, from a key that the caller gives, instead of taking the policy's mode."""
+
+
+@dataclass
 class Envs:
     """List the environments that can be trained."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; the exit status: 0, 1 if a training failed, 2 for bad input, 130 if
-    interrupted."""
+    """Run a command; the exit status: 0, 1 if a training failed or something could not be written,
+    2 for bad input, 130 or 143 if stopped by SIGINT or SIGTERM."""
     args = sys.argv[1:] if argv is None else argv
     try:
         command = _parse(args)
-        if isinstance(command, Train):
-            return _train(command)
-        return _eval(command) if isinstance(command, Eval) else _envs()
+        with _plain_warnings():
+            return _run(command)
     except ConfigError as error:
         print(f"purejaxppo: {error}", file=sys.stderr)
         return 2
+    except StorageError as error:
+        print(f"purejaxppo: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("purejaxppo: interrupted; the metrics so far are kept", file=sys.stderr)
         return 130
 
 
-def _parse(args: list[str]) -> Train | Eval | Envs:
+def _run(command: Any) -> int:
+    if isinstance(command, Train | Resume):
+        with exit_at_second_signal():
+            return _train(command) if isinstance(command, Train) else _resume(command)
+    if isinstance(command, Eval):
+        return _eval(command)
+    return _export(command) if isinstance(command, Export) else _envs()
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Ours in one line each, without the place in the code."""
+
+    def show(message: Any, category: Any, *place: Any, **more: Any) -> None:
+        if category is RunWarning:
+            print(f"purejaxppo: warning: {message}", file=sys.stderr)
+        else:
+            usual(message, category, *place, **more)
+
+    with warnings.catch_warnings():
+        usual, warnings.showwarning = warnings.showwarning, show
+        # What a save that failed has left undone.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        yield
+
+
+def _parse(args: list[str]) -> Any:
     settings, file = Settings(), None
     if args[:1] == ["train"] and len(args) > 1 and not args[1].startswith("-"):
         file = Path(args[1])
@@ -91,7 +154,9 @@ def _parse(args: list[str]) -> Train | Eval | Envs:
     train = Train(None, settings.config, settings.hparams, settings.run)
     commands: Any = (
         Annotated[Train, tyro.conf.subcommand("train", default=train, prefix_name=False)]
+        | Annotated[Resume, tyro.conf.subcommand("resume", prefix_name=False)]
         | Annotated[Eval, tyro.conf.subcommand("eval", prefix_name=False)]
+        | Annotated[Export, tyro.conf.subcommand("export", prefix_name=False)]
         | Annotated[Envs, tyro.conf.subcommand("envs", prefix_name=False)]
     )
     command: Any = tyro.cli(commands, prog="purejaxppo", args=args)
@@ -104,60 +169,94 @@ def _parse(args: list[str]) -> Train | Eval | Envs:
 
 
 def _train(command: Train) -> int:
-    from purejaxppo.run import run  # after the arguments are known to be good
+    from purejaxppo.run import run_settings  # after the arguments are known to be good
 
     _refuse_custom_env(command.run, "trained")
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    result = run(
-        command.config,
-        command.hparams,
-        seed=command.run.seed,
-        num_seeds=command.run.num_seeds,
-        run_dir=command.run_dir or Path("runs", command.config.env_id, stamp),
-        eval_episodes=command.run.eval_episodes,
-        tensorboard=command.tensorboard,
-        wandb=command.wandb,
+    result = run_settings(
+        Settings(command.config, command.hparams, command.run),
+        command.run_dir or Path("runs", command.config.env_id, stamp),
         compilation_cache=command.compilation_cache,
     )
     return 1 if result.failed else 0
 
 
-def _refuse_custom_env(seeds: Seeds, what: str) -> None:
-    if seeds.custom_env:
+def _resume(command: Resume) -> int:
+    from purejaxppo.run import resume
+
+    result = resume(
+        command.run_dir,
+        total_timesteps=command.total_timesteps,
+        compilation_cache=command.compilation_cache,
+    )
+    return 1 if result.failed else 0
+
+
+def _refuse_custom_env(settings: RunSettings, what: str) -> None:
+    if settings.custom_env:
         raise ConfigError(
             "run.custom_env = true: the environment or its parameters were passed from Python, so "
             f"the run can only be {what} from there"
         )
 
 
+def _which(checkpoint: str) -> Any:
+    if checkpoint in ("newest", "best"):
+        return checkpoint
+    if not checkpoint.isdecimal() or len(checkpoint) > 18:
+        raise ConfigError(
+            f"checkpoint = {checkpoint!r}: must be newest, best, or a number of updates"
+        )
+    return int(checkpoint)
+
+
 def _eval(command: Eval) -> int:
     import jax
     import numpy as np
 
-    from purejaxppo.checkpoint import latest, load_state
     from purejaxppo.evaluate import LATER_EVALUATION, evaluate, evaluation_keys
-    from purejaxppo.run import enable_compilation_cache
+    from purejaxppo.learner import make_learner
+    from purejaxppo.load import find_with_warnings, restore_states
+    from purejaxppo.program import enable_compilation_cache
 
     if command.episodes < 1:
         raise ConfigError(f"episodes = {command.episodes}: must be at least 1")
-    Seeds(seed=command.seed)
-    settings = load_settings(command.run_dir / "config.toml")
-    seeds = settings.run
-    _refuse_custom_env(seeds, "evaluated")
-    path = latest(command.run_dir)
+    RunSettings(seed=command.seed)
+    found = find_with_warnings(command.run_dir, _which(command.checkpoint))
+    config, num_seeds = found.settings.config, found.settings.run.num_seeds
+    _refuse_custom_env(found.settings.run, "evaluated")
     if command.compilation_cache:
         enable_compilation_cache()
-    states = load_state(path, settings.config, seeds.num_seeds)
-    keys = evaluation_keys(command.seed, seeds.num_seeds, LATER_EVALUATION)
+    states = restore_states(found, make_learner(config))
+    keys = evaluation_keys(command.seed, num_seeds, LATER_EVALUATION)
 
     def returns(state: Any, key: jax.Array) -> jax.Array:
-        return evaluate(
-            settings.config, state, key, command.episodes, deterministic=command.deterministic
-        )
+        return evaluate(config, state, key, command.episodes, deterministic=command.deterministic)
 
     episodes = np.asarray(jax.jit(jax.vmap(returns))(states, keys))
-    last = np.asarray(states.learner.updates)
-    _report(command, settings.config, episodes, last < settings.config.num_updates)
+    failed = np.isin(np.arange(num_seeds), list(found.position.failed))
+    _report(command, config, episodes, failed)
+    return 0
+
+
+def _export(command: Export) -> int:
+    from purejaxppo.export import export_policy
+    from purejaxppo.load import load
+
+    if os.path.lexists(command.file):
+        raise ConfigError(f"file {str(command.file)!r}: is there already; choose another name")
+    which = _which(command.checkpoint)
+    config, _, state = load(command.run_dir, seed=command.seed, which=which)
+    exported = export_policy(config, state, sample=command.sample)
+    try:
+        write_whole(command.file, exported.serialize())
+    except OSError as error:
+        raise StorageError(
+            f"file {str(command.file)!r}: cannot be written: {error.strerror}"
+        ) from error
+    takes = ", ".join(str(x) for x in exported.in_avals)
+    gives = ", ".join(str(x) for x in exported.out_avals)
+    print(f"{command.file}: takes {takes}; gives {gives}")
     return 0
 
 
@@ -213,5 +312,21 @@ def _space(space: Any) -> str:
     return f"Box{list(space.shape)}" if hasattr(space, "shape") else repr(space)
 
 
+def entry() -> None:
+    """The console script: `main`, and then out at once, without waiting for threads that evaluate
+    or failed to write."""
+    try:
+        status = main()
+    except SystemExit as left:
+        status = left.code if isinstance(left.code, int) else int(left.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -1,13 +1,14 @@
-"""Settings as TOML: fields of `Config` at the top, of `HParams` under `[hparams]`, seeds and
-evaluation under `[run]`."""
+"""Settings as TOML: fields of `Config` at the top, of `HParams` under `[hparams]`, of
+`RunSettings` under `[run]`."""
 
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -15,8 +16,8 @@ from purejaxppo.config import Config, ConfigError, HParams, check_fields
 
 
 @dataclass(frozen=True)
-class Seeds:
-    """Which trainings to run side by side, and what is needed besides to repeat them.
+class RunSettings:
+    """Which trainings to run side by side, and what the host does around them.
 
     Raises `ConfigError` on construction if a value is out of range.
     """
@@ -26,12 +27,31 @@ class Seeds:
     num_seeds: int = field(default=1, metadata={"low": 1, "high": 2**20, "open_low": False})
     """S, trainings that differ in their random numbers alone."""
     eval_episodes: int = field(default=128, metadata={"low": 1, "high": 2**20, "open_low": False})
-    """Episodes of the final evaluation, per seed."""
+    """Episodes of the evaluation of each checkpoint and of the final one, per seed."""
+    checkpoint_every: float = field(
+        default=300.0, metadata={"low": 0, "high": math.inf, "open_low": True}
+    )
+    """How often the whole state is saved while training; inf saves only where a run ends or is
+    stopped."""
+    checkpoint_unit: Literal["seconds", "updates"] = "seconds"
+    """Unit of checkpoint_every."""
+    keep: int = field(default=3, metadata={"low": 1, "high": 2**20, "open_low": False})
+    """Newest checkpoints that are kept, beside the best by evaluation."""
+    tensorboard: bool = False
+    """Write TensorBoard event files too."""
+    wandb: bool = False
+    """Log to Weights & Biases too; WANDB_MODE=offline needs no network."""
     custom_env: tyro.conf.Suppress[bool] = False
     """Whether the environment was passed from Python, so that no name brings it back."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+        every = self.checkpoint_every
+        if self.checkpoint_unit == "updates" and math.isfinite(every) and every % 1:
+            raise ConfigError(
+                f"checkpoint_every = {every}: must be a whole number where checkpoint_unit is "
+                "updates"
+            )
 
 
 @dataclass(frozen=True)
@@ -40,7 +60,7 @@ class Settings:
 
     config: Config = field(default_factory=Config)
     hparams: HParams = field(default_factory=HParams)
-    run: Seeds = field(default_factory=Seeds)
+    run: RunSettings = field(default_factory=RunSettings)
 
 
 def load_settings(path: str | Path) -> Settings:
@@ -58,15 +78,22 @@ def load_settings(path: str | Path) -> Settings:
         raise ConfigError(f"config file {str(path)!r}: is not UTF-8 text: {error}") from error
     try:
         table = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"config file {str(path)!r}: is not TOML: {error}") from error
     try:
-        return _settings(table)
+        return settings_from(table)
     except ConfigError as error:
         raise ConfigError(f"config file {str(path)!r}: {error}") from error
+    except ValueError as error:  # Python does not print numbers of more than 4300 digits
+        raise ConfigError(f"config file {str(path)!r}: a number is too long: {error}") from error
 
 
-def _settings(table: dict[str, Any]) -> Settings:
+def settings_from(table: dict[str, Any]) -> Settings:
+    """Settings from a table as `tomllib` reads it.
+
+    Raises:
+        ConfigError: as `load_settings`.
+    """
     parts = {}
     for name in ("hparams", "run"):
         parts[name] = table.pop(name, {})
@@ -75,7 +102,7 @@ def _settings(table: dict[str, Any]) -> Settings:
     return Settings(
         config=_build(Config, table, "", also=("hparams", "run")),
         hparams=_build(HParams, parts["hparams"], "hparams."),
-        run=_build(Seeds, parts["run"], "run."),
+        run=_build(RunSettings, parts["run"], "run."),
     )
 
 
@@ -91,7 +118,7 @@ def _nearest(key: str, prefix: str, also: tuple[str, ...]) -> str:
     """The nearest setting of any table, so that one in the wrong table is found as well."""
     known = {f.name: f.name for f in dataclasses.fields(Config)}
     known |= {f.name: f"hparams.{f.name}" for f in dataclasses.fields(HParams)}
-    known |= {f.name: f"run.{f.name}" for f in dataclasses.fields(Seeds)}
+    known |= {f.name: f"run.{f.name}" for f in dataclasses.fields(RunSettings)}
     known |= {name: f"[{name}]" for name in also}
     near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
     if near:

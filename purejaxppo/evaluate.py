@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Key
 from purejaxppo.agent import agent_in
 from purejaxppo.config import Config, ConfigError
 from purejaxppo.envs import make_environment
-from purejaxppo.types import PyTree, TrainState
+from purejaxppo.types import Environment, PyTree, TrainState
 
 MAX_STEPS_WITHOUT_LIMIT = 10_000
 # Rows of a split and folded-in numbers are the same keys: these lie beyond any number of seeds.
@@ -58,14 +58,12 @@ def evaluate(
         env_params: its parameters; None takes its defaults.
 
     Raises:
-        ConfigError: if the environment does not exist, its spaces do not fit the config, the state
-            is of several seeds, or a number is below 1.
+        ConfigError: as `make_agent`, or if a number is below 1.
     """
     _check_counts(num_episodes, max_steps)
     environment = make_environment(config, env, env_params)
     agent = agent_in(environment, config, state)
-    limits = (max_steps, environment.max_episode_steps, MAX_STEPS_WITHOUT_LIMIT)
-    limit = next(limit for limit in limits if limit is not None)
+    limit = _step_limit(max_steps, environment)
 
     def step(now: _Episodes) -> _Episodes:
         key, act_key, env_key = jax.random.split(now.key, 3)
@@ -95,6 +93,11 @@ def evaluate(
     )
     last = jax.lax.while_loop(lambda now: (now.steps < limit) & ~jnp.all(now.over), step, first)
     return last.total
+
+
+def _step_limit(max_steps: int | None, environment: Environment) -> int:
+    limits = (max_steps, environment.max_episode_steps, MAX_STEPS_WITHOUT_LIMIT)
+    return next(limit for limit in limits if limit is not None)
 
 
 def _check_counts(num_episodes: int, max_steps: int | None) -> None:

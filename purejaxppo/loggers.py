@@ -1,14 +1,20 @@
 """Where metrics go: CSV always, TensorBoard and Weights & Biases by choice."""
 
-import csv
+import hashlib
 import importlib.util
+import os
+import time
+import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from purejaxppo.checkpoint import Position
 from purejaxppo.config import ConfigError
+from purejaxppo.rundir import METRICS
 
 COLUMNS = (
     "env_steps",
@@ -24,6 +30,9 @@ COLUMNS = (
     "grad_norm",
     "learning_rate",
 )
+
+_HEADER = ",".join(["seed", "update", *COLUMNS]) + "\n"
+_COUNTS = ("env_steps", "episodes")
 
 HostMetrics = dict[str, np.ndarray]
 """`[u, S]` for u updates of S seeds."""
@@ -52,49 +61,138 @@ def _rows(
 
 class CsvLogger:
     """`metrics.csv`: a row per seed and update. Each float is written so that it reads back as
-    the same 32-bit number; a mean over no episode is `nan`."""
+    the same 32-bit number; a mean over no episode is `nan`.
 
-    def __init__(self, run_dir: Path):
-        self._file = (run_dir / "metrics.csv").open("w", newline="", encoding="utf-8")
-        self._writer = csv.writer(self._file, lineterminator="\n")
-        self._writer.writerow(["seed", "update", *COLUMNS])
+    Args:
+        keep_bytes: go on after so many bytes of a file that is there, and drop the rest.
+    """
+
+    def __init__(self, run_dir: Path, keep_bytes: int = 0):
+        path = run_dir / METRICS
+        self._digest, self._size = hashlib.sha256(), 0
+        if keep_bytes:
+            os.truncate(path, keep_bytes)
+            self._count(path.read_bytes())
+        self._file = path.open("ab" if keep_bytes else "wb", buffering=0)
+        if not keep_bytes:
+            self._write(_HEADER)
 
     def write(self, first_update: int, metrics: HostMetrics, alive: np.ndarray) -> None:
-        for seed, update, values in _rows(first_update, metrics, alive):
-            self._writer.writerow([seed, update, *(str(values[name]) for name in COLUMNS)])
-        self._file.flush()
+        lines = [
+            ",".join([str(seed), str(update), *(str(values[name]) for name in COLUMNS)]) + "\n"
+            for seed, update, values in _rows(first_update, metrics, alive)
+        ]
+        self._write("".join(lines))
+
+    def sync(self) -> tuple[int, str]:
+        """Bring what was written to the disk; its length in bytes and its SHA-256 digest."""
+        os.fsync(self._file.fileno())
+        return self._size, self._digest.hexdigest()
 
     def close(self) -> None:
         self._file.close()
 
+    def _write(self, text: str) -> None:
+        content = text.encode()
+        left = content
+        while left:  # a disk that is nearly full takes a part
+            left = left[self._file.write(left) :]
+        self._count(content)
+
+    def _count(self, content: bytes) -> None:
+        self._digest.update(content)
+        self._size += len(content)
+
+
+def read_metrics(run_dir: Path, position: Position, num_seeds: int) -> HostMetrics:
+    """The rows of `metrics.csv` up to a position as `[U, S]`, NaN where there is none.
+
+    Raises:
+        ConfigError: if the file is not what it was there.
+    """
+    path, shape = run_dir / METRICS, (position.updates, num_seeds)
+    metrics = {
+        name: np.full(shape, np.nan, float if name in _COUNTS else np.float32) for name in COLUMNS
+    }
+    try:
+        with path.open("rb") as file:
+            content = file.read(position.metrics_bytes)
+    except OSError as error:
+        raise _unusable(path, error.strerror) from error
+    if len(content) < position.metrics_bytes:
+        raise _unusable(path, f"{len(content)} bytes are left of {position.metrics_bytes}")
+    if hashlib.sha256(content).hexdigest() != position.metrics_digest:
+        raise _unusable(path, "it was changed since")
+    for line in content.decode().splitlines()[1:]:
+        seed, update, *values = line.split(",")
+        for name, value in zip(COLUMNS, values, strict=True):
+            metrics[name][int(update) - 1, int(seed)] = float(value)
+    return metrics
+
+
+def _unusable(path: Path, reason: Any) -> ConfigError:
+    return ConfigError(
+        f"{str(path)!r}: does not hold the metrics up to the checkpoint: {reason}; restore the "
+        "file to go on, or load the checkpoint by purejaxppo.load"
+    )
+
 
 class TensorBoardLogger:
-    """Event files under `tensorboard/seed_<n>/`, by environment steps."""
+    """Event files under `tensorboard/seed_<n>/`, by environment steps.
 
-    def __init__(self, run_dir: Path, num_seeds: int):
-        from tensorboardX import SummaryWriter
+    They are written by the thread that calls: tensorboardX's own, once the disk is full, would
+    leave its queue to fill up and the caller waiting.
 
-        folder = run_dir / "tensorboard"
-        self._writers = [SummaryWriter(str(folder / f"seed_{n}")) for n in range(num_seeds)]
+    Args:
+        hide_after: in a run that is resumed, the step after which events of an earlier process
+            are hidden.
+    """
+
+    def __init__(self, run_dir: Path, num_seeds: int, hide_after: int | None = None):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+        from tensorboardX.summary import scalar
+
+        events: Any = event_pb2  # its names are made when it is imported
+        self._event, self._scalar = events.Event, scalar
+        self._writers = []
+        for n in range(num_seeds):
+            folder = run_dir / "tensorboard" / f"seed_{n}"
+            folder.mkdir(parents=True, exist_ok=True)
+            self._writers.append(EventsWriter(str(folder / "events")))
+            if hide_after is not None:
+                log = events.SessionLog(status=events.SessionLog.START)
+                self._write(n, step=hide_after + 1, session_log=log)
 
     def write(self, first_update: int, metrics: HostMetrics, alive: np.ndarray) -> None:
         for seed, _, values in _rows(first_update, metrics, alive):
             for name, value in _finite(values).items():
-                self._writers[seed].add_scalar(name, value, int(values["env_steps"]))
+                self._write(seed, int(values["env_steps"]), summary=self._scalar(name, value))
+        for writer in self._writers:
+            writer.flush()
 
     def close(self) -> None:
         for writer in self._writers:
             writer.close()
 
+    def _write(self, seed: int, step: int, **content: Any) -> None:
+        self._writers[seed].write_event(self._event(wall_time=time.time(), step=step, **content))
+
 
 class WandbLogger:
-    """One Weights & Biases run for all seeds, metrics as `seed_<n>/<name>`; set WANDB_MODE to
-    `offline` to log without a network."""
+    """One Weights & Biases run for all seeds, also when it is resumed, metrics as
+    `seed_<n>/<name>`; set WANDB_MODE to `offline` to log without a network."""
 
     def __init__(self, run_dir: Path, settings: dict[str, Any]):
         import wandb  # pyright: ignore[reportMissingImports]
 
-        self._run = wandb.init(project="purejaxppo", dir=str(run_dir), config=settings)
+        name = run_dir / "wandb_id"
+        if not name.exists():
+            name.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+        self._run = wandb.init(
+            project="purejaxppo", dir=str(run_dir), config=settings,
+            id=name.read_text(encoding="utf-8"), resume="allow",
+        )  # fmt: skip
 
     def write(self, first_update: int, metrics: HostMetrics, alive: np.ndarray) -> None:
         by_update: dict[int, dict[str, float]] = {}
@@ -124,5 +222,7 @@ def require(extra: str, package: str) -> None:
 
 
 def close_all(loggers: Sequence[Logger]) -> None:
+    """What is still to be flushed cannot be where the disk is full; `write` has said so."""
     for logger in loggers:
-        logger.close()
+        with suppress(OSError):
+            logger.close()

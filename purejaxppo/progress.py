@@ -1,7 +1,10 @@
 """What a person sees while a run goes on: a live bar on a terminal, plain lines elsewhere."""
 
+import io
+import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +13,61 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from purejaxppo.config import Config
+from purejaxppo.checkpoint import Checkpoint
 from purejaxppo.configfile import Settings
 
 _PLAIN_SECONDS = 5.0
 
 
-class Progress:
-    """Reports of one run; silent unless `enabled`."""
+class _Output:
+    """Standard output; nothing once that cannot be written (a closed pipe, a full disk), since a
+    run does not end for it."""
 
-    def __init__(self, config: Config, num_seeds: int, enabled: bool):
-        self._config, self._num_seeds = config, num_seeds
+    def __init__(self) -> None:
+        self._file: Any = sys.stdout
+
+    def write(self, text: str) -> int:
+        with self._forgiving():
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._forgiving():
+            self._file.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    @contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self._file = io.StringIO()
+
+
+class Progress:
+    """Reports of one run, that begins after `done` updates; silent unless `enabled`."""
+
+    def __init__(self, settings: Settings, done: int, enabled: bool):
+        self._settings, self._config, self._done = settings, settings.config, done
+        self._num_seeds = num_seeds = settings.run.num_seeds
+        output: Any = _Output()
         self._console = Console(
-            quiet=not enabled, highlight=False, markup=False, emoji=False, soft_wrap=True
+            file=output,
+            quiet=not enabled,
+            highlight=False,
+            markup=False,
+            emoji=False,
+            soft_wrap=True,
         )
         self._live = enabled and self._console.is_terminal
         self._bar: Bar | None = None
         self._returns = np.full(num_seeds, np.nan)
         self._began = self._last_line = time.perf_counter()
 
-    def starting(self) -> None:
-        """Say what is to be done."""
+    def starting(self, checkpoint: Checkpoint | None, again: bool) -> None:
+        """Say what is to be done, and from where."""
         config = self._config
         steps = config.num_updates * config.batch_size
         rounded = f" (total_timesteps = {config.total_timesteps:,} rounded up)"
@@ -39,6 +76,14 @@ class Progress:
             f"{config.num_updates:,} updates of {config.num_envs} x {config.num_steps} steps = "
             f"{steps:,} environment steps each{rounded if steps > config.total_timesteps else ''}"
         )
+        if checkpoint is None:
+            if again:
+                self._console.print("there is no checkpoint yet: from the start")
+            return
+        self._console.print(f"going on after update {self._done:,}: {checkpoint.path}")
+        old, new = vars(checkpoint.settings.hparams), vars(self._settings.hparams)
+        for name in (name for name in old if old[name] != new[name]):
+            self._console.print(f"from here on {name} = {new[name]} (was {old[name]})")
 
     def working(self, what: str) -> AbstractContextManager[Any]:
         """A sign of life, on a terminal, while something of unknown length goes on."""
@@ -59,7 +104,9 @@ class Progress:
             console=self._console,
             expand=True,
         )
-        self._bar.add_task("train", total=self._config.num_updates, speed="", returns="")
+        self._bar.add_task(
+            "train", total=self._config.num_updates, completed=self._done, speed="", returns=""
+        )
         self._bar.start()
 
     def update(self, done: int, episode_returns: np.ndarray) -> None:
@@ -67,21 +114,22 @@ class Progress:
         for row in episode_returns:
             self._returns = np.where(np.isfinite(row), row, self._returns)
         now = time.perf_counter()
-        rate = done * self._config.batch_size * self._num_seeds / (now - self._began)
+        speed_in_updates = (done - self._done) / (now - self._began)
+        rate = speed_in_updates * self._config.batch_size * self._num_seeds
         speed, returns = f"{_short(rate)} steps/s", f"return {self._mean_return()}"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, speed=speed, returns=returns)
         elif now - self._last_line > _PLAIN_SECONDS or done == self._config.num_updates:
-            left = (now - self._began) / done * (self._config.num_updates - done)
+            left = (self._config.num_updates - done) / speed_in_updates
             self._console.print(
                 f"update {done:,}/{self._config.num_updates:,}  {speed}  {returns}  "
                 f"{left:.0f} s left"
             )
             self._last_line = now
 
-    def failed(self, seed: int, update: int, settings: Settings) -> None:
+    def failed(self, seed: int, update: int) -> None:
         """The loss of `seed` is not finite at `update`."""
-        hparams = settings.hparams
+        hparams = self._settings.hparams
         self._console.print(
             f"seed {seed}: the loss is not finite at update {update}. The state before it is kept. "
             f"Try a lower learning_rate (now {hparams.learning_rate:g}) or "
@@ -89,10 +137,16 @@ class Progress:
             "the environment's rewards and observations are finite"
         )
 
+    def stopped(self, resume_command: str | None) -> None:
+        """It was asked to stop, and has saved."""
+        how = f"; go on by: {resume_command}" if resume_command else ""
+        self._console.print(f"stopped{how}")
+
     def close(self) -> None:
         """The bar stays as it is; also after an error."""
         if self._bar is not None:
             self._bar.stop()
+            self._bar = None
 
     def finished(self, summary: dict[str, Any], directory: Path | None) -> None:
         mean, interval = summary["eval_return_mean"], summary["eval_return_interval_95"]

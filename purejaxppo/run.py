@@ -1,25 +1,21 @@
 """The host loop: compile once, train in chunks of about half a second, write down what came."""
 
-import json
-import os
-import platform
+import dataclasses
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
-from purejaxppo.checkpoint import FOLDER, save_state
+from purejaxppo.checkpoint import Checkpoint, Position, best, check_same_run
 from purejaxppo.config import Config, ConfigError, HParams, check_fields
-from purejaxppo.configfile import Seeds, Settings, dump_settings
-from purejaxppo.evaluate import FINAL_EVALUATION, evaluate, evaluation_keys
+from purejaxppo.configfile import RunSettings, Settings, load_settings
 from purejaxppo.learner import MUST_BE_FINITE, make_learner
+from purejaxppo.load import check_env, newest_or_none, restore_states
 from purejaxppo.loggers import (
     COLUMNS,
     CsvLogger,
@@ -28,23 +24,31 @@ from purejaxppo.loggers import (
     TensorBoardLogger,
     WandbLogger,
     close_all,
+    read_metrics,
     require,
 )
-from purejaxppo.plots import learning_curve
+from purejaxppo.program import (
+    CHUNK_CAPACITY,
+    Program,
+    compile_program,
+    enable_compilation_cache,
+    make_evaluation,
+)
 from purejaxppo.progress import Progress
-from purejaxppo.stats import mean_interval
-from purejaxppo.types import Learner, Metrics, TrainState
+from purejaxppo.rundir import (
+    CONFIG,
+    StorageError,
+    new_run,
+    old_run,
+    resume_command,
+    write_settings,
+)
+from purejaxppo.saver import Saver
+from purejaxppo.signals import StopRequest, stop_requests
+from purejaxppo.summary import Training, summarize, write_results
+from purejaxppo.types import Learner, TrainState
 
 CHUNK_SECONDS = 0.5
-_CHUNK_CAPACITY = 1024
-_RUN_FILES = (
-    "config.toml",
-    "metrics.csv",
-    "summary.json",
-    "learning_curve.png",
-    "tensorboard",
-    FOLDER,
-)
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,9 @@ def run(
     num_seeds: int = 1,
     run_dir: str | Path | None = None,
     eval_episodes: int = 128,
+    checkpoint_every: float = 300.0,
+    checkpoint_unit: Literal["seconds", "updates"] = "seconds",
+    keep: int = 3,
     tensorboard: bool = False,
     wandb: bool = False,
     compilation_cache: bool = True,
@@ -80,10 +87,16 @@ def run(
 ) -> Result:
     """Train `num_seeds` times side by side, evaluate, and write it all down.
 
+    SIGTERM or SIGINT makes it save and leave by `SystemExit(143)` or `KeyboardInterrupt` once the
+    updates under way are done, which takes about half a second; `resume` goes on from there.
+
     Args:
         run_dir: takes `config.toml`, `metrics.csv`, `summary.json`, `learning_curve.png` and
             `checkpoints/`; None writes nothing.
-        eval_episodes: episodes of the final evaluation, per seed.
+        eval_episodes: episodes of the evaluation of each checkpoint and of the final one, per seed.
+        checkpoint_every: how often the whole state is saved, in `checkpoint_unit`s; inf saves only
+            where the run ends or is stopped.
+        keep: newest checkpoints that are kept, beside the best by evaluation.
         tensorboard: write event files under `run_dir/tensorboard/` too.
         wandb: log to Weights & Biases too.
         compilation_cache: keep compiled programs in the user's cache folder, for this process
@@ -95,34 +108,122 @@ def run(
 
     Raises:
         ConfigError: before anything is compiled or written, if a setting cannot work, or
-            `run_dir` already holds a run or cannot be written.
+            `run_dir` already holds a run, is written by another process or cannot be written.
+        StorageError: if metrics or the last checkpoint cannot be written (a full disk).
     """
-    seeds = Seeds(seed, num_seeds, eval_episodes, env is not None or env_params is not None)
-    settings = Settings(config, hparams or HParams(), seeds)
-    _check_scalars(settings.hparams)
-    _check_loggers(run_dir, tensorboard, wandb)
-    learner = make_learner(config, env, env_params)
-    directory = None if run_dir is None else _prepare(Path(run_dir), settings)
-    loggers = _open_loggers(directory, settings, tensorboard, wandb)
-    if compilation_cache:
-        enable_compilation_cache()
+    host = RunSettings(
+        seed, num_seeds, eval_episodes, checkpoint_every, checkpoint_unit, keep, tensorboard,
+        wandb, custom_env=env is not None or env_params is not None,
+    )  # fmt: skip
+    settings = Settings(config, hparams or HParams(), host)
+    return run_settings(
+        settings, run_dir, compilation_cache=compilation_cache, progress=progress, env=env,
+        env_params=env_params,
+    )  # fmt: skip
 
-    shown = Progress(config, num_seeds, enabled=progress)
-    try:
-        shown.starting()
-        with shown.working("compiling"):
-            program = _compile(learner, settings)
-        training = _train(program, settings, loggers, shown)
-    finally:
-        shown.close()
-        close_all(loggers)
-    with shown.working("evaluating"):
-        returns = _evaluate(settings, training.states, env, env_params)
-    summary = _summarize(settings, program, training, returns)
-    if directory is not None:
-        _write(directory, settings, training, summary)
-    shown.finished(summary, directory)
-    return Result(training.states, training.metrics, returns, summary, training.failed)
+
+def run_settings(
+    settings: Settings,
+    run_dir: str | Path | None,
+    *,
+    compilation_cache: bool = True,
+    progress: bool = True,
+    env: Any = None,
+    env_params: Any = None,
+) -> Result:
+    """`run`, for settings as a file gives them."""
+    _check_scalars(settings.hparams)
+    _check_loggers(run_dir, settings.run)
+    learner = make_learner(settings.config, env, env_params)
+    with ExitStack() as stack:
+        directory = None
+        if run_dir is not None:
+            directory = stack.enter_context(new_run(Path(run_dir), settings))
+        start = _Start(Position(0), None, None, None)
+        session = _Session(settings, learner, directory, start, progress, env, env_params)
+        return _go(session, compilation_cache)
+
+
+def resume(
+    run_dir: str | Path,
+    *,
+    total_timesteps: int | None = None,
+    compilation_cache: bool = True,
+    progress: bool = True,
+    env: Any = None,
+    env_params: Any = None,
+) -> Result:
+    """Go on with a run that was stopped or killed, from its newest whole checkpoint, to the very
+    end that it would have come to undisturbed; from the start if it was killed before its first.
+
+    Args:
+        total_timesteps: another length, for a run that is finished too. From here on schedules run
+            over the new length, so a linear learning rate rises again to what is left of it.
+        env: the object passed to `run`, if one was.
+        env_params: its parameters, if they were passed to `run`.
+
+    Raises:
+        ConfigError: if there is no run, another process writes there, no checkpoint is whole, or
+            `config.toml` was changed to another training.
+        StorageError: as `run`.
+    """
+    directory = Path(run_dir)
+    with old_run(directory):
+        settings = load_settings(directory / CONFIG)
+        if total_timesteps is not None:
+            config = dataclasses.replace(settings.config, total_timesteps=total_timesteps)
+            settings = dataclasses.replace(settings, config=config)
+        check_env(settings, env, env_params)
+        _check_loggers(directory, settings.run)
+        found = newest_or_none(directory)
+        learner = make_learner(settings.config, env, env_params)
+        start = _go_on_from(directory, found, settings, learner)
+        write_settings(directory, settings)
+        session = _Session(settings, learner, directory, start, progress, env, env_params)
+        return _go(session, compilation_cache)
+
+
+class _Start(NamedTuple):
+    """Where training begins: anew, or where a checkpoint was made."""
+
+    position: Position
+    states: TrainState | None
+    metrics: HostMetrics | None
+    """`[U, S]` of the updates done."""
+    checkpoint: Checkpoint | None
+    again: bool = False
+    """Whether an earlier process has begun this run."""
+
+
+class _Session(NamedTuple):
+    """One process's part of a run."""
+
+    settings: Settings
+    learner: Learner
+    directory: Path | None
+    start: _Start
+    progress: bool
+    env: Any
+    env_params: Any
+
+
+def _go_on_from(
+    directory: Path, found: Checkpoint | None, settings: Settings, learner: Learner
+) -> _Start:
+    if found is None:
+        return _Start(Position(0), None, None, None, again=True)
+    config, position = settings.config, found.position
+    check_same_run(found, settings)
+    if config.num_updates < position.updates:
+        raise ConfigError(
+            f"total_timesteps = {config.total_timesteps}: {position.updates * config.batch_size} "
+            "environment steps are trained already; give at least as many"
+        )
+    if config.total_timesteps != found.settings.config.total_timesteps:
+        change = (position.updates, config.total_timesteps)
+        position = dataclasses.replace(position, extended=(*position.extended, change))
+    metrics = read_metrics(directory, position, settings.run.num_seeds)
+    return _Start(position, restore_states(found, learner), metrics, found, again=True)
 
 
 def _check_scalars(hparams: HParams) -> None:
@@ -135,154 +236,198 @@ def _check_scalars(hparams: HParams) -> None:
             )
 
 
-def _check_loggers(run_dir: Any, tensorboard: bool, wandb: bool) -> None:
-    if run_dir is None and (tensorboard or wandb):
+def _check_loggers(run_dir: Any, settings: RunSettings) -> None:
+    if run_dir is None and (settings.tensorboard or settings.wandb):
         raise ConfigError("tensorboard and wandb write into the run directory: give run_dir")
-    if tensorboard:
+    if settings.tensorboard:
         require("tensorboard", "tensorboardX")
-    if wandb:
+    if settings.wandb:
         require("wandb", "wandb")
 
 
-def _prepare(directory: Path, settings: Settings) -> Path:
-    """Make the run directory and write the settings there, which proves that it can be written."""
-    try:
-        held = [name for name in _RUN_FILES if (directory / name).exists()]
-        if not held:
-            directory.mkdir(parents=True, exist_ok=True)
-            (directory / "config.toml").write_text(dump_settings(settings), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"run_dir = {str(directory)!r}: cannot be written: {error.strerror}; choose another"
-        ) from error
-    if held:
-        raise ConfigError(
-            f"run_dir = {str(directory)!r}: already holds a run ({', '.join(held)}); "
-            "choose another directory, or move that one away"
-        )
-    return directory
-
-
-def _open_loggers(
-    directory: Path | None, settings: Settings, tensorboard: bool, wandb: bool
-) -> list[Logger]:
+def _open_loggers(session: _Session) -> list[Logger]:
+    directory, settings, start = session.directory, session.settings, session.start
     if directory is None:
         return []
-    loggers: list[Logger] = [CsvLogger(directory)]
-    if tensorboard:
-        loggers.append(TensorBoardLogger(directory, settings.run.num_seeds))
-    if wandb:
-        loggers.append(WandbLogger(directory, vars(settings.config) | vars(settings.hparams)))
+    try:
+        loggers: list[Logger] = [CsvLogger(directory, start.position.metrics_bytes)]
+        if settings.run.tensorboard:
+            done = start.position.updates * settings.config.batch_size
+            hide_after = done if start.again else None
+            loggers.append(TensorBoardLogger(directory, settings.run.num_seeds, hide_after))
+        if settings.run.wandb:
+            loggers.append(WandbLogger(directory, vars(settings.config) | vars(settings.hparams)))
+    except OSError as error:
+        raise _cannot_log(directory, error) from error
     return loggers
 
 
-def enable_compilation_cache() -> None:
-    """Keep compiled programs in `$XDG_CACHE_HOME/purejaxppo` (`~/.cache/purejaxppo`), unless JAX
-    already has a folder for them."""
-    if jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
-        return
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    jax.config.update("jax_compilation_cache_dir", str(Path(base) / "purejaxppo"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    # What was compiled before left the cache initialised as absent.
-    jax_cache.reset_cache()
-
-
-class _Program(NamedTuple):
-    """Compiled for the seeds of a run; a state's leaves are `[S, ...]`."""
-
-    init: Callable[..., TrainState]
-    chunk: Callable[..., tuple[TrainState, Metrics]]
-    compile_seconds: float
-
-
-def _compile(learner: Learner, settings: Settings) -> _Program:
-    hparams, seeds = settings.hparams, settings.run
-    began = time.perf_counter()
-    root = jax.random.key(seeds.seed)
-    init = jax.jit(lambda key, hparams: _init(learner, seeds.num_seeds, key, hparams))
-    compiled_init = init.lower(root, hparams).compile()
-    states = jax.eval_shape(init, root, hparams)
-    capacity = min(settings.config.num_updates, _CHUNK_CAPACITY)
-    chunk = jax.jit(
-        lambda states, hparams, count: _chunk(learner, states, hparams, count, capacity)
+def _cannot_log(directory: Path | None, error: OSError) -> StorageError:
+    directory = directory or Path()
+    return StorageError(
+        f"{str(directory)!r}: metrics cannot be written: {error.strerror}; free space, then: "
+        f"{resume_command(directory)}"
     )
-    compiled_chunk = chunk.lower(states, hparams, jnp.int32(1)).compile()
-    return _Program(compiled_init, compiled_chunk, time.perf_counter() - began)
 
 
-def _over_seeds(function: Callable[..., Any], states: Any, hparams: HParams) -> Any:
-    """`vmap`, but for a single seed, whose conditionals then stay conditionals."""
-    if jax.tree.leaves(states)[0].shape[0] > 1:
-        return jax.vmap(function, (0, None))(states, hparams)
-    single = function(jax.tree.map(lambda x: x[0], states), hparams)
-    return jax.tree.map(lambda x: x[None], single)
+def _go(session: _Session, compilation_cache: bool) -> Result:
+    """Compile, train, evaluate, write."""
+    settings, directory, start = session.settings, session.directory, session.start
+    if compilation_cache:
+        enable_compilation_cache()
+    shown = Progress(settings, start.position.updates, enabled=session.progress)
+    evaluation = make_evaluation(settings, session.env, session.env_params)
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_requests())
+        loggers = _open_loggers(session)
+        stack.callback(close_all, loggers)
+        stack.callback(shown.close)
+        saver = None
+        if directory is not None:
+            saver = Saver(directory, settings, evaluation, start.checkpoint, stop)
+            stack.callback(saver.close)
+        shown.starting(start.checkpoint, start.again)
+        began = time.perf_counter()
+        with shown.working("compiling"):
+            program = compile_program(session.learner, settings, start.states)
+        compile_seconds = time.perf_counter() - began
+        if stop:
+            _leave(stop, shown, directory)
+        shown.training(compile_seconds)
+        training = _Loop(session, program, loggers, saver, shown, stop).train()
+        shown.close()
+        saved = None if saver is None else saver.finish(training.position, training.states)
+        if stop:
+            _leave(stop, shown, directory)
+        with shown.working("evaluating"):
+            returns = _unless_stopped(stop, evaluation, training.states)
+        if returns is None:
+            _leave(stop, shown, directory)
+        if saver is not None and saved is not None:
+            saver.record(saved, returns)
+    top = None if directory is None else best(directory)
+    summary = summarize(settings, training, returns, compile_seconds, top)
+    if directory is not None:
+        write_results(directory, settings, training, summary)
+    shown.finished(summary, directory)
+    return Result(training.states, training.metrics, returns, summary, training.position.failed)
 
 
-def _init(learner: Learner, num_seeds: int, key: jax.Array, hparams: HParams) -> TrainState:
-    return _over_seeds(learner.init, jax.random.split(key, num_seeds), hparams)
+def _unless_stopped(
+    stop: StopRequest, evaluation: Callable[[TrainState], np.ndarray], states: TrainState
+) -> np.ndarray | None:
+    """The evaluation's returns; None at once if asked to stop, since Python hears of signals only
+    between calls into compiled code."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="evaluate")
+    future = pool.submit(evaluation, states)
+    pool.shutdown(wait=False)
+    while not future.done():
+        if stop:
+            return None
+        wait([future], timeout=0.05)
+    return future.result()
 
 
-def _chunk(
-    learner: Learner, states: TrainState, hparams: HParams, count: jax.Array, capacity: int
-) -> tuple[TrainState, Metrics]:
-    """`count` updates, at most `capacity`; one program for every count.
-
-    Returns:
-        states, and metrics `[capacity, S]` of which the first `count` rows are filled.
-    """
-    shapes = jax.eval_shape(lambda s: _over_seeds(learner.update, s, hparams)[1], states)
-    rows = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), shapes)
-
-    def body(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
-        states, rows = carry
-        states, metrics = _over_seeds(learner.update, states, hparams)
-        return states, jax.tree.map(lambda all_, row: all_.at[i].set(row), rows, metrics)
-
-    return jax.lax.fori_loop(0, count, body, (states, rows))
+def _leave(stop: StopRequest, shown: Progress, directory: Path | None) -> NoReturn:
+    shown.stopped(directory and resume_command(directory))
+    stop.leave()
 
 
-class _Training(NamedTuple):
-    states: TrainState
-    metrics: dict[str, np.ndarray]
-    failed: dict[int, int]
-    run_seconds: float
+@dataclass
+class _Loop:
+    """Chunks of updates, and what is done between them."""
 
+    session: _Session
+    program: Program
+    loggers: list[Logger]
+    saver: Saver | None
+    shown: Progress
+    stop: StopRequest
 
-def _train(
-    program: _Program, settings: Settings, loggers: list[Logger], shown: Progress
-) -> _Training:
-    config, seeds = settings.config, settings.run
-    alive = np.ones(seeds.num_seeds, bool)
-    failed: dict[int, int] = {}
-    parts: list[HostMetrics] = []
-    shown.training(program.compile_seconds)
+    def __post_init__(self) -> None:
+        start = self.session.start
+        self.done, self.failed = start.position.updates, dict(start.position.failed)
+        self.parts = [] if start.metrics is None else [start.metrics]
 
-    began = time.perf_counter()
-    states = program.init(jax.random.key(seeds.seed), settings.hparams)
-    done, count = 0, 1
-    while done < config.num_updates and alive.any():
-        count = min(count, config.num_updates - done, _CHUNK_CAPACITY)
-        chunk_began = time.perf_counter()
-        states, rows = program.chunk(states, settings.hparams, jnp.int32(count))
-        metrics = {name: np.asarray(rows[name])[:count] for name in COLUMNS}
-        seconds = time.perf_counter() - chunk_began
+    def train(self) -> Training:
+        """To the end, until no seed is left that goes well, or until asked to stop; one chunk at
+        least, if there is anything left to do."""
+        start, num_updates = self.session.start, self.session.settings.config.num_updates
+        self.last_save = time.perf_counter()
+        self.began = self.last_save - start.position.run_seconds
+        states = self.program.begin()
+        found = start.checkpoint
+        if self.saver is not None and found is not None and found.eval_return is None:
+            self.saver.evaluate(found, states)
+        count = 1
+        while self.done < num_updates and self._alive().any():
+            count = min(count, num_updates - self.done, CHUNK_CAPACITY, self._until_save())
+            first = self.done == start.position.updates
+            began = time.perf_counter()
+            states, rows = self.program.chunk(states, count)
+            metrics = {name: np.asarray(rows[name])[:count] for name in COLUMNS}
+            seconds = time.perf_counter() - began
+            self._take(metrics)
+            if self.stop:
+                break
+            if self.saver is not None:
+                self._save_if_due(self.saver, states)
+            fitting = max(1, int(count * CHUNK_SECONDS / seconds))
+            count = min(fitting, 2) if first else fitting  # a first call says little
+        joined = {name: np.concatenate([part[name] for part in self.parts]).T for name in COLUMNS}
+        return Training(states, joined, self._position())
 
-        written, bad = _finite_rows(metrics, alive)
+    def _alive(self) -> np.ndarray:
+        alive = np.ones(self.session.settings.run.num_seeds, bool)
+        alive[list(self.failed)] = False
+        return alive
+
+    def _take(self, metrics: HostMetrics) -> None:
+        """Check, log and show the metrics `[u, S]` of the updates that follow."""
+        written, bad = _finite_rows(metrics, self._alive())
         for seed, row in bad.items():
-            alive[seed] = False
-            failed[seed] = done + row + 1
-            shown.failed(seed, failed[seed], settings)
-        parts.append({k: np.where(written, v, np.nan) for k, v in metrics.items()})
-        for logger in loggers:
-            logger.write(done + 1, metrics, written)
-        done += count
-        shown.update(done, parts[-1]["episode_return"])
-        count = max(1, int(count * CHUNK_SECONDS / seconds)) if done > 1 else 2
-    run_seconds = time.perf_counter() - began
-    joined = {name: np.concatenate([part[name] for part in parts]).T for name in COLUMNS}
-    return _Training(states, joined, failed, run_seconds)
+            self.failed[seed] = self.done + row + 1
+            self.shown.failed(seed, self.failed[seed])
+        self.parts.append({k: np.where(written, v, np.nan) for k, v in metrics.items()})
+        try:
+            for logger in self.loggers:
+                logger.write(self.done + 1, metrics, written)
+        except OSError as error:
+            raise _cannot_log(self.session.directory, error) from error
+        self.done += len(written)
+        self.shown.update(self.done, self.parts[-1]["episode_return"])
+
+    def _until_save(self) -> int:
+        """Updates left to the next checkpoint, where it is due at a number of them."""
+        run = self.session.settings.run
+        if run.checkpoint_unit == "seconds" or np.isinf(run.checkpoint_every):
+            return CHUNK_CAPACITY
+        return int(run.checkpoint_every - self.done % run.checkpoint_every)
+
+    def _save_if_due(self, saver: Saver, states: TrainState) -> None:
+        """In the background; the last one is left to the end of training."""
+        saver.report()
+        run, config = self.session.settings.run, self.session.settings.config
+        if self.done == config.num_updates:
+            return
+        now = time.perf_counter()
+        if run.checkpoint_unit == "updates":
+            due = self.done % run.checkpoint_every == 0
+        else:
+            due = not saver.busy and now - self.last_save >= run.checkpoint_every
+        if due:
+            saver.start(self._position(), states)
+            self.last_save = now
+
+    def _position(self) -> Position:
+        start = self.session.start.position
+        seconds = time.perf_counter() - self.began
+        csv = next((x for x in self.loggers if isinstance(x, CsvLogger)), None)
+        try:
+            size, digest = csv.sync() if csv else (0, "")
+        except OSError as error:
+            raise _cannot_log(self.session.directory, error) from error
+        return Position(self.done, size, digest, seconds, dict(self.failed), start.extended)
 
 
 def _finite_rows(metrics: HostMetrics, alive: np.ndarray) -> tuple[np.ndarray, dict[int, int]]:
@@ -292,68 +437,3 @@ def _finite_rows(metrics: HostMetrics, alive: np.ndarray) -> tuple[np.ndarray, d
     good_before = np.cumsum(~finite, axis=0) - ~finite == 0
     bad = {int(s): int(np.argmin(finite[:, s])) for s in np.flatnonzero(alive & ~finite.all(0))}
     return good_before & alive, bad
-
-
-def _evaluate(settings: Settings, states: TrainState, env: Any, env_params: Any) -> np.ndarray:
-    keys = evaluation_keys(settings.run.seed, settings.run.num_seeds, FINAL_EVALUATION)
-    episodes = settings.run.eval_episodes
-
-    def returns(state: TrainState, key: jax.Array) -> jax.Array:
-        return evaluate(settings.config, state, key, episodes, env=env, env_params=env_params)
-
-    return np.asarray(jax.jit(jax.vmap(returns))(states, keys))
-
-
-def _summarize(
-    settings: Settings, program: _Program, training: _Training, returns: np.ndarray
-) -> dict[str, Any]:
-    config, per_seed = settings.config, returns.mean(axis=1)
-    finished = [s for s in range(settings.run.num_seeds) if s not in training.failed]
-    mean, low, high = (_number(x) for x in mean_interval(per_seed[finished]))
-    steps = config.num_updates * config.batch_size
-    done = int(training.metrics["env_steps"].shape[1]) * config.batch_size
-    total = done * settings.run.num_seeds
-    device = jax.devices()[0]
-    return {
-        "env_id": config.env_id,
-        "num_seeds": settings.run.num_seeds,
-        "eval_episodes": returns.shape[1],
-        "eval_return_per_seed": [_number(x) for x in per_seed],
-        "eval_return_mean": mean,
-        "eval_return_interval_95": None if low is None else [low, high],
-        "failed_seeds": {str(s): {"update": u} for s, u in sorted(training.failed.items())},
-        "env_steps": done,
-        "env_steps_planned": steps,
-        "compile_seconds": round(program.compile_seconds, 3),
-        "run_seconds": round(training.run_seconds, 3),
-        "steps_per_second": round(total / training.run_seconds, 1),
-        "device": {
-            "kind": device.device_kind,
-            "platform": device.platform,
-            "count": jax.device_count(),
-            "cpu_count": os.cpu_count(),
-        },
-        "versions": {"python": platform.python_version()}
-        | {
-            name: version(name)
-            for name in ("purejaxppo", "jax", "jaxlib", "flax", "optax", "gymnax", "distrax")
-        },
-    }
-
-
-def _number(value: Any) -> float | None:
-    """JSON has no NaN."""
-    return float(value) if np.isfinite(value) else None
-
-
-def _write(
-    directory: Path, settings: Settings, training: _Training, summary: dict[str, Any]
-) -> None:
-    updates = int(np.asarray(training.states.learner.updates).max())
-    save_state(directory, updates, training.states)
-    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-    (directory / "summary.json").write_text(text, encoding="utf-8")
-    count = training.metrics["episode_return"].shape[1]
-    steps = np.arange(1, count + 1) * settings.config.batch_size
-    returns = training.metrics["episode_return"].T
-    learning_curve(directory / "learning_curve.png", settings.config.env_id, steps, returns)

@@ -11,7 +11,7 @@ import pytest
 from envs import RandomWalk
 
 import purejaxppo as ppo
-from purejaxppo.configfile import Seeds, Settings, dump_settings, load_settings
+from purejaxppo.configfile import RunSettings, Settings, dump_settings, load_settings
 
 BAD_CONFIGS = [
     ({"num_envs": 0}, "num_envs = 0: must be at least 1"),
@@ -162,7 +162,7 @@ def test_settings_come_back_from_their_file(tmp_path: Path):
     settings = Settings(
         ppo.Config(env_id='odd "name"\n\x7f é', hidden_sizes=(), normalize_obs=True),
         ppo.HParams(learning_rate=1 / 3, target_kl=0.02, max_grad_norm=float("inf"), ent_coef=0),
-        Seeds(seed=7, num_seeds=3, eval_episodes=5),
+        RunSettings(seed=7, num_seeds=3, eval_episodes=5),
     )
     path = tmp_path / "config.toml"
     path.write_text(dump_settings(settings), encoding="utf-8")

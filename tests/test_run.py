@@ -13,14 +13,15 @@ import pytest
 from envs import Poisoned, RandomWalk
 
 import purejaxppo as ppo
-from purejaxppo.checkpoint import latest, load_state
 from purejaxppo.configfile import load_settings
 from purejaxppo.evaluate import FINAL_EVALUATION, LATER_EVALUATION, evaluation_keys
 from purejaxppo.loggers import COLUMNS
 from purejaxppo.plots import smooth
 from purejaxppo.stats import mean_interval
 
-FILES = {"config.toml", "metrics.csv", "summary.json", "learning_curve.png", "checkpoints"}
+FILES = {
+    "config.toml", "metrics.csv", "summary.json", "learning_curve.png", "checkpoints", ".lock",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_config_toml_repeats_the_run_bit_for_bit(finished: Any, tmp_path: Path):
     again = ppo.run(
         settings.config, settings.hparams, seed=settings.run.seed,
         num_seeds=settings.run.num_seeds, run_dir=tmp_path / "again",
-        eval_episodes=settings.run.eval_episodes, progress=False,
+        eval_episodes=settings.run.eval_episodes, tensorboard=True, progress=False,
     )  # fmt: skip
     assert (tmp_path / "again/metrics.csv").read_bytes() == (directory / "metrics.csv").read_bytes()
     assert (tmp_path / "again/config.toml").read_text() == (directory / "config.toml").read_text()
@@ -87,16 +88,15 @@ def test_config_toml_repeats_the_run_bit_for_bit(finished: Any, tmp_path: Path):
 
 def test_the_final_state_comes_back_from_disk(finished: Any):
     config, result, directory = finished
-    path = latest(directory)
-    assert path.name == "000000032"
-    state = load_state(path, config, 2)
-    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(result.states), strict=True):
+    loaded = ppo.load(directory, seed=None)
+    assert loaded.config == config
+    assert loaded.hparams == ppo.HParams(learning_rate=1e-3)
+    leaves = jax.tree.leaves(result.states)
+    for x, y in zip(jax.tree.leaves(loaded.state), leaves, strict=True):
         assert x.dtype == y.dtype
         assert bool(jnp.all(x == y))
-    with pytest.raises(ppo.ConfigError, match="cannot be read"):
-        load_state(path, dataclasses.replace(config, hidden_sizes=(9,)), 2)
-    with pytest.raises(ppo.ConfigError, match="no finished state"):
-        latest(directory / "tensorboard")
+    one, all_ = ppo.load(directory, seed=1).state.learner, result.states.learner
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y[1]), one.params, all_.params)
 
 
 def test_a_directory_that_holds_a_run_is_left_alone(finished: Any):
@@ -119,7 +119,10 @@ def test_a_seed_whose_loss_turns_non_finite_disturbs_no_other(tmp_path: Path, ca
     text = capsys.readouterr().out
     assert f"seed {seed}: the loss is not finite at update {update}" in text
     assert "Try a lower learning_rate (now 0.00025)" in text
-    assert result.summary["failed_seeds"][str(seed)] == {"update": update}
+    assert result.summary["failed_seeds"][str(seed)] == {
+        "update": update,
+        "last_good_update": update - 1,
+    }
     mine = [r for r in rows(tmp_path / "r") if r["seed"] == str(seed)]
     assert [int(r["update"]) for r in mine] == list(range(1, update + 1))
     assert np.isnan(float(mine[-1]["policy_loss"]))

@@ -1,0 +1,125 @@
+"""Trained states, from a run directory."""
+
+import warnings
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+from purejaxppo import checkpoint
+from purejaxppo.checkpoint import Checkpoint
+from purejaxppo.config import Config, ConfigError, HParams
+from purejaxppo.configfile import Settings
+from purejaxppo.learner import make_learner
+from purejaxppo.rundir import SUMMARY, RunWarning
+from purejaxppo.types import Learner, TrainState
+
+
+class Loaded(NamedTuple):
+    """What `load` gives back."""
+
+    config: Config
+    hparams: HParams
+    state: TrainState
+
+
+def load(
+    run_dir: str | Path,
+    *,
+    seed: int | None = 0,
+    which: Literal["newest", "best"] | int = "newest",
+    env: Any = None,
+    env_params: Any = None,
+) -> Loaded:
+    """The settings and the state of a run, finished or not, as its checkpoint holds them.
+
+    Damaged checkpoints are skipped with a warning. No code is ever run from what is read.
+
+    Args:
+        seed: which of the trainings that ran side by side, counted from 0; None gives all, leaves
+            `[S, ...]`.
+        which: the newest checkpoint, the best by evaluation, or the one after so many updates.
+        env: the object passed to `run`, if one was.
+        env_params: its parameters, if they were passed to `run`.
+
+    Raises:
+        ConfigError: if there is no such checkpoint or seed, or it is of another environment.
+    """
+    found = find_with_warnings(Path(run_dir), which)
+    settings = found.settings
+    check_env(settings, env, env_params)
+    if seed is not None and not 0 <= seed < settings.run.num_seeds:
+        raise ConfigError(
+            f"seed = {seed}: the run has the seeds 0 to {settings.run.num_seeds - 1}, counted "
+            "from 0 whatever its `seed` setting"
+        )
+    states = restore_states(found, make_learner(settings.config, env, env_params))
+    state = states if seed is None else jax.tree.map(lambda x: x[seed], states)
+    return Loaded(settings.config, settings.hparams, state)
+
+
+def find_with_warnings(run_dir: Path, which: str | int = "newest") -> Checkpoint:
+    """`checkpoint.find`, with a warning for each that had to be skipped."""
+    try:
+        there = run_dir.is_dir()
+    except OSError as error:
+        raise ConfigError(f"run directory {str(run_dir)!r}: {error.strerror}") from error
+    if not there:
+        raise ConfigError(f"run directory {str(run_dir)!r}: is not there; check the path")
+    found, skipped = checkpoint.find(run_dir, which)
+    _warn(skipped)
+    return found
+
+
+def newest_or_none(run_dir: Path) -> Checkpoint | None:
+    """The newest whole checkpoint; None if the run was killed before its first.
+
+    Raises:
+        ConfigError: if there are some and all are damaged, or the run had come to its end.
+    """
+    if checkpoint.has_any(run_dir):
+        return find_with_warnings(run_dir)
+    if (run_dir / SUMMARY).exists():
+        raise ConfigError(
+            f"run directory {str(run_dir)!r}: the run was finished, and its checkpoints are gone; "
+            "put them back, or begin a new run"
+        )
+    _warn([f"{p}: an unfinished save" for p in checkpoint.unfinished(run_dir)])
+    return None
+
+
+def restore_states(found: Checkpoint, learner: Learner) -> TrainState:
+    """The states `[S, ...]` of a checkpoint.
+
+    Raises:
+        ConfigError: if the learner's states have other shapes.
+    """
+    num_seeds = found.settings.run.num_seeds
+
+    def init() -> TrainState:
+        keys = jax.random.split(jax.random.key(0), num_seeds)
+        return jax.vmap(learner.init, (0, None))(keys, found.settings.hparams)
+
+    return checkpoint.restore(found, init)
+
+
+def check_env(settings: Settings, env: Any, env_params: Any) -> None:
+    """Raise `ConfigError` if the run was on an environment passed from Python and none is given,
+    or the other way about."""
+    given = env is not None or env_params is not None
+    if settings.run.custom_env and not given:
+        raise ConfigError(
+            "run.custom_env = true: the environment or its parameters were passed from Python, so "
+            "they have to be passed again: purejaxppo.resume and purejaxppo.load take env and "
+            "env_params"
+        )
+    if given and not settings.run.custom_env:
+        raise ConfigError(
+            f"env: the run was on {settings.config.env_id} by its name; leave out env and "
+            "env_params"
+        )
+
+
+def _warn(skipped: list[str]) -> None:
+    for line in skipped:
+        warnings.warn(f"skipped {line}", RunWarning, stacklevel=4)

@@ -1,0 +1,101 @@
+"""What a run came to: `summary.json` and the learning curve."""
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from purejaxppo.checkpoint import Checkpoint, Position
+from purejaxppo.configfile import Settings
+from purejaxppo.plots import learning_curve
+from purejaxppo.rundir import CURVE, SUMMARY, StorageError, resume_command, write_whole
+from purejaxppo.stats import mean_interval
+from purejaxppo.types import TrainState
+
+
+class Training(NamedTuple):
+    """What a run has done when it ends or is stopped."""
+
+    states: TrainState
+    """Leaves `[S, ...]`."""
+    metrics: dict[str, np.ndarray]
+    """`[S, U]`."""
+    position: Position
+
+
+def summarize(
+    settings: Settings,
+    training: Training,
+    returns: np.ndarray,
+    compile_seconds: float,
+    best: Checkpoint | None,
+) -> dict[str, Any]:
+    """What `summary.json` holds, for returns `[S, E]` of the final evaluation."""
+    config, position, per_seed = settings.config, training.position, returns.mean(axis=1)
+    finished = [s for s in range(settings.run.num_seeds) if s not in position.failed]
+    mean, low, high = (_number(x) for x in mean_interval(per_seed[finished]))
+    done = position.updates * config.batch_size
+    total, seconds = done * settings.run.num_seeds, position.run_seconds
+    return {
+        "env_id": config.env_id,
+        "num_seeds": settings.run.num_seeds,
+        "eval_episodes": returns.shape[1],
+        "eval_return_per_seed": [_number(x) for x in per_seed],
+        "eval_return_mean": mean,
+        "eval_return_interval_95": None if low is None else [low, high],
+        "failed_seeds": {
+            str(s): {"update": u, "last_good_update": u - 1}
+            for s, u in sorted(position.failed.items())
+        },
+        "best_checkpoint": best
+        and {"updates": best.position.updates, "eval_return_mean": best.eval_return},
+        "extended": [{"updates": at, "total_timesteps": n} for at, n in position.extended],
+        "env_steps": done,
+        "env_steps_planned": config.num_updates * config.batch_size,
+        "compile_seconds": round(compile_seconds, 3),
+        "run_seconds": round(seconds, 3),
+        "steps_per_second": round(total / seconds, 1),
+        "device": _device(),
+        "versions": {"python": platform.python_version()}
+        | {
+            name: version(name)
+            for name in ("purejaxppo", "jax", "jaxlib", "flax", "optax", "gymnax", "distrax")
+        },
+    }
+
+
+def write_results(
+    directory: Path, settings: Settings, training: Training, summary: dict[str, Any]
+) -> None:
+    """Raises `StorageError` if they cannot be written."""
+    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+    returns = training.metrics["episode_return"].T
+    steps = np.arange(1, len(returns) + 1) * settings.config.batch_size
+    try:
+        learning_curve(directory / CURVE, settings.config.env_id, steps, returns)
+        write_whole(directory / SUMMARY, text)
+    except OSError as error:
+        raise StorageError(
+            f"{str(directory)!r}: the summary cannot be written: {error.strerror}; free space, "
+            f"then: {resume_command(directory)}"
+        ) from error
+
+
+def _device() -> dict[str, Any]:
+    device = jax.devices()[0]
+    return {
+        "kind": device.device_kind,
+        "platform": device.platform,
+        "count": jax.device_count(),
+        "cpu_count": os.cpu_count(),
+    }
+
+
+def _number(value: Any) -> float | None:
+    """JSON has no NaN."""
+    return float(value) if np.isfinite(value) else None

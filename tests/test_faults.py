@@ -1,0 +1,397 @@
+"""What a run survives, each fault done for real to a process of its own."""
+
+import json
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import purejaxppo as ppo
+from purejaxppo import checkpoint
+from purejaxppo.cli import main
+
+PATIENCE = 120.0
+SIMPLE = "--total-timesteps=1500000 --checkpoint-every=0.2 --eval-episodes=8".split()
+STATEFUL = (
+    "--num-seeds=8 --memory=gru --memory-size=8 --hidden-sizes=16 --total-timesteps=150000 "
+    "--normalize-obs --normalize-reward --checkpoint-every=0.2 --eval-episodes=8"
+).split()
+PIXELS = (
+    "--env-id=Catch-bsuite --hidden-sizes=32 --total-timesteps=200000 --memory=lstm "
+    "--checkpoint-every=5 --checkpoint-unit=updates --eval-episodes=8"
+).split()
+LONG = ["--total-timesteps=1000000000", "--eval-episodes=8"]
+
+
+@pytest.fixture(autouse=True)
+def hear_sigint() -> None:
+    """Where the tests run in a shell's background they ignore it, and so would what they start."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Root may write everywhere, but for what a process without these capabilities may.
+POWERLESS = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all")
+
+
+class Process:
+    """`purejaxppo ARGUMENTS`, with its output in files."""
+
+    def __init__(self, folder: Path, *arguments: Any, prefix: tuple[str, ...] = ()):
+        self.out, self.err = folder / "stdout", folder / "stderr"
+        with self.out.open("w") as out, self.err.open("w") as err:
+            self.popen = subprocess.Popen(
+                [*prefix, sys.executable, "-u", "-m", "purejaxppo.cli", *map(str, arguments)],
+                stdout=out, stderr=err, cwd=folder
+            )  # fmt: skip
+
+    def until(self, condition: Callable[[], Any]) -> Any:
+        """Wait for it, while the process lives."""
+        give_up = time.monotonic() + PATIENCE
+        while not (value := condition()):
+            assert self.popen.poll() is None, self.text()
+            assert time.monotonic() < give_up, self.text()
+            time.sleep(0.005)
+        return value
+
+    def end(self) -> int:
+        return self.popen.wait(PATIENCE)
+
+    def text(self) -> str:
+        """What it said; never a traceback."""
+        text = self.out.read_text() + self.err.read_text()
+        assert "Traceback" not in text, text
+        return text
+
+
+@pytest.fixture(autouse=True)
+def one_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this process has compiled need not be compiled by those it starts."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(Path(".pytest_cache/xla").absolute()))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The directory of a run, by its arguments, that was left alone; trained in this process."""
+    done: dict[tuple[str, ...], Path] = {}
+
+    def train(*arguments: str) -> Path:
+        if arguments not in done:
+            done[arguments] = tmp_path_factory.mktemp("alone") / "run"
+            assert main(["train", "--run-dir", str(done[arguments]), *arguments]) == 0
+        return done[arguments]
+
+    return train
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    started = []
+
+    def begin(*arguments: Any, **options: Any) -> Process:
+        started.append(Process(tmp_path, *arguments, **options))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.popen.kill()
+        process.popen.wait()
+
+
+def rows(directory: Path) -> int:
+    path = directory / "metrics.csv"
+    return path.read_bytes().count(b"\n") - 1 if path.exists() else 0
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """Parameters, everything else of the state, metrics and evaluation, bit for bit."""
+    assert (one / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
+    states = [ppo.load(directory, seed=None).state for directory in (one, other)]
+    for x, y in zip(*map(jax.tree.leaves, states), strict=True):
+        assert x.dtype == y.dtype
+        assert bool(np.all(np.asarray(x == y)))
+    summaries = [json.loads((d / "summary.json").read_text()) for d in (one, other)]
+    for name in ("eval_return_per_seed", "failed_seeds", "env_steps", "extended"):
+        assert summaries[0][name] == summaries[1][name]
+
+
+# Killed
+
+
+def kill_and_resume(
+    start: Any, alone: Path, killed: Path, arguments: list[str], kills: int, seed: int
+) -> int:
+    """Kill a run again and again, at random moments of its start and of its training, and resume
+    it each time; how often it went on from a checkpoint. One that comes to its end before enough
+    kills is compared with one that was left alone, and begun anew."""
+    moments = random.Random(seed)
+    command: list[Any] = ["train", "--run-dir", killed, *arguments]
+    done = went_on = 0
+    while done < kills:
+        process, before = start(*command), rows(killed)
+        if moments.random() < 0.2:  # anywhere in the start
+            time.sleep(moments.uniform(0.0, 5.0))
+        else:
+            while rows(killed) in (0, before) and process.popen.poll() is None:
+                time.sleep(0.005)
+            time.sleep(moments.uniform(0.0, 1.5))
+        process.popen.send_signal(signal.SIGKILL)
+        finished = process.end() == 0
+        done += not finished
+        went_on += "going on after update" in process.text()
+        command = ["resume", killed]
+        if finished or not (killed / "config.toml").exists():
+            command = ["train", "--run-dir", killed, *arguments]
+        if finished:
+            assert_same_end(alone, killed)
+            killed.rename(killed.with_name(f"killed {done}"))
+    process = start(*command)
+    assert process.end() == 0, process.text()
+    return went_on + ("going on after update" in process.text())
+
+
+def test_killed_with_8_seeds_a_memory_and_statistics(start: Any, undisturbed: Any, tmp_path: Path):
+    arguments = [*STATEFUL, "--total-timesteps=40960"]
+    alone, run = undisturbed(*arguments), tmp_path / "r"
+    assert kill_and_resume(start, alone, run, arguments, kills=1, seed=0) > 0
+    assert_same_end(alone, run)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("arguments", [SIMPLE, STATEFUL, PIXELS], ids=["plain", "stateful", "lstm"])
+def test_killed_20_times(start: Any, undisturbed: Any, tmp_path: Path, arguments: list[str]):
+    alone, run = undisturbed(*arguments), tmp_path / "r"
+    assert kill_and_resume(start, alone, run, arguments, kills=20, seed=1) > 0
+    assert_same_end(alone, run)
+
+
+# Told to stop
+
+
+STOPPED = "--total-timesteps=80000 --eval-episodes=8 --hidden-sizes 128 128".split()
+MOMENTS: dict[str, Callable[[Path, Process], Any]] = {
+    "compiling": lambda run, p: "environment steps each" in p.out.read_text(),
+    "chunk": lambda run, p: rows(run) > 20,
+    "saving": lambda run, p: rows(run) > 20 and list((run / "checkpoints").glob("*.saving*")),
+}
+
+
+def stop_and_resume(start: Any, folder: Path, moment: str, signum: int) -> Path:
+    """The directory of a run that was told to stop at a moment, and resumed to its end."""
+    run = folder / "ru n é"
+    arguments = STOPPED + (["--checkpoint-every=1e-9"] if moment == "saving" else [])
+    process = start("train", "--run-dir", run, *arguments)
+    process.until(lambda: MOMENTS[moment](run, process))
+    process.popen.send_signal(signum)
+    assert process.end() == 128 + signum, process.text()
+    assert f"stopped; go on by: purejaxppo resume '{run}'" in process.text()
+    if moment != "compiling":
+        found, skipped = checkpoint.find(run)
+        assert found.position.updates == rows(run) > 0
+        assert not skipped
+    process = start("resume", run.relative_to(folder))
+    assert process.end() == 0, process.text()
+    return run
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_sigterm_saves_and_exits_with_143(
+    start: Any, undisturbed: Any, tmp_path: Path, moment: str
+):
+    run = stop_and_resume(start, tmp_path, moment, signal.SIGTERM)
+    assert_same_end(undisturbed(*STOPPED), run)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_sigint_saves_and_exits_with_130(start: Any, undisturbed: Any, tmp_path: Path, moment: str):
+    run = stop_and_resume(start, tmp_path, moment, signal.SIGINT)
+    assert_same_end(undisturbed(*STOPPED), run)
+
+
+def test_a_stop_waits_for_no_evaluation(start: Any, tmp_path: Path):
+    """Neither a checkpoint's nor the final one; these would take minutes."""
+    run, arguments = tmp_path / "r", ["--num-envs=64", "--eval-episodes=1000000"]
+    arguments += ["--env-id=Pendulum-v1", "--hidden-sizes=256"]
+    process = start("train", "--run-dir", run, "--checkpoint-every=0.1", *LONG[:1], *arguments)
+    process.until(lambda: checkpoint.has_any(run))
+    time.sleep(1.0)  # by now it is compiling or running the evaluation
+    process.popen.send_signal(signal.SIGTERM)
+    assert process.end() == 143
+    assert checkpoint.find(run)[0].position.updates == rows(run)
+    process = start("train", "--run-dir", tmp_path / "s", "--total-timesteps=8192", *arguments)
+    process.until(lambda: checkpoint.has_any(tmp_path / "s"))
+    time.sleep(1.0)
+    process.popen.send_signal(signal.SIGINT)
+    assert process.end() == 130
+    assert "go on by: purejaxppo resume" in process.text()
+
+
+def test_a_second_signal_exits_at_once(start: Any, tmp_path: Path):
+    process = start("train", "--run-dir", tmp_path / "r", *LONG, "--no-compilation-cache")
+    process.until(lambda: MOMENTS["compiling"](tmp_path, process))
+    process.popen.send_signal(signal.SIGINT)
+    process.until(lambda: "SIGINT: stopping; once more exits at once" in process.err.read_text())
+    process.popen.send_signal(signal.SIGTERM)
+    assert process.end() == 143
+    assert "go on by" not in process.text()
+    assert rows(tmp_path / "r") == 0
+
+
+def test_stopped_in_python_it_saves_and_raises(tmp_path: Path):
+    """Where a script of one's own calls `run`, a signal comes out as Python's own exceptions."""
+    code = """
+import sys, signal, threading, time, os, purejaxppo as ppo
+from pathlib import Path
+run = Path(sys.argv[1])
+def send():
+    while not (run / "metrics.csv").exists() or len((run / "metrics.csv").read_bytes()) < 2000:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+before = signal.getsignal(signal.SIGINT)
+threading.Thread(target=send).start()
+try:
+    ppo.run(ppo.Config(total_timesteps=10**9), run_dir=run, progress=False)
+except KeyboardInterrupt:
+    assert signal.getsignal(signal.SIGINT) is before
+    assert int(ppo.load(run).state.learner.updates) > 0
+    print("saved")
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "r")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.stdout == "saved\n"
+
+
+# A disk that is full
+
+
+WIDE = "--hidden-sizes 128 128 --num-steps=512 --checkpoint-every=0.5".split()
+
+
+def limit_files(process: Process, size: int = resource.RLIM_INFINITY) -> None:
+    """No file of the process may grow beyond so many bytes."""
+    resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def test_a_full_disk_costs_no_earlier_checkpoint_and_training_goes_on(start: Any, tmp_path: Path):
+    run = tmp_path / "r"
+    process = start("train", "--run-dir", run, *LONG, *WIDE)
+    first = process.until(lambda: checkpoint.has_any(run) and checkpoint.find(run)[0])
+    limit_files(process, 200_000)
+    process.until(lambda: "training goes on, and earlier checkpoints" in process.err.read_text())
+    assert re.search(r"cannot be written: .*File too large", process.text())
+    last, _ = checkpoint.find(run)
+    assert last.position.updates >= first.position.updates
+    limit_files(process)
+    process.until(lambda: checkpoint.find(run)[0].position.updates > last.position.updates)
+    process.popen.send_signal(signal.SIGTERM)
+    assert process.end() == 143
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "checkpoint",
+        pytest.param("metrics", marks=pytest.mark.faults),
+        pytest.param("tensorboard", marks=pytest.mark.faults),
+    ],
+)
+def test_a_run_ended_by_a_full_disk_goes_on_once_there_is_space(
+    start: Any, undisturbed: Any, tmp_path: Path, what: str
+):
+    arguments = [*WIDE, "--total-timesteps=200000", "--eval-episodes=8"]
+    run, logged = tmp_path / "r", ["--tensorboard"] if what == "tensorboard" else []
+    process = start("train", "--run-dir", run, *arguments, *logged)
+    process.until(lambda: rows(run) > 10)
+    limit_files(process, 200_000 if what == "checkpoint" else (run / "metrics.csv").stat().st_size)
+    assert process.end() == 1
+    said = "" if what == "checkpoint" else "metrics"
+    assert f"{said} cannot be written: " in process.text()
+    assert not checkpoint.unfinished(run)
+    assert f"free space, then: purejaxppo resume {run}" in process.text()
+    assert start("resume", run).end() == 0
+    assert_same_end(undisturbed(*arguments), run)
+
+
+def test_a_checkpoint_folder_that_cannot_be_made_ends_in_a_message(start: Any, tmp_path: Path):
+    """And in the end of the process: orbax's threads are not waited for."""
+    run = tmp_path / "r"
+    prefix = POWERLESS if os.geteuid() == 0 else ()
+    process = start("train", "--run-dir", run, *LONG, "--checkpoint-every=0.5", prefix=prefix)
+    process.until(lambda: checkpoint.has_any(run))
+    (run / "checkpoints").chmod(0o555)
+    process.until(lambda: "training goes on" in process.err.read_text())
+    process.popen.send_signal(signal.SIGTERM)
+    assert process.end() == 1
+    assert "cannot be written: " in process.text()
+    (run / "checkpoints").chmod(0o755)
+    assert checkpoint.find(run)[0].position.updates > 0
+
+
+@pytest.mark.faults
+def test_a_run_whose_output_nobody_takes_goes_on(tmp_path: Path):
+    arguments = ["train", "--run-dir", str(tmp_path / "r"), "--total-timesteps=20000"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "purejaxppo.cli", *arguments, "--eval-episodes=2"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.wait(PATIENCE) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+    assert (tmp_path / "r/summary.json").exists()
+
+
+# Directories
+
+
+def test_a_second_process_is_refused_and_names_the_first(start: Any, tmp_path: Path):
+    run = tmp_path / "r"
+    first = start("train", "--run-dir", run, *LONG)
+    first.until(lambda: rows(run))
+    pid, out = first.popen.pid, first.out.rename(tmp_path / "out of the first")
+    for command in (["train", "--run-dir", run, *LONG], ["resume", run]):
+        second = start(*command)
+        assert second.end() == 2
+        assert f"process {pid} on " in second.text()
+        assert "is writing there; wait for it, stop it" in second.text()
+    assert first.popen.poll() is None
+    first.popen.send_signal(signal.SIGTERM)
+    assert first.end() == 143
+    assert "stopped" in out.read_text()
+
+
+def test_a_read_only_directory_is_refused_before_compiling_but_can_be_read(
+    start: Any, tmp_path: Path
+):
+    run = tmp_path / "r"
+    config = ppo.Config(total_timesteps=64, num_steps=8, hidden_sizes=(8,))
+    ppo.run(config, run_dir=run, eval_episodes=2, progress=False)
+    prefix = POWERLESS if os.geteuid() == 0 else ()
+    for path in [*run.rglob("*"), run]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        for command in (["resume", run], ["train", "--run-dir", run / "new", *LONG]):
+            process = start(*command, prefix=prefix)
+            assert process.end() == 2
+            assert "cannot be written: Permission denied" in process.text()
+            assert "compil" not in process.text()
+        process = start("eval", run, "--episodes=4", prefix=prefix)
+        assert process.end() == 0
+        assert "seed 0: return" in process.text()
+    finally:
+        for path in [run, *run.rglob("*")]:
+            path.chmod(0o755)

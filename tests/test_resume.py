@@ -1,0 +1,488 @@
+"""Going on with a run: that nothing shows, what is refused, and what is kept."""
+
+import dataclasses
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from envs import Params, RandomWalk
+from flax import struct
+
+import purejaxppo as ppo
+from purejaxppo import checkpoint
+from purejaxppo.configfile import RunSettings, load_settings
+from purejaxppo.rundir import RunWarning
+from purejaxppo.saver import Saver
+from purejaxppo.signals import StopRequest
+
+run_module = importlib.import_module("purejaxppo.run")
+LENGTH = 12
+CONFIG = ppo.Config(
+    env_id="RandomWalk", total_timesteps=LENGTH * 32, num_steps=8, hidden_sizes=(8,),
+    normalize_obs=True, normalize_reward=True, num_minibatches=2,
+)  # fmt: skip
+
+
+@struct.dataclass
+class BadKey(Params):
+    bad_key: int = 0
+
+
+class OneBadEpisode(RandomWalk):
+    """NaN rewards or observations in the episode that began with a certain key."""
+
+    def __init__(self, what: str):
+        super().__init__()
+        self.what = what
+
+    @property
+    def default_params(self) -> BadKey:
+        return BadKey()
+
+    def step_env(self, key: jax.Array, state: Any, action: jax.Array, params: Any) -> Any:
+        obs, state, reward, terminated, info = super().step_env(key, state, action, params)
+        nan = jnp.where(state.key[0] == jnp.uint32(params.bad_key), jnp.nan, 0.0)
+        if self.what == "obs":
+            return obs + nan, state, reward, terminated, info
+        return obs, state, reward + nan, terminated, info
+
+
+def run(directory: Path, **options: Any) -> ppo.Result:
+    settings = {"num_seeds": 3, "eval_episodes": 4, "checkpoint_every": 4, "progress": False}
+    settings |= {"checkpoint_unit": "updates", "env": RandomWalk()} | options
+    return ppo.run(settings.pop("config", CONFIG), run_dir=directory, **settings)
+
+
+def resume(directory: Path, **options: Any) -> ppo.Result:
+    return ppo.resume(directory, **({"env": RandomWalk(), "progress": False} | options))
+
+
+def cut(directory: Path, updates: int) -> None:
+    """Make it look as if the process had died some time after the checkpoint at `updates`."""
+    for folder in (directory / "checkpoints").iterdir():
+        if int(folder.name) > updates:
+            shutil.rmtree(folder)
+    (directory / "summary.json").unlink()
+    path = directory / "metrics.csv"
+    if updates < LENGTH:  # in the middle of a line
+        path.write_bytes(path.read_bytes()[:-7])
+
+
+def summary(directory: Path) -> dict[str, Any]:
+    """Without what no two runs share."""
+    held = json.loads((directory / "summary.json").read_text())
+    times = ("compile_seconds", "run_seconds", "steps_per_second")
+    return {name: value for name, value in held.items() if name not in times}
+
+
+def assert_same(one: ppo.Result, other: ppo.Result) -> None:
+    for x, y in zip(jax.tree.leaves(one.states), jax.tree.leaves(other.states), strict=True):
+        assert x.dtype == y.dtype
+        assert bool(np.all(np.asarray(x == y)))
+    assert one.metrics.keys() == other.metrics.keys()
+    for name in one.metrics:
+        np.testing.assert_array_equal(one.metrics[name], other.metrics[name])
+    np.testing.assert_array_equal(one.returns, other.returns)
+    assert one.failed == other.failed
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[ppo.Result, Path]:
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    config = dataclasses.replace(CONFIG, memory="gru", memory_size=4)
+    return run(directory, config=config, keep=9), directory
+
+
+@pytest.fixture
+def copy(whole: tuple[ppo.Result, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole[1], tmp_path / "copy é x"))
+
+
+@pytest.mark.parametrize("updates", [4, 8, 12])
+def test_a_resumed_run_ends_as_if_nothing_had_happened(whole: Any, copy: Path, updates: int):
+    undisturbed, directory = whole
+    cut(copy, updates)
+    assert_same(resume(copy), undisturbed)
+    for name in ("metrics.csv", "config.toml"):
+        assert (copy / name).read_bytes() == (directory / name).read_bytes()
+    assert summary(copy) == summary(directory)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(whole: Any, copy: Path):
+    cut(copy, 0)
+    (copy / "checkpoints/000000004.saving").mkdir()
+    with pytest.warns(RunWarning, match=r"skipped .*000000004.saving: an unfinished save"):
+        assert_same(resume(copy), whole[0])
+    assert not (copy / "checkpoints/000000004.saving").exists()
+
+
+@pytest.mark.parametrize("what", ["reward", "obs"])
+def test_a_seed_that_is_given_nan_disturbs_no_other_and_resumes_as_failed(
+    tmp_path: Path, what: str
+):
+    """In one episode of one of 8 seeds, that which is under way after 8 of 12 updates."""
+    config = dataclasses.replace(CONFIG, num_envs=1, num_minibatches=1, total_timesteps=8 * LENGTH)
+    env = OneBadEpisode(what)
+    options: dict[str, Any] = {"config": config, "env": env, "num_seeds": 8, "keep": 9}
+    good = run(tmp_path / "good", **options)
+    at_8 = ppo.load(tmp_path / "good", seed=5, which=8, env=env).state
+    params = BadKey(bad_key=int(at_8.actors.env_state.key[0, 0]))
+    bad = run(tmp_path / "bad", env_params=params, **options)
+    assert list(bad.failed) == [5]
+    update = bad.failed[5]
+    assert 4 < update <= 10
+    assert bad.summary["failed_seeds"] == {"5": {"update": update, "last_good_update": update - 1}}
+    assert not good.failed
+    for x, y in zip(jax.tree.leaves(good.states), jax.tree.leaves(bad.states), strict=True):
+        same = np.asarray(x == y).reshape(8, -1).all(axis=1)
+        assert np.delete(same, 5).all()
+    assert int(bad.states.learner.updates[5]) == update - 1
+    for updates in (4, 8):
+        other = Path(shutil.copytree(tmp_path / "bad", tmp_path / f"cut{updates}"))
+        cut(other, updates)
+        assert_same(resume(other, env=env, env_params=params), bad)
+        assert (other / "metrics.csv").read_bytes() == (tmp_path / "bad/metrics.csv").read_bytes()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_extending_stretches_schedules_over_the_new_length(tmp_path: Path, schedule: Any):
+    config = dataclasses.replace(CONFIG, lr_schedule=schedule)
+    short = run(tmp_path / "a", config=config)
+    longer = dataclasses.replace(config, total_timesteps=2 * config.total_timesteps)
+    result = resume(tmp_path / "a", total_timesteps=longer.total_timesteps)
+    left = 0.5 if schedule == "linear" else 1.0
+    rate = result.metrics["learning_rate"][0]
+    np.testing.assert_array_equal(rate[:LENGTH], short.metrics["learning_rate"][0])
+    np.testing.assert_allclose(rate[LENGTH], 2.5e-4 * left, rtol=1e-6)
+    assert load_settings(tmp_path / "a/config.toml").config == longer
+    assert result.summary["extended"] == [
+        {"updates": LENGTH, "total_timesteps": longer.total_timesteps}
+    ]
+    learner = ppo.make_learner(longer, RandomWalk())
+    chunk = jax.vmap(lambda s: ppo.train_chunk(learner, s, ppo.HParams(), LENGTH))
+    states, _ = jax.jit(chunk)(short.states)
+    jax.tree.map(np.testing.assert_array_equal, states.learner.params, result.states.learner.params)
+    with pytest.raises(ppo.ConfigError, match="768 environment steps are trained already"):
+        resume(tmp_path / "a", total_timesteps=767 - 31)
+
+
+def test_a_finished_run_is_finished_again(whole: Any, copy: Path):
+    before = (copy / "metrics.csv").read_bytes()
+    assert_same(resume(copy), whole[0])
+    assert (copy / "metrics.csv").read_bytes() == before
+
+
+def test_tensorboard_hides_what_was_logged_after_the_checkpoint(tmp_path: Path):
+    run(tmp_path / "a", tensorboard=True, keep=9)
+    cut(tmp_path / "a", 8)
+    resume(tmp_path / "a")
+    files = sorted((tmp_path / "a/tensorboard/seed_0").iterdir(), key=lambda p: p.stat().st_mtime)
+    assert len(files) == 2
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    starts = []
+    content = files[1].read_bytes()
+    while content:  # TFRecord: length, its checksum, content, its checksum
+        size = int.from_bytes(content[:8], "little")
+        event = Event.FromString(content[12 : 12 + size])
+        if event.session_log.status == SessionLog.START:
+            starts.append(event.step)
+        content = content[16 + size :]
+    assert starts == [8 * 32 + 1]
+
+
+# Which checkpoints there are
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path):
+    config = ppo.Config(total_timesteps=64 * 40, num_steps=16, hidden_sizes=(8,))
+    run(tmp_path / "a", config=config, env=None, checkpoint_every=5, keep=2, eval_episodes=16)
+    manifests = {
+        int(p.parent.name): json.loads(p.read_text())["eval_return"]
+        for p in (tmp_path / "a/checkpoints").glob("*/manifest.json")
+    }
+    summary = json.loads((tmp_path / "a/summary.json").read_text())
+    best = summary["best_checkpoint"]
+    assert {35, 40} <= set(manifests) <= {35, 40, best["updates"]}
+    assert manifests[best["updates"]] == best["eval_return_mean"] == max(manifests.values())
+    assert manifests[40] == pytest.approx(summary["eval_return_mean"], rel=1e-6)
+    state = ppo.load(tmp_path / "a", which="best").state
+    assert int(state.learner.updates) == best["updates"]
+    assert int(ppo.load(tmp_path / "a", which=35).state.learner.updates) == 35
+    with pytest.raises(ppo.ConfigError, match=r"no whole checkpoint after 36 updates \(there: "):
+        ppo.load(tmp_path / "a", which=36)
+
+
+def test_checkpoints_by_time_and_none_but_the_last(tmp_path: Path):
+    config = dataclasses.replace(CONFIG, total_timesteps=1000 * 32)
+    often = run(
+        tmp_path / "a", config=config, checkpoint_every=1e-9, checkpoint_unit="seconds", keep=99
+    )
+    assert len(list((tmp_path / "a/checkpoints").iterdir())) > 1
+    once = run(tmp_path / "b", config=config, checkpoint_every=float("inf"))
+    assert [p.name for p in (tmp_path / "b/checkpoints").iterdir()] == ["000001000"]
+    assert_same(often, once)
+
+
+def test_what_was_not_evaluated_for_a_kill_is_evaluated_after_it(tmp_path: Path):
+    """So the best is the same, and kept, wherever the run was killed."""
+    config = ppo.Config(total_timesteps=64 * 12, num_steps=16, hidden_sizes=(8,))
+    options: dict[str, Any] = {"config": config, "env": None, "eval_episodes": 16, "seed": 5}
+    alone = run(tmp_path / "a", keep=9, **options)
+    assert alone.summary["best_checkpoint"]["updates"] < 12
+    for updates in (4, 8):
+        other = Path(shutil.copytree(tmp_path / "a", tmp_path / f"b{updates}"))
+        cut(other, updates)
+        path = other / f"checkpoints/{updates:09d}"
+        checkpoint.record_evaluation(checkpoint.read(path), None)
+        text = (other / "config.toml").read_text()
+        (other / "config.toml").write_text(text.replace("keep = 9", "keep = 1"))
+        resume(other, env=None)
+        assert summary(other)["best_checkpoint"] == alone.summary["best_checkpoint"]
+
+
+def test_stopping_again_and_again_leaves_no_more_than_are_kept(tmp_path: Path, whole: Any):
+    result, directory = whole
+    found, _ = checkpoint.find(directory)
+    settings = dataclasses.replace(found.settings, run=RunSettings(num_seeds=3, keep=2))
+    for updates in range(1, 6):
+        saver = Saver(tmp_path, settings, lambda _: np.zeros((3, 1)), None, StopRequest())
+        saver.finish(dataclasses.replace(found.position, updates=updates), result.states)
+        saver.close()
+    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == [
+        "000000004",
+        "000000005",
+    ]
+
+
+def test_names_are_ordered_as_numbers(tmp_path: Path):
+    for name in ("999999999", "1000000000", "000000005", "x", "5.saving"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    with pytest.raises(ppo.ConfigError, match="there: 5, 999999999, 1000000000"):
+        checkpoint.find(tmp_path)
+
+
+class Odd(RandomWalk):
+    """Its state has a leaf of no size, and names that are the same once joined by dots."""
+
+    def reset_env(self, key: jax.Array, params: Any) -> Any:
+        obs, state = super().reset_env(key, params)
+        return obs, {"a": {"b": state}, "a.b": jax.random.normal(key), "none": jnp.zeros((0, 3))}
+
+    def step_env(self, key: jax.Array, state: Any, action: jax.Array, params: Any) -> Any:
+        obs, inner, *rest = super().step_env(key, state["a"]["b"], action, params)
+        return obs, state | {"a": {"b": inner}}, *rest
+
+    def is_truncated(self, state: Any, params: Any) -> Any:
+        return super().is_truncated(state["a"]["b"], params)
+
+
+def test_states_of_any_structure_come_back(tmp_path: Path):
+    result = run(tmp_path / "a", env=Odd())
+    state = ppo.load(tmp_path / "a", seed=None, env=Odd()).state
+    assert jax.tree.structure(state) == jax.tree.structure(result.states)
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(result.states), strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+        assert bool(np.all(np.asarray(x == y)))
+
+
+# What is refused
+
+
+def test_another_training_is_refused_by_the_names_that_differ(copy: Path):
+    path = copy / "config.toml"
+    text = path.read_text()
+    sizes = ("hidden_sizes = [8]", "hidden_sizes = [8, 8]")
+    for change, words in (
+        (sizes, r"hidden_sizes is \(8, 8\) and was \(8,\)"),
+        (("num_seeds = 3", "num_seeds = 4"), "num_seeds is 4 and was 3"),
+        (("num_steps = 8", "num_steps = 16"), "num_steps is 16 and was 8"),
+    ):
+        path.write_text(text.replace(*change))
+        with pytest.raises(ppo.ConfigError, match=words):
+            resume(copy)
+    path.write_text(text.replace("gamma = 0.99", "gamma = 0.9"))
+    resume(copy)
+
+
+def test_changed_hyperparameters_are_named(copy: Path, capsys: Any):
+    cut(copy, 8)
+    path = copy / "config.toml"
+    path.write_text(path.read_text().replace("gamma = 0.99", "gamma = 0.5"))
+    resume(copy, progress=True)
+    text = capsys.readouterr().out
+    assert "going on after update 8" in text
+    assert "from here on gamma = 0.5 (was 0.99)" in text
+
+
+def test_another_environment_is_refused_by_the_leaves_that_differ(copy: Path):
+    with pytest.raises(ppo.ConfigError, match=r"does not fit .*obs_stats.mean is float32\[3, 2\]"):
+        ppo.load(copy, env=Wide())
+
+
+class Wide(RandomWalk):
+    def get_obs(self, state: Any, params: Any = None, key: Any = None) -> jax.Array:
+        return jnp.ones(3)
+
+    def observation_space(self, params: Any) -> Any:
+        return super().observation_space(params).__class__(0, 1, (3,))
+
+
+def test_an_environment_object_has_to_be_given_again(copy: Path):
+    for function in (ppo.resume, ppo.load):
+        with pytest.raises(ppo.ConfigError, match="have to be passed again"):
+            function(copy)
+
+
+def test_seeds_out_of_range_are_refused(copy: Path):
+    for seed in (-1, 3):
+        with pytest.raises(ppo.ConfigError, match=f"seed = {seed}: the run has the seeds 0 to 2"):
+            ppo.load(copy, seed=seed, env=RandomWalk())
+
+
+def test_metrics_that_are_shorter_than_the_checkpoint_says_are_refused(copy: Path):
+    path = copy / "metrics.csv"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ppo.ConfigError, match="does not hold the metrics up to the checkpoint"):
+        resume(copy)
+    path.unlink()
+    with pytest.raises(ppo.ConfigError, match="No such file"):
+        resume(copy)
+
+
+@pytest.mark.parametrize("change", ["digit", "quote"])
+def test_metrics_that_were_changed_are_refused(copy: Path, change: str):
+    path = copy / "metrics.csv"
+    content = path.read_bytes()
+    path.write_bytes(
+        content.replace(b"0,2,", b"0,3," if change == "digit" else b'0,"2,', 1)[: len(content)]
+    )
+    with pytest.raises(ppo.ConfigError, match="it was changed since"):
+        resume(copy)
+
+
+def test_a_finished_run_without_checkpoints_is_not_begun_again(copy: Path):
+    shutil.rmtree(copy / "checkpoints")
+    before = (copy / "metrics.csv").read_bytes()
+    with pytest.raises(ppo.ConfigError, match="its checkpoints are gone"):
+        resume(copy)
+    assert (copy / "metrics.csv").read_bytes() == before
+    (copy / "checkpoints").write_text("")
+    with pytest.raises(ppo.ConfigError, match="cannot be read: Not a directory"):
+        resume(copy)
+
+
+def test_an_environment_object_is_refused_where_a_name_was_used(tmp_path: Path):
+    config = ppo.Config(total_timesteps=64, num_steps=8, hidden_sizes=(8,))
+    run(tmp_path / "a", config=config, env=None)
+    with pytest.raises(ppo.ConfigError, match="the run was on CartPole-v1 by its name"):
+        resume(tmp_path / "a")
+
+
+def test_directories_whose_names_cannot_be(tmp_path: Path):
+    for function in (ppo.resume, ppo.load):
+        with pytest.raises(ppo.ConfigError, match="File name too long"):
+            function("x" * 300)
+    with pytest.raises(ppo.ConfigError, match="is not written in UTF-8"):
+        run(tmp_path / os.fsdecode(b"n\xff"))
+
+
+@pytest.mark.parametrize("which", ["oldest", 4.0, None, -1, True])
+def test_checkpoints_that_cannot_be_are_refused(copy: Path, which: Any):
+    with pytest.raises(ppo.ConfigError, match="must be newest, best, or a number of updates"):
+        ppo.load(copy, which=which, env=RandomWalk())
+
+
+# Agents, devices
+
+
+def test_what_load_gives_goes_into_agent_and_evaluate(whole: Any):
+    result, directory = whole
+    config, hparams, state = ppo.load(directory, env=RandomWalk())
+    assert hparams == ppo.HParams()
+    agent = ppo.make_agent(config, state, RandomWalk())
+    obs = jnp.ones((5, 2))
+    action, _ = agent.act(jax.random.key(0), obs, agent.initial_carry(5))
+    assert action.shape == (5,)
+    one = jax.tree.map(lambda x: x[0], result.states)
+    key = jax.random.key(1)
+    np.testing.assert_array_equal(
+        ppo.evaluate(config, state, key, 8, env=RandomWalk()),
+        ppo.evaluate(config, one, key, 8, env=RandomWalk()),
+    )
+
+
+ON_DEVICES = """
+import sys, jax
+jax.config.update("jax_num_cpu_devices", 4)
+import numpy as np, purejaxppo as ppo
+from pathlib import Path
+from purejaxppo import checkpoint
+from purejaxppo.learner import make_learner
+from purejaxppo.load import restore_states
+found, _ = checkpoint.find(Path(sys.argv[1]))
+states = restore_states(found, make_learner(found.settings.config))
+assert len(jax.devices()) == 4
+mesh = jax.make_mesh((4,), ("seeds",), axis_types=(jax.sharding.AxisType.Auto,))
+spread = jax.device_put(states, jax.NamedSharding(mesh, jax.P("seeds")))
+checkpoint.save(Path(sys.argv[2]), found.position, found.settings, spread)
+"""
+
+
+def test_states_go_from_one_device_to_four_and_back(tmp_path: Path):
+    config = ppo.Config(total_timesteps=64, num_steps=8, hidden_sizes=(8,))
+    run(tmp_path / "one", config=config, env=None, num_seeds=4)
+    (tmp_path / "four").mkdir()
+    command = [sys.executable, "-c", ON_DEVICES, str(tmp_path / "one"), str(tmp_path / "four")]
+    subprocess.run(command, check=True)
+    one, four = (ppo.load(tmp_path / name, seed=None).state for name in ("one", "four"))
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(four), strict=True):
+        assert y.sharding.device_set == {jax.devices()[0]}
+        assert bool(np.all(np.asarray(x == y)))
+
+
+class Clock:
+    """`time`, in which nothing takes time but what `passes`."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("seconds", [0.001, 0.02, 0.3, 2.0])
+def test_a_chunk_takes_half_a_second_or_is_one_update(
+    monkeypatch: pytest.MonkeyPatch, seconds: float
+):
+    """Where each update takes so many seconds, and ten times as many in the first call."""
+    clock, counts = Clock(), []
+    compile_program = run_module.compile_program
+
+    def slow(*arguments: Any) -> Any:
+        program = compile_program(*arguments)
+
+        def chunk(states: Any, count: int) -> Any:
+            clock.now += count * seconds * (1 if counts else 10)
+            counts.append(count)
+            return program.chunk(states, count)
+
+        return program._replace(chunk=chunk)
+
+    monkeypatch.setattr(run_module, "compile_program", slow)
+    monkeypatch.setattr(run_module, "time", clock)
+    config = dataclasses.replace(CONFIG, total_timesteps=300 * 32)
+    ppo.run(config, env=RandomWalk(), eval_episodes=1, progress=False)
+    assert sum(counts) == config.num_updates
+    assert counts[0] == 1
+    assert all(count * seconds <= run_module.CHUNK_SECONDS or count == 1 for count in counts)
+    assert len(counts) <= 3 + config.num_updates * max(seconds / 0.25, 1 / 1024)
