@@ -65,16 +65,17 @@ def reset_on_demand(
     """
 
     def step(keys: Key[Array, " N"], state: PyTree, action: Array) -> tuple[PyTree, TimeStep]:
-        step_keys, reset_keys = split_each(keys)
         state, final_obs, reward, terminated, truncated = jax.vmap(step_one)(
-            step_keys, state, action
+            split_each(keys)[0], state, action
         )
         done = terminated | truncated
-        state, obs = jax.lax.cond(
-            jnp.any(done),
-            lambda: select_rows(done, jax.vmap(reset_one)(reset_keys), (state, final_obs)),
-            lambda: (state, final_obs),
-        )
+
+        def reset() -> tuple[PyTree, Array]:
+            # Split again: a key that is made outside is made in every step, needed or not.
+            fresh = jax.vmap(reset_one)(split_each(keys)[1])
+            return select_rows(done, fresh, (state, final_obs))
+
+        state, obs = jax.lax.cond(jnp.any(done), reset, lambda: (state, final_obs))
         return state, TimeStep(obs, reward, terminated, truncated, final_obs)
 
     return step

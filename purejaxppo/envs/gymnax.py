@@ -1,16 +1,33 @@
 """Adapter to gymnax 1.x, and to any object that keeps its contract."""
 
+import functools
+import importlib
+import importlib.util
+import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from gymnax.environments.environment import Environment as GymnaxEnvironment
 from jax.core import Tracer
 from jaxtyping import Array, Key
 
 from purejaxppo.config import ConfigError
 from purejaxppo.envs.base import reset_on_demand
 from purejaxppo.types import Environment, PyTree, TimeStep
+
+
+@functools.cache
+def import_gymnax() -> Any:
+    """The package, imported when first needed: it starts JAX's backends, after which the number of
+    CPU devices is settled. What it draws with, a second's worth of imports, waits for its use."""
+    for name in ("seaborn", "matplotlib.pyplot"):
+        spec = importlib.util.find_spec(name)
+        if name not in sys.modules and spec is not None and spec.loader is not None:
+            spec.loader = importlib.util.LazyLoader(spec.loader)
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[name] = module
+            spec.loader.exec_module(module)
+    return importlib.import_module("gymnax")
 
 
 def from_gymnax(name: str, env: Any, params: Any = None) -> Environment:
@@ -42,9 +59,9 @@ def from_gymnax(name: str, env: Any, params: Any = None) -> Environment:
         obs, state = env.reset(key, params)
         return _strong(state), _like(obs, obs_like)
 
-    plain = isinstance(env, GymnaxEnvironment) and all(
-        getattr(type(env), method) is getattr(GymnaxEnvironment, method)
-        for method in ("step", "reset")
+    base = import_gymnax().environments.environment.Environment
+    plain = isinstance(env, base) and all(
+        getattr(type(env), method) is getattr(base, method) for method in ("step", "reset")
     )
     if plain:
         step = reset_on_demand(reset_one, _inner_step(env, params, obs_like))

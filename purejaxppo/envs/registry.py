@@ -4,10 +4,8 @@ import difflib
 import functools
 from typing import Any
 
-import gymnax
-
 from purejaxppo.config import Config, ConfigError
-from purejaxppo.envs.gymnax import from_gymnax
+from purejaxppo.envs.gymnax import from_gymnax, import_gymnax
 from purejaxppo.types import Environment
 
 _NEEDS_DOWNLOAD = "MNISTBandit-bsuite"
@@ -15,7 +13,7 @@ _NEEDS_DOWNLOAD = "MNISTBandit-bsuite"
 
 def available_environments() -> list[str]:
     """Names that `Config.env_id` takes, those registered with gymnax at run time included."""
-    return [name for name in gymnax.registered_envs if name != _NEEDS_DOWNLOAD]
+    return [name for name in import_gymnax().registered_envs if name != _NEEDS_DOWNLOAD]
 
 
 def make_environment(config: Config, env: Any = None, env_params: Any = None) -> Environment:
@@ -50,4 +48,4 @@ def _make_gymnax(env_id: str) -> tuple[Any, Any]:
         raise ConfigError(
             f"env_id = {env_id!r}: no such environment; {hint}`purejaxppo envs` lists them"
         )
-    return gymnax.make(env_id)
+    return import_gymnax().make(env_id)
