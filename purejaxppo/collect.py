@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Key
 
+from purejaxppo.collectives import own_rows
 from purejaxppo.config import Config
 from purejaxppo.distributions import draw_noise
 from purejaxppo.envs.base import split_each
+from purejaxppo.networks import parts_in_cache
 from purejaxppo.normalize import normalize_obs
 from purejaxppo.types import (
     ActorState,
@@ -23,18 +25,23 @@ from purejaxppo.types import (
 
 
 def init_actors(
-    config: Config, env: Environment, network: Network, key: Key[Array, ""]
+    config: Config,
+    env: Environment,
+    network: Network,
+    key: Key[Array, ""],
+    axis: str | None = None,
 ) -> ActorState:
-    """N environments at the start of their first episodes."""
-    keys, reset_keys = split_each(jax.random.split(key, config.num_envs))
+    """N environments at the start of their first episodes; over several devices, each one's own."""
+    own = own_rows(jax.random.split(key, config.num_envs), axis)
+    keys, reset_keys = split_each(own)
     env_state, obs = env.reset(reset_keys)
-    zeros = jnp.zeros(config.num_envs)
+    zeros = jnp.zeros(keys.shape)
     return ActorState(
         keys=keys,
         env_state=env_state,
         obs=obs,
-        start=jnp.ones(config.num_envs, bool),
-        carry=network.initial_carry(config.num_envs),
+        start=jnp.ones(keys.shape, bool),
+        carry=network.initial_carry(keys.shape[0]),
         episode_return=zeros,
         episode_length=zeros.astype(jnp.int32),
         discounted_return=zeros,
@@ -61,15 +68,15 @@ def make_collect(config: Config, env: Environment, network: Network, policy: Pol
             action = policy.sample(outputs[0], noise)
             env_state, result = env.step(step_keys, actors.env_state, policy.to_env(action))
             cut_value = _value_where_cut(network, learner, carry, result)
-            seen = (actors.obs, obs, actors.start, action, cut_value, result)
             done = result.terminated | result.truncated
             moved = actors._replace(env_state=env_state, obs=result.obs, start=done, carry=carry)
-            return moved, seen
+            return moved, (actors.obs, action, cut_value, result)
 
-        moved, (raw_obs, obs, start, action, cut_value, result) = jax.lax.scan(
-            step, actors, (step_keys, noise)
-        )
-        _, outputs, value = network.apply(learner.params, actors.carry, obs, start)
+        moved, (raw_obs, action, cut_value, result) = jax.lax.scan(step, actors, (step_keys, noise))
+        obs = normalize_obs(learner.obs_stats, raw_obs)
+        done = result.terminated | result.truncated
+        start = jnp.concatenate([actors.start[None], done[:-1]])
+        log_prob, value = look_back(learner, actors.carry, obs, start, action)
         _, _, last_value = network.apply(
             learner.params,
             moved.carry,
@@ -81,9 +88,9 @@ def make_collect(config: Config, env: Environment, network: Network, policy: Pol
             obs=obs,
             start=start,
             action=action,
-            log_prob=policy.distribution(outputs).log_prob(action),
+            log_prob=log_prob,
             value=value,
-            next_value=jnp.where(result.terminated | result.truncated, cut_value, following),
+            next_value=jnp.where(done, cut_value, following),
             reward=result.reward,
             terminated=result.terminated,
             truncated=result.truncated,
@@ -91,6 +98,22 @@ def make_collect(config: Config, env: Environment, network: Network, policy: Pol
             carry=actors.carry,
         )
         return moved._replace(keys=keys), rollout, raw_obs
+
+    def look_back(learner: LearnerState, carry: Any, *steps: Array) -> tuple[Array, Array]:
+        """Log-probabilities and values `[T, N]` of all steps at once, in parts along time."""
+
+        def of_part(part: tuple[Array, ...]) -> tuple[Array, Array]:
+            obs, start, action = part
+            _, outputs, value = network.apply(learner.params, carry, obs, start)
+            return jnp.asarray(policy.distribution(outputs).log_prob(action)), value
+
+        length, num_envs = steps[1].shape
+        parts = 1 if carry else parts_in_cache(network, length * num_envs, length)
+        if parts == 1:
+            return of_part(steps)
+        cut = jax.tree.map(lambda x: x.reshape((parts, -1, *x.shape[1:])), steps)
+        joined = jax.lax.map(of_part, cut)
+        return jax.tree.map(lambda x: x.reshape((length, num_envs)), joined)
 
     return collect
 

@@ -2,22 +2,26 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
+from purejaxppo.collectives import all_sum, own_key
 from purejaxppo.config import Config, HParams
 from purejaxppo.losses import (
     approximate_kl,
     clipped_surrogate,
-    masked_mean,
     standardize,
     value_loss,
 )
+from purejaxppo.networks import parts_in_cache
+from purejaxppo.shuffle import random_order
 from purejaxppo.types import (
     Improve,
     LearnerState,
@@ -30,11 +34,18 @@ from purejaxppo.types import (
 
 
 class Batch(NamedTuple):
-    """Sequences for the loss: `[T, B, ...]` with a memory, else `[1, B, ...]`."""
+    """What the loss reads: sequences `[T, B, ...]` with a memory, else steps `[1, B, ...]`."""
 
-    rollout: Rollout
+    obs: Array
+    start: Bool[Array, "T B"]
+    action: Array
+    log_prob: Float[Array, "T B"]
+    value: Float[Array, "T B"]
     advantage: Float[Array, "T B"]
     target: Float[Array, "T B"]
+    mask: Float[Array, "T B"]
+    carry: PyTree
+    """`[B, ...]` the network's memory before the first step."""
 
 
 def scheduled(schedule: str, updates: Int[Array, ""], num_updates: int) -> Float[Array, ""]:
@@ -80,25 +91,34 @@ def ppo_loss(
     params: PyTree,
     batch: Batch,
     hparams: HParams,
+    *,
+    count: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Clipped surrogate + vf_coef * value loss - ent_coef * entropy, and what it is made of.
 
     Schulman et al. 2017 (arXiv:1707.06347), eq. 9, as a loss.
-    """
-    rollout, advantage = batch.rollout, batch.advantage
-    _, outputs, value = network.apply(params, rollout.carry, rollout.obs, rollout.start)
-    distribution = policy.distribution(outputs)
-    log_ratio = distribution.log_prob(rollout.action) - rollout.log_prob
 
-    surrogate = clipped_surrogate(log_ratio, advantage, hparams.clip_eps)
-    errors = value_loss(value, rollout.value, batch.target, hparams.vf_clip_eps)
+    Args:
+        count: the samples that the means are over, where `batch` is a part of a minibatch: then
+            the parts' losses, metrics and gradients add up to the whole's.
+    """
+    count = jnp.sum(batch.mask) if count is None else count
+    _, outputs, value = network.apply(params, batch.carry, batch.obs, batch.start)
+    distribution = policy.distribution(outputs)
+    log_ratio = distribution.log_prob(batch.action) - batch.log_prob
+
+    def mean(values: Array) -> Array:
+        return jnp.sum(values * batch.mask) / count
+
+    surrogate = clipped_surrogate(log_ratio, batch.advantage, hparams.clip_eps)
+    errors = value_loss(value, batch.value, batch.target, hparams.vf_clip_eps)
     clipped = jnp.abs(jnp.expm1(log_ratio)) > hparams.clip_eps
     metrics = {
-        "policy_loss": masked_mean(surrogate, rollout.mask),
-        "value_loss": masked_mean(errors, rollout.mask),
-        "entropy": masked_mean(distribution.entropy(), rollout.mask),
-        "approx_kl": masked_mean(approximate_kl(log_ratio), rollout.mask),
-        "clip_fraction": masked_mean(clipped.astype(jnp.float32), rollout.mask),
+        "policy_loss": mean(surrogate),
+        "value_loss": mean(errors),
+        "entropy": mean(distribution.entropy()),
+        "approx_kl": mean(approximate_kl(log_ratio)),
+        "clip_fraction": mean(clipped.astype(jnp.float32)),
     }
     loss = (
         metrics["policy_loss"]
@@ -108,7 +128,9 @@ def ppo_loss(
     return loss, metrics
 
 
-def make_improve(config: Config, network: Network, policy: Policy) -> Improve:
+def make_improve(
+    config: Config, network: Network, policy: Policy, axis: str | None = None
+) -> Improve:
     """`update_epochs` passes of `num_minibatches` Adam steps each, in a new order each pass."""
 
     def improve(
@@ -116,33 +138,38 @@ def make_improve(config: Config, network: Network, policy: Policy) -> Improve:
     ) -> tuple[LearnerState, Metrics]:
         hparams, learning_rate = _at_this_update(config, learner, hparams)
         if config.advantage_normalization == "batch":
-            advantage = standardize(advantage, rollout.mask)
-        sequences = _as_sequences(config, Batch(rollout, advantage, target))
+            advantage = standardize(advantage, rollout.mask, axis)
+        rows = _as_rows(config, make_batch(rollout, advantage, target))
         flat, unravel = ravel_pytree(learner.params)
         optimizer = make_optimizer(hparams)
         rates = step_sizes(learner.params, hparams)
 
-        def loss(flat: Array, batch: Batch) -> tuple[Array, Metrics]:
-            if config.advantage_normalization == "minibatch":
-                advantage = standardize(batch.advantage, batch.rollout.mask)
-                batch = batch._replace(advantage=advantage)
-            return ppo_loss(network, policy, unravel(flat), batch, hparams)
+        def loss(flat: Array, rows: Batch, count: Array) -> tuple[Array, Metrics]:
+            batch = _as_sequences(config, rows)
+            return ppo_loss(network, policy, unravel(flat), batch, hparams, count=count)
 
-        def minibatch(carry: Any, chosen: Int[Array, " B"]) -> tuple[Any, Metrics]:
-            flat, opt_state = carry
-            gradient, metrics = jax.grad(loss, has_aux=True)(flat, take(sequences, chosen))
-            metrics["grad_norm"] = jnp.linalg.norm(gradient)
+        def minibatch(carry: Any, inputs: tuple[Batch, Array]) -> tuple[Any, tuple[Metrics, Array]]:
+            (flat, opt_state), (rows, count) = carry, inputs
+            gradient = jax.grad(lambda flat, part: loss(flat, part, count), has_aux=True)
+            parts = _parts(config, network, rows)
+            gradient, metrics = sum_over(parts, lambda part: gradient(flat, part))
+            gradient = all_sum(gradient, axis)
             direction, opt_state = optimizer.update(gradient, opt_state)
             flat = optax.apply_updates(flat, -rates * jnp.asarray(direction))
-            return (flat, opt_state), metrics
+            return (flat, opt_state), (metrics, jnp.linalg.norm(gradient))
 
         def epoch(carry: Any, key: Key[Array, ""]) -> tuple[Any, tuple[Metrics, Array]]:
             current, stopped = carry
-            order = jax.random.permutation(key, sequences.target.shape[1])
-            new, metrics = jax.lax.scan(
-                minibatch, current, order.reshape(config.num_minibatches, -1)
-            )
-            metrics = jax.tree.map(jnp.mean, metrics)
+            minibatches = _shuffle(rows, own_key(key, axis), config.num_minibatches)
+            if config.advantage_normalization == "minibatch":
+                one = partial(standardize, axis=axis)
+                advantage = jax.vmap(one)(minibatches.advantage, minibatches.mask)
+                minibatches = minibatches._replace(advantage=advantage)
+            counts = all_sum(jax.vmap(jnp.sum)(minibatches.mask), axis)
+            inputs = (minibatches, jnp.maximum(counts, 1.0))
+            new, (metrics, norm) = jax.lax.scan(minibatch, current, inputs)
+            metrics = all_sum(jax.tree.map(jnp.mean, metrics), axis)
+            metrics["grad_norm"] = jnp.mean(norm)
             if hparams.target_kl is None:
                 return (new, stopped), (metrics, ~stopped)
             kept = jax.tree.map(lambda x, y: jnp.where(stopped, x, y), current, new)
@@ -182,16 +209,64 @@ def _at_this_update(
     return now, jnp.asarray(now.learning_rate, jnp.float32)
 
 
-def _as_sequences(config: Config, batch: Batch) -> Batch:
-    """Without a memory every step is a sequence of its own: `[T, N, ...]` to `[1, T * N, ...]`."""
-    if config.memory != "none":
-        return batch
-    return jax.tree.map(lambda x: x.reshape((1, -1, *x.shape[2:])), batch)
+def make_batch(rollout: Rollout, advantage: Array, target: Array) -> Batch:
+    """What the loss reads of a rollout `[T, N]`, as sequences `[T, N]`."""
+    return Batch(
+        obs=rollout.obs,
+        start=rollout.start,
+        action=rollout.action,
+        log_prob=rollout.log_prob,
+        value=rollout.value,
+        advantage=advantage,
+        target=target,
+        mask=rollout.mask,
+        carry=rollout.carry,
+    )
 
 
-def take(batch: Batch, chosen: Int[Array, " B"]) -> Batch:
-    """The sequences `chosen`, which are axis 1 of all leaves but the carry's."""
-    carry = jax.tree.map(lambda x: x[chosen], batch.rollout.carry)
-    without = batch._replace(rollout=batch.rollout._replace(carry=()))
-    taken = jax.tree.map(lambda x: jnp.take(x, chosen, axis=1), without)
-    return taken._replace(rollout=taken.rollout._replace(carry=carry))
+def _as_rows(config: Config, batch: Batch) -> Batch:
+    """What is shuffled: steps `[T * N, ...]`, or with a memory whole sequences `[N, T, ...]`."""
+
+    def rows(x: Array) -> Array:
+        return x.reshape((-1, *x.shape[2:])) if config.memory == "none" else x.swapaxes(0, 1)
+
+    return jax.tree.map(rows, batch._replace(carry=()))._replace(carry=batch.carry)
+
+
+def _as_sequences(config: Config, rows: Batch) -> Batch:
+    """Rows back to what the network reads: `[1, B, ...]`, or with a memory `[T, B, ...]`."""
+
+    def sequences(x: Array) -> Array:
+        return x[None] if config.memory == "none" else x.swapaxes(0, 1)
+
+    return jax.tree.map(sequences, rows._replace(carry=()))._replace(carry=rows.carry)
+
+
+def _shuffle(rows: Batch, key: Key[Array, ""], num_minibatches: int) -> Batch:
+    """`[R, ...]` in a random order, as `[num_minibatches, R / num_minibatches, ...]`."""
+    order = random_order(key, rows.target.shape[0])
+
+    def take(x: Array) -> Array:
+        return x[order].reshape((num_minibatches, -1, *x.shape[1:]))
+
+    return jax.tree.map(take, rows)
+
+
+def _parts(config: Config, network: Network, rows: Batch) -> Batch:
+    """`[R, ...]` as `[parts, R / parts, ...]`; whole sequences are left in one part."""
+    num_rows = rows.target.shape[0]
+    parts = parts_in_cache(network, num_rows, num_rows) if config.memory == "none" else 1
+    return jax.tree.map(lambda x: x.reshape((parts, -1, *x.shape[1:])), rows)
+
+
+def sum_over(parts: PyTree, function: Callable[[PyTree], PyTree]) -> PyTree:
+    """The sum of `function`'s results over the leading axis of `parts`."""
+    first = jax.tree.map(lambda x: x[0], parts)
+    if jax.tree.leaves(parts)[0].shape[0] == 1:
+        return function(first)
+
+    def add(total: PyTree, part: PyTree) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, function(part)), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first))
+    return jax.lax.scan(add, zeros, parts)[0]

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from purejaxppo.advantages import gae
 from purejaxppo.collect import init_actors, make_collect
+from purejaxppo.collectives import all_sum, masked_mean
 from purejaxppo.config import Config, HParams
 from purejaxppo.distributions import make_policy
 from purejaxppo.envs import make_environment
@@ -33,7 +34,9 @@ from purejaxppo.types import (
 MUST_BE_FINITE = ("policy_loss", "value_loss", "entropy", "grad_norm")
 
 
-def make_learner(config: Config, env: Any = None, env_params: Any = None) -> Learner:
+def make_learner(
+    config: Config, env: Any = None, env_params: Any = None, *, axis: str | None = None
+) -> Learner:
     """The learner for a config.
 
     An update whose loss is not finite leaves the state as it was.
@@ -42,6 +45,8 @@ def make_learner(config: Config, env: Any = None, env_params: Any = None) -> Lea
         env: an object that keeps gymnax 1.x's contract, in place of the one that
             `config.env_id` names.
         env_params: its parameters; None takes its defaults.
+        axis: a mesh axis over which the environments are spread, for use under `jax.shard_map`:
+            each device steps `num_envs / devices` of them and all learn the same.
 
     Raises:
         ConfigError: if the environment does not exist, or its spaces do not fit the config.
@@ -51,7 +56,7 @@ def make_learner(config: Config, env: Any = None, env_params: Any = None) -> Lea
     network = make_network(config, environment.observation_space, policy)
     check_contract(environment, policy)
     collect = make_collect(config, environment, network, policy)
-    improve = make_improve(config, network, policy)
+    improve = make_improve(config, network, policy, axis)
 
     def init(key: Key[Array, ""], hparams: HParams) -> TrainState:
         params_key, learner_key, envs_key = jax.random.split(key, 3)
@@ -66,7 +71,7 @@ def make_learner(config: Config, env: Any = None, env_params: Any = None) -> Lea
             reward_stats=init_stats(()) if config.normalize_reward else (),
             updates=jnp.zeros((), jnp.int32),
         )
-        return TrainState(learner, init_actors(config, environment, network, envs_key))
+        return TrainState(learner, init_actors(config, environment, network, envs_key, axis))
 
     def update(state: TrainState, hparams: HParams) -> tuple[TrainState, Metrics]:
         learner, actors = state
@@ -77,11 +82,11 @@ def make_learner(config: Config, env: Any = None, env_params: Any = None) -> Lea
         learner, metrics = improve(learner, rollout, advantage, target, hparams)
 
         raw = rollout._replace(obs=raw_obs, reward=raw_reward)
-        learner, actors = refresh_statistics(learner, actors, raw, hparams)
+        learner, actors = refresh_statistics(learner, actors, raw, hparams, axis)
         learner = learner._replace(updates=learner.updates + 1)
-        actors, episodes = count_episodes(actors, raw_reward, done)
+        actors, episodes = count_episodes(actors, raw_reward, done, axis)
         metrics["env_steps"] = env_steps(config, learner.updates)
-        metrics["explained_variance"] = explained_variance(rollout.value, target)
+        metrics["explained_variance"] = explained_variance(rollout.value, target, axis)
         new = TrainState(learner, actors)
         kept = keep_if_finite(metrics, new, state)
         return kept, metrics | episodes
@@ -90,12 +95,16 @@ def make_learner(config: Config, env: Any = None, env_params: Any = None) -> Lea
 
 
 def refresh_statistics(
-    learner: LearnerState, actors: ActorState, raw: Rollout, hparams: HParams
+    learner: LearnerState,
+    actors: ActorState,
+    raw: Rollout,
+    hparams: HParams,
+    axis: str | None = None,
 ) -> tuple[LearnerState, ActorState]:
     """Take a rollout, its observations and rewards as the environment gave them, into the running
     statistics that the config asks for."""
     if isinstance(learner.obs_stats, RunningStats):
-        stats = update_stats(learner.obs_stats, raw.obs, raw.mask)
+        stats = update_stats(learner.obs_stats, raw.obs, raw.mask, axis)
         learner = learner._replace(obs_stats=stats)
     if isinstance(learner.reward_stats, RunningStats):
         done = raw.terminated | raw.truncated
@@ -104,7 +113,7 @@ def refresh_statistics(
         )
         actors = actors._replace(discounted_return=running)
         learner = learner._replace(
-            reward_stats=update_stats(learner.reward_stats, returns, raw.mask)
+            reward_stats=update_stats(learner.reward_stats, returns, raw.mask, axis)
         )
     return learner, actors
 
@@ -124,7 +133,10 @@ def keep_if_finite(metrics: Metrics, new: TrainState, old: TrainState) -> TrainS
 
 
 def count_episodes(
-    actors: ActorState, reward: Float[Array, "T N"], done: Bool[Array, "T N"]
+    actors: ActorState,
+    reward: Float[Array, "T N"],
+    done: Bool[Array, "T N"],
+    axis: str | None = None,
 ) -> tuple[ActorState, Metrics]:
     """Means over the episodes that ended in this rollout, NaN where none did.
 
@@ -139,11 +151,12 @@ def count_episodes(
         episode_return=jnp.sum(reward * under_way, axis=0) + ~any_done * actors.episode_return,
         episode_length=jnp.sum(under_way, axis=0) + ~any_done * actors.episode_length,
     )
-    episodes = jnp.sum(done)
+    sums = (jnp.sum(done), jnp.sum(finished_return), jnp.sum(finished_length))
+    episodes, returns, lengths = all_sum(sums, axis)
     return actors, {
         "episodes": episodes,
-        "episode_return": jnp.sum(finished_return) / episodes,
-        "episode_length": jnp.sum(finished_length) / episodes,
+        "episode_return": returns / episodes,
+        "episode_length": lengths / episodes,
     }
 
 
@@ -153,6 +166,11 @@ def env_steps(config: Config, updates: Array) -> Array:
     return updates.astype(jnp.int32 if fits else jnp.float32) * config.batch_size
 
 
-def explained_variance(value: Array, target: Array) -> Float[Array, ""]:
+def explained_variance(value: Array, target: Array, axis: str | None = None) -> Float[Array, ""]:
     """1 - Var(target - value) / Var(target): 1 for a perfect critic, 0 for a constant one."""
-    return 1.0 - jnp.var(target - value) / jnp.maximum(jnp.var(target), 1e-8)
+
+    def variance(x: Array) -> Array:
+        mask = jnp.ones_like(x)
+        return masked_mean(jnp.square(x - masked_mean(x, mask, axis)), mask, axis)
+
+    return 1.0 - variance(target - value) / jnp.maximum(variance(target), 1e-8)

@@ -1,20 +1,18 @@
-"""Per-sample losses, and the masked means they are reduced by."""
+"""Per-sample losses, and the standardising of advantages."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from purejaxppo.collectives import masked_mean
+
 Samples = Float[Array, "*batch"]
 
 
-def masked_mean(values: Samples, mask: Samples) -> Float[Array, ""]:
-    """Mean of `values` over the samples whose `mask` is 1; 0 where there is none."""
-    return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1.0)
-
-
-def standardize(values: Samples, mask: Samples) -> Samples:
-    """`values` shifted and scaled to mean 0 and standard deviation 1 over the masked samples."""
-    mean = masked_mean(values, mask)
-    var = masked_mean(jnp.square(values - mean), mask)
+def standardize(values: Samples, mask: Samples, axis: str | None = None) -> Samples:
+    """`values` shifted and scaled to mean 0 and standard deviation 1 over the masked samples, of
+    all devices along `axis`."""
+    mean = masked_mean(values, mask, axis)
+    var = masked_mean(jnp.square(values - mean), mask, axis)
     return (values - mean) / (jnp.sqrt(var) + 1e-8)
 
 

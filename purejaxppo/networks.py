@@ -20,6 +20,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": nn.silu,
 }
 _SMALLEST_PIXEL_IMAGE = 36
+PART_SIZE = 2**17
+"""Numbers that the widest layer may make of one part of a batch on CPU: half a megabyte."""
 
 
 def orthogonal(gain: float) -> Callable[..., Array]:
@@ -35,6 +37,48 @@ def orthogonal(gain: float) -> Callable[..., Array]:
         return draw(key)
 
     return init
+
+
+@jax.custom_vjp
+def product(x: Float[Array, "R F"], kernel: Float[Array, "F G"]) -> Float[Array, "R G"]:
+    """`x @ kernel`, differentiated so that no product on CPU has to transpose as it goes.
+
+    The kernel's gradient is `x.T @ g`. XLA on CPU is faster at transposing first and multiplying
+    after, by the narrower of the two, but folds the one into the other again unless held apart.
+    """
+    return x @ kernel
+
+
+def _product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return x @ kernel, (x, kernel)
+
+
+def _product_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    kernel_gradient = jax.lax.platform_dependent(
+        x, g, cpu=_transposed_product_on_cpu, default=lambda x, g: x.T @ g
+    )
+    return g @ kernel.T, kernel_gradient
+
+
+def _transposed_product_on_cpu(x: Float[Array, "R F"], g: Float[Array, "R G"]) -> Array:
+    hold = jax.lax.optimization_barrier
+    if g.shape[1] < min(16, x.shape[1]):
+        return hold(hold(g.T) @ x).T
+    return hold(x.T) @ g
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+def dense(features: int, gain: float, name: str | None = None) -> nn.Dense:
+    """A dense layer of rows, initialised orthogonally."""
+    return nn.Dense(
+        features,
+        kernel_init=orthogonal(gain),
+        dot_general=lambda x, kernel, *_, **__: product(x, kernel),
+        name=name,
+    )
 
 
 class PatchConv(nn.Module):
@@ -54,30 +98,28 @@ class PatchConv(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         height, width = x.shape[1] - k + 1, x.shape[2] - k + 1
         shifted = [x[:, i : i + height, j : j + width] for i in range(k) for j in range(k)]
-        return jnp.concatenate(shifted, axis=-1) @ kernel.reshape(-1, self.features) + bias
+        patches = jnp.concatenate(shifted, axis=-1).reshape((-1, k * k * channels))
+        out = product(patches, kernel.reshape(-1, self.features)) + bias
+        return out.reshape((x.shape[0], height, width, self.features))
 
 
 class Encoder(nn.Module):
-    """`[..., *obs_shape]` to features `[..., F]`: convolutions if asked for, then dense layers."""
+    """Observations to features: convolutions if asked for, then dense layers."""
 
-    obs_ndim: int
     convolutions: bool
     hidden_sizes: tuple[int, ...]
     activation: str
 
     @nn.compact
-    def __call__(self, obs: Array) -> Array:
+    def __call__(self, obs: Float[Array, "B ..."]) -> Float[Array, "B F"]:
         act = ACTIVATIONS[self.activation]
-        batch_shape = obs.shape[: obs.ndim - self.obs_ndim]
+        x = obs
         if self.convolutions:
-            x = obs.reshape((-1, *obs.shape[obs.ndim - self.obs_ndim :]))
             for convolution in _convolutions(x.shape[1:3]):
                 x = act(convolution(x))
-        else:
-            x = obs
-        x = x.reshape((*batch_shape, -1))
+        x = x.reshape((x.shape[0], -1))
         for size in self.hidden_sizes:
-            x = act(nn.Dense(size, kernel_init=orthogonal(np.sqrt(2)))(x))
+            x = act(dense(size, np.sqrt(2))(x))
         return x
 
 
@@ -125,23 +167,28 @@ class Memory(nn.Module):
 
 
 class Trunk(nn.Module):
-    """An encoder, and a memory where there is one."""
+    """An encoder, and a memory where there is one, over rows: R = T * B."""
 
     encoder: Callable[..., Encoder]
     memory: str
     memory_size: int
 
     @nn.compact
-    def __call__(self, carry: PyTree, obs: Array, start: Array) -> tuple[PyTree, Array]:
+    def __call__(
+        self, carry: PyTree, obs: Float[Array, "R ..."], start: Bool[Array, "T B"]
+    ) -> tuple[PyTree, Float[Array, "R F"]]:
         features = self.encoder(name="encoder")(obs)
         if self.memory == "none":
             return carry, features
-        return Memory(self.memory, self.memory_size, name="memory")(carry, features, start)
+        memory = Memory(self.memory, self.memory_size, name="memory")
+        carry, features = memory(carry, features.reshape((*start.shape, -1)), start)
+        return carry, features.reshape((obs.shape[0], -1))
 
 
 class ActorCritic(nn.Module):
-    """Policy outputs and value over sequences.
+    """Policy outputs and value over rows: R = T * B.
 
+    Rows and not `[T, B]`, because XLA's matrix products on CPU are half as fast on three axes.
     Parameters that are the critic's own are under names that begin with `critic`.
     """
 
@@ -152,7 +199,9 @@ class ActorCritic(nn.Module):
     log_std_init: float
 
     @nn.compact
-    def __call__(self, carry: PyTree, obs: Array, start: Array) -> tuple[PyTree, Array, Array]:
+    def __call__(
+        self, carry: PyTree, obs: Float[Array, "R ..."], start: Bool[Array, "T B"]
+    ) -> tuple[PyTree, Float[Array, "R P"], Float[Array, " R"]]:
         if self.shared:
             carry, actor = self.trunk(name="shared")(carry, obs, start)
             critic = actor
@@ -161,13 +210,13 @@ class ActorCritic(nn.Module):
             actor_carry, actor = self.trunk(name="actor")(actor_carry, obs, start)
             critic_carry, critic = self.trunk(name="critic")(critic_carry, obs, start)
             carry = (actor_carry, critic_carry) if carry else ()
-        outputs = nn.Dense(self.num_outputs, kernel_init=orthogonal(0.01), name="actor_head")(actor)
+        outputs = dense(self.num_outputs, 0.01, "actor_head")(actor)
         if self.num_free:
             init = nn.initializers.constant(self.log_std_init)
             free = self.param("actor_log_std", init, (self.num_free,))
-            free = jnp.broadcast_to(free, (*outputs.shape[:-1], self.num_free))
+            free = jnp.broadcast_to(free, (outputs.shape[0], self.num_free))
             outputs = jnp.concatenate([outputs, free], axis=-1)
-        value = nn.Dense(1, kernel_init=orthogonal(1.0), name="critic_head")(critic)
+        value = dense(1, 1.0, "critic_head")(critic)
         return carry, outputs, value[..., 0]
 
 
@@ -183,7 +232,6 @@ def make_network(config: Config, observation_space: Any, policy: Policy) -> Netw
 
     def encoder(**kwargs: Any) -> Encoder:
         return Encoder(
-            obs_ndim=len(shape),
             convolutions=convolutions,
             hidden_sizes=config.hidden_sizes,
             activation=config.activation,
@@ -205,16 +253,33 @@ def make_network(config: Config, observation_space: Any, policy: Policy) -> Netw
         return one if config.shared_trunk else (one, one)
 
     def init(key: Key[Array, ""]) -> PyTree:
-        obs, start = jnp.zeros((1, 1, *shape)), jnp.ones((1, 1), bool)
+        obs, start = jnp.zeros((1, *shape)), jnp.ones((1, 1), bool)
         return module.init(key, initial_carry(1), obs, start)["params"]
 
     def apply(
         params: PyTree, carry: PyTree, obs: Array, start: Bool[Array, "T B"]
     ) -> tuple[PyTree, Float[Array, "T B P"], Float[Array, "T B"]]:
-        result: Any = module.apply({"params": params}, carry, prepare(obs), start)
-        return result
+        rows = prepare(obs).reshape((-1, *shape))
+        result: Any = module.apply({"params": params}, carry, rows, start)
+        carry, outputs, value = result
+        return carry, outputs.reshape((*start.shape, -1)), value.reshape(start.shape)
 
-    return Network(init, initial_carry, apply)
+    def layers(key: Key[Array, ""]) -> PyTree:
+        obs, start = jnp.zeros((1, *shape)), jnp.ones((1, 1), bool)
+        variables = module.init(key, initial_carry(1), obs, start)
+        return module.apply(variables, initial_carry(1), obs, start, capture_intermediates=True)[1]
+
+    made = jax.tree.leaves(jax.eval_shape(layers, jax.random.key(0)))
+    return Network(init, initial_carry, apply, width=max(x.size for x in made))
+
+
+def parts_in_cache(network: Network, num_rows: int, divisible: int) -> int:
+    """Into how many equal parts to cut a batch of rows, along an axis of the length `divisible`,
+    so that on CPU what the layers make of a part stays in a core's cache. 1 on accelerators."""
+    if jax.default_backend() != "cpu":
+        return 1
+    wanted = max(1, num_rows * network.width // PART_SIZE)
+    return next(n for n in range(min(wanted, divisible), 0, -1) if divisible % n == 0)
 
 
 def _observation_reader(

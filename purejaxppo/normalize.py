@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from purejaxppo.collectives import all_sum
 from purejaxppo.types import RunningStats
 
 OBS_CLIP = 10.0
@@ -21,8 +22,11 @@ def init_stats(shape: tuple[int, ...]) -> RunningStats:
     return RunningStats(jnp.zeros(()), jnp.zeros(shape), jnp.ones(shape))
 
 
-def update_stats(stats: RunningStats, samples: Array, mask: Array) -> RunningStats:
-    """Add `samples[T, N, ...]`, each weighed by `mask[T, N]`, to the moments.
+def update_stats(
+    stats: RunningStats, samples: Array, mask: Array, axis: str | None = None
+) -> RunningStats:
+    """Add `samples[T, N, ...]` of all devices along `axis`, each weighed by `mask[T, N]`, to the
+    moments.
 
     The parallel form of Welford's algorithm (Chan, Golub and LeVeque 1983, eq. 2.1), which
     loses no precision where the mean is large against the deviation. Variances are those of
@@ -30,10 +34,11 @@ def update_stats(stats: RunningStats, samples: Array, mask: Array) -> RunningSta
     """
     weight = mask.reshape(mask.shape + (1,) * (samples.ndim - mask.ndim))
     axes = tuple(range(mask.ndim))
-    batch_count = jnp.sum(mask)
+    batch_count = all_sum(jnp.sum(mask), axis)
     denominator = jnp.maximum(batch_count, 1.0)
-    batch_mean = jnp.sum(samples * weight, axes) / denominator
-    batch_var = jnp.sum(jnp.square(samples - batch_mean) * weight, axes) / denominator
+    batch_mean = all_sum(jnp.sum(samples * weight, axes), axis) / denominator
+    deviations = jnp.sum(jnp.square(samples - batch_mean) * weight, axes)
+    batch_var = all_sum(deviations, axis) / denominator
 
     total = stats.total + batch_count
     share = batch_count / jnp.maximum(total, 1.0)

@@ -80,6 +80,8 @@ class Network(NamedTuple):
     apply: Callable[[PyTree, PyTree, Array, Bool[Array, "T B"]], tuple[PyTree, Array, Array]]
     """`(params, carry[B], obs[T, B, ...], start[T, B]) -> (carry[B], outputs[T, B, P],
     value[T, B])`. Where `start` is set the carry is reset before the step is read."""
+    width: int = 1
+    """The most numbers that any layer makes of one observation."""
 
 
 class Rollout(NamedTuple):

@@ -7,8 +7,8 @@ import pytest
 from jaxtyping import install_import_hook
 
 CHECKED = (
-    "advantages agent collect distributions envs evaluate improve learner losses networks "
-    "normalize plots stats train"
+    "advantages agent collect collectives distributions envs evaluate improve learner losses "
+    "networks normalize plots shuffle stats train"
 )
 install_import_hook([f"purejaxppo.{name}" for name in CHECKED.split()], "beartype.beartype")
 
@@ -16,6 +16,9 @@ install_import_hook([f"purejaxppo.{name}" for name in CHECKED.split()], "beartyp
 # started by tests inherits it.
 LEVEL = "--xla_backend_optimization_level=1"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {LEVEL}".strip()
+
+# Pretend devices, over which several seeds are spread by default.
+jax.config.update("jax_num_cpu_devices", 4)
 
 # Compiled programs are kept between test runs here, not in the user's cache folder.
 jax.config.update("jax_compilation_cache_dir", ".pytest_cache/xla")

@@ -14,7 +14,7 @@ import purejaxppo as ppo
 from purejaxppo.collect import make_collect
 from purejaxppo.distributions import make_policy
 from purejaxppo.envs import make_environment
-from purejaxppo.improve import Batch, make_improve, ppo_loss
+from purejaxppo.improve import make_batch, make_improve, ppo_loss
 from purejaxppo.learner import count_episodes, env_steps, explained_variance
 from purejaxppo.networks import make_network
 from purejaxppo.types import ActorState, Rollout
@@ -165,7 +165,7 @@ def test_the_first_minibatch_has_ratio_1_and_no_kl(settings: dict[str, Any]):
             state.learner.params, rollout.carry, rollout.obs, rollout.start
         )
         ratio = jnp.exp(policy.distribution(outputs).log_prob(rollout.action) - rollout.log_prob)
-        batch = Batch(rollout, zeros, zeros)
+        batch = make_batch(rollout, zeros, zeros)
         _, metrics = ppo_loss(network, policy, state.learner.params, batch, ppo.HParams())
         return ratio, value - rollout.value, metrics
 
@@ -174,6 +174,20 @@ def test_the_first_minibatch_has_ratio_1_and_no_kl(settings: dict[str, Any]):
     np.testing.assert_allclose(value_change, 0.0, atol=1e-5)
     assert metrics["approx_kl"] < 1e-12
     assert metrics["clip_fraction"] == 0.0
+
+
+@pytest.mark.parametrize("normalization", ["minibatch", "batch", "none"])
+def test_a_minibatch_in_parts_teaches_the_same(normalization: str, monkeypatch: Any):
+    """64 samples by a layer of 16 are one part, or 8 of 8 samples."""
+    config = ppo.Config(
+        num_envs=8, num_steps=32, hidden_sizes=(16,), advantage_normalization=normalization
+    )
+    whole = trained(config, ppo.HParams(learning_rate=1e-2), 3)
+    monkeypatch.setattr("purejaxppo.networks.PART_SIZE", 8 * 16)
+    in_parts = trained(config, ppo.HParams(learning_rate=1e-2), 3)
+    assert_equal_trees(in_parts[0].learner.params, whole[0].learner.params, atol=1e-5)
+    assert_equal_trees(in_parts[1], whole[1], rtol=1e-3, atol=1e-5)
+    assert np.any(in_parts[1]["grad_norm"] != whole[1]["grad_norm"])
 
 
 def test_the_first_minibatch_ratio_is_exactly_1_with_the_default_sizes():

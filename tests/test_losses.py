@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from purejaxppo.collectives import masked_mean
 from purejaxppo.losses import (
     approximate_kl,
     clipped_surrogate,
-    masked_mean,
     standardize,
     value_loss,
 )

@@ -9,7 +9,7 @@ from gymnax.environments import spaces
 
 import purejaxppo as ppo
 from purejaxppo.distributions import make_policy
-from purejaxppo.networks import PatchConv, make_network
+from purejaxppo.networks import PatchConv, make_network, product
 from purejaxppo.types import Network
 
 VECTOR = spaces.Box(-1, 1, (3,))
@@ -44,6 +44,32 @@ def test_patch_conv_is_a_convolution(key: jax.Array):
     params = ours.init(key, x)
     params["params"]["bias"] += 0.5
     np.testing.assert_allclose(ours.apply(params, x), theirs.apply(params, x), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(40, 3, 5), (40, 3, 2), (40, 20, 17), (40, 1, 1)])
+def test_gradients_of_a_product_are_its_transposed_products(shape: tuple[int, int, int]):
+    rows, inputs, outputs = shape
+    random = np.random.default_rng(0)
+    x, kernel, g = (
+        random.normal(size=size).astype(np.float32)
+        for size in ((rows, inputs), (inputs, outputs), (rows, outputs))
+    )
+
+    def pulled(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, ...]:
+        out, pull = jax.vjp(product, x, kernel)
+        return out, *pull(jnp.asarray(g))
+
+    expected = (x @ kernel, g @ kernel.T, x.T @ g)
+    for computed, value in zip(jax.jit(pulled)(x, kernel), expected, strict=True):
+        np.testing.assert_allclose(computed, value, atol=1e-4)
+    stacked = (jnp.stack([jnp.asarray(z), 2 * jnp.asarray(z)]) for z in (x, kernel))
+    for computed, value in zip(jax.jit(jax.vmap(pulled))(*stacked), expected, strict=True):
+        np.testing.assert_allclose(computed[0], value, atol=1e-4)
+
+
+def test_width_is_that_of_the_widest_layer():
+    assert network_for(hidden_sizes=(16, 40, 8)).width == 40
+    assert network_for(spaces.Box(0, 1, (10, 9, 4))).width == 8 * 7 * 16
 
 
 def test_a_seed_is_initialised_alike_alone_and_under_vmap():

@@ -14,7 +14,7 @@ import pytest
 import purejaxppo as ppo
 from purejaxppo.distributions import categorical, multi_categorical, normal, tanh_normal
 from purejaxppo.improve import Batch, ppo_loss
-from purejaxppo.types import Network, Policy, Rollout
+from purejaxppo.types import Network, Policy
 
 with np.load(Path(__file__).parent / "parity" / "fixture.npz", allow_pickle=False) as fixture:
     ARRAYS = dict(fixture)
@@ -51,21 +51,17 @@ def policy_for(case: Case) -> Policy:
 def batch_of(case: Case) -> Batch:
     """`[B, ...]` to a batch of `[1, B, ...]`; what the loss does not read is NaN."""
     unread = jnp.full_like(case["value"][None], jnp.nan)
-    never = jnp.zeros(unread.shape, bool)
-    rollout = Rollout(
+    return Batch(
         obs=unread,
-        start=never,
+        start=jnp.zeros(unread.shape, bool),
         action=jnp.asarray(case["action"])[None],
         log_prob=jnp.asarray(case["old_log_prob"])[None],
         value=jnp.asarray(case["old_value"])[None],
-        next_value=unread,
-        reward=unread,
-        terminated=never,
-        truncated=never,
+        advantage=jnp.asarray(case["advantage"])[None],
+        target=jnp.asarray(case["target"])[None],
         mask=jnp.ones_like(unread),
         carry=(),
     )
-    return Batch(rollout, jnp.asarray(case["advantage"])[None], jnp.asarray(case["target"])[None])
 
 
 def compute(case: Case) -> dict[str, np.ndarray]:

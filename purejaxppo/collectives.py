@@ -1,0 +1,43 @@
+"""What devices that share one training tell each other: the identity where `axis` is None.
+
+`axis` names a mesh axis over which environments are spread. What is learned is the same on every
+device, so that whatever changes it must be summed over all of them first.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Key
+
+from purejaxppo.types import PyTree
+
+
+def all_sum(tree: PyTree, axis: str | None) -> PyTree:
+    """Each leaf summed over the devices, all in one exchange."""
+    if axis is None:
+        return tree
+    flat, unravel = ravel_pytree(tree)
+    return unravel(jax.lax.psum(flat, axis))
+
+
+def own_key(key: Key[Array, ""], axis: str | None) -> Key[Array, ""]:
+    """A key of each device's own, from one that all of them have."""
+    return key if axis is None else jax.random.fold_in(key, jax.lax.axis_index(axis))
+
+
+def own_rows(tree: PyTree, axis: str | None) -> PyTree:
+    """Of leaves `[N, ...]` that all devices have, each device's own `N / devices` rows."""
+    if axis is None:
+        return tree
+
+    def take(x: Array) -> Array:
+        rows = x.shape[0] // jax.lax.axis_size(axis)
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis) * rows, rows)
+
+    return jax.tree.map(take, tree)
+
+
+def masked_mean(values: Array, mask: Array, axis: str | None = None) -> Array:
+    """Mean over the samples, of all devices, whose `mask` is 1; 0 where there is none."""
+    total, count = all_sum((jnp.sum(values * mask), jnp.sum(mask)), axis)
+    return total / jnp.maximum(count, 1.0)
