@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
+from jax.sharding import PartitionSpec
 
 from purejaxppo.config import HParams
 from purejaxppo.configfile import Settings
 from purejaxppo.evaluate import FINAL_EVALUATION, evaluate, evaluation_keys
+from purejaxppo.learner import make_learner
+from purejaxppo.parallel import choose_spread, each_seed
 from purejaxppo.types import Learner, Metrics, TrainState
 
 CHUNK_CAPACITY = 1024
@@ -33,32 +36,56 @@ def enable_compilation_cache() -> None:
 
 
 class Program(NamedTuple):
-    """Compiled for the S seeds of a run."""
+    """Compiled for the S seeds of a run and the devices it is spread over."""
 
     begin: Callable[[], TrainState]
     """The states `[S, ...]` to start from."""
     chunk: Callable[[TrainState, int], tuple[TrainState, Metrics]]
     """`(states, count) -> (states, metrics[capacity, S])`, of which `count` rows are filled."""
+    gather: Callable[[TrainState], TrainState]
+    """States to a single device."""
 
 
-def compile_program(learner: Learner, settings: Settings, states: TrainState | None) -> Program:
-    """Compile a chunk, and what makes the first states unless `states` are given."""
-    hparams, num_seeds = settings.hparams, settings.run.num_seeds
+def compile_program(
+    settings: Settings, states: TrainState | None = None, env: Any = None, env_params: Any = None
+) -> Program:
+    """Compile a chunk, and what makes the first states unless `states` are given.
+
+    Raises:
+        ConfigError: as `choose_spread` does.
+    """
+    spread, hparams = choose_spread(settings), settings.hparams
+    learner = make_learner(settings.config, env, env_params, axis=spread.axis)
+    capacity = min(settings.config.num_updates, CHUNK_CAPACITY)
     root = jax.random.key(settings.run.seed)
+    everywhere = PartitionSpec()
 
-    def init(key: jax.Array, hparams: HParams) -> TrainState:
-        return _over_seeds(learner.init, jax.random.split(key, num_seeds), hparams)
+    def begin(keys: jax.Array, hparams: HParams) -> TrainState:
+        return each_seed(lambda key: learner.init(key, hparams), keys)
+
+    def init(root: jax.Array, hparams: HParams) -> TrainState:
+        keys = jax.random.split(root, settings.run.num_seeds)
+        return spread.over(begin, (spread.keys, everywhere), spread.states)(keys, hparams)
+
+    def chunk(states: TrainState, hparams: HParams, count: jax.Array) -> Any:
+        return _chunk(learner, states, hparams, count, capacity)
 
     traced = jax.jit(init).trace(root, hparams)
-    begin = traced.lower().compile() if states is None else lambda *_: states
-    capacity = min(settings.config.num_updates, CHUNK_CAPACITY)
-    chunk = jax.jit(
-        lambda states, hparams, count: _chunk(learner, states, hparams, count, capacity)
+    compiled_init: Any = traced.lower().compile() if states is None else None
+    inputs = (spread.states, everywhere, everywhere)
+    chunks = spread.over(chunk, inputs, (spread.states, spread.rows))
+    compiled = (
+        jax.jit(chunks).lower(spread.shapes(traced.out_info), hparams, jnp.int32(1)).compile()
     )
-    compiled = chunk.lower(traced.out_info, hparams, jnp.int32(1)).compile()
+
+    def start() -> TrainState:
+        return compiled_init(root, hparams) if states is None else spread.scatter(states)
+
     return Program(
-        lambda: begin(root, hparams),
-        lambda states, count: compiled(states, hparams, jnp.int32(count)),
+        start,
+        # Scattered again: XLA calls an empty array replicated, whatever it was told.
+        lambda states, count: compiled(spread.scatter(states), hparams, jnp.int32(count)),
+        spread.gather,
     )
 
 
@@ -76,14 +103,6 @@ def make_evaluation(
     return lambda states: np.asarray(compiled(states, keys))
 
 
-def _over_seeds(function: Callable[..., Any], states: Any, hparams: HParams) -> Any:
-    """`vmap`, but for a single seed, whose conditionals then stay conditionals."""
-    if jax.tree.leaves(states)[0].shape[0] > 1:
-        return jax.vmap(function, (0, None))(states, hparams)
-    single = function(jax.tree.map(lambda x: x[0], states), hparams)
-    return jax.tree.map(lambda x: x[None], single)
-
-
 def _chunk(
     learner: Learner, states: TrainState, hparams: HParams, count: jax.Array, capacity: int
 ) -> tuple[TrainState, Metrics]:
@@ -92,12 +111,18 @@ def _chunk(
     Returns:
         states, and metrics `[capacity, S]` of which the first `count` rows are filled.
     """
-    shapes = jax.eval_shape(lambda s: _over_seeds(learner.update, s, hparams)[1], states)
-    rows = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), shapes)
+    update = jax.jit(learner.update)  # so that both uses below are one trace
 
-    def body(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
-        states, rows = carry
-        states, metrics = _over_seeds(learner.update, states, hparams)
-        return states, jax.tree.map(lambda all_, row: all_.at[i].set(row), rows, metrics)
+    def train(state: TrainState) -> tuple[TrainState, Metrics]:
+        shapes = jax.eval_shape(update, state, hparams)[1]
+        rows = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), shapes)
 
-    return jax.lax.fori_loop(0, count, body, (states, rows))
+        def body(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+            state, rows = carry
+            state, metrics = update(state, hparams)
+            return state, jax.tree.map(lambda all_, row: all_.at[i].set(row), rows, metrics)
+
+        return jax.lax.fori_loop(0, count, body, (state, rows))
+
+    states, rows = each_seed(train, states)
+    return states, jax.tree.map(lambda x: x.swapaxes(0, 1), rows)

@@ -27,6 +27,7 @@ from purejaxppo.loggers import (
     read_metrics,
     require,
 )
+from purejaxppo.parallel import choose_spread, use_all_cores
 from purejaxppo.program import (
     CHUNK_CAPACITY,
     Program,
@@ -73,6 +74,7 @@ def run(
     *,
     seed: int = 0,
     num_seeds: int = 1,
+    devices: int = 0,
     run_dir: str | Path | None = None,
     eval_episodes: int = 128,
     checkpoint_every: float = 300.0,
@@ -93,6 +95,9 @@ def run(
     Args:
         run_dir: takes `config.toml`, `metrics.csv`, `summary.json`, `learning_curve.png` and
             `checkpoints/`; None writes nothing.
+        devices: how many to spread over: the seeds, each of which comes out as it would alone, or
+            the environments of a single one, which then learns from minibatches made of equal
+            parts. 0 takes as many as divide the seeds, and one for a single seed.
         eval_episodes: episodes of the evaluation of each checkpoint and of the final one, per seed.
         checkpoint_every: how often the whole state is saved, in `checkpoint_unit`s; inf saves only
             where the run ends or is stopped.
@@ -112,8 +117,8 @@ def run(
         StorageError: if metrics or the last checkpoint cannot be written (a full disk).
     """
     host = RunSettings(
-        seed, num_seeds, eval_episodes, checkpoint_every, checkpoint_unit, keep, tensorboard,
-        wandb, custom_env=env is not None or env_params is not None,
+        seed, num_seeds, devices, eval_episodes, checkpoint_every, checkpoint_unit, keep,
+        tensorboard, wandb, custom_env=env is not None or env_params is not None,
     )  # fmt: skip
     settings = Settings(config, hparams or HParams(), host)
     return run_settings(
@@ -134,6 +139,8 @@ def run_settings(
     """`run`, for settings as a file gives them."""
     _check_scalars(settings.hparams)
     _check_loggers(run_dir, settings.run)
+    use_all_cores()
+    choose_spread(settings)
     learner = make_learner(settings.config, env, env_params)
     with ExitStack() as stack:
         directory = None
@@ -168,6 +175,7 @@ def resume(
         StorageError: as `run`.
     """
     directory = Path(run_dir)
+    use_all_cores()
     with old_run(directory):
         settings = load_settings(directory / CONFIG)
         if total_timesteps is not None:
@@ -175,6 +183,7 @@ def resume(
             settings = dataclasses.replace(settings, config=config)
         check_env(settings, env, env_params)
         _check_loggers(directory, settings.run)
+        choose_spread(settings)
         found = newest_or_none(directory)
         learner = make_learner(settings.config, env, env_params)
         start = _go_on_from(directory, found, settings, learner)
@@ -289,7 +298,7 @@ def _go(session: _Session, compilation_cache: bool) -> Result:
         shown.starting(start.checkpoint, start.again)
         began = time.perf_counter()
         with shown.working("compiling"):
-            program = compile_program(session.learner, settings, start.states)
+            program = compile_program(settings, start.states, session.env, session.env_params)
         compile_seconds = time.perf_counter() - began
         if stop:
             _leave(stop, shown, directory)
@@ -358,7 +367,7 @@ class _Loop:
         states = self.program.begin()
         found = start.checkpoint
         if self.saver is not None and found is not None and found.eval_return is None:
-            self.saver.evaluate(found, states)
+            self.saver.evaluate(found, self.program.gather(states))
         count = 1
         while self.done < num_updates and self._alive().any():
             count = min(count, num_updates - self.done, CHUNK_CAPACITY, self._until_save())
@@ -375,7 +384,7 @@ class _Loop:
             fitting = max(1, int(count * CHUNK_SECONDS / seconds))
             count = min(fitting, 2) if first else fitting  # a first call says little
         joined = {name: np.concatenate([part[name] for part in self.parts]).T for name in COLUMNS}
-        return Training(states, joined, self._position())
+        return Training(self.program.gather(states), joined, self._position())
 
     def _alive(self) -> np.ndarray:
         alive = np.ones(self.session.settings.run.num_seeds, bool)
@@ -416,7 +425,7 @@ class _Loop:
         else:
             due = not saver.busy and now - self.last_save >= run.checkpoint_every
         if due:
-            saver.start(self._position(), states)
+            saver.start(self._position(), self.program.gather(states))
             self.last_save = now
 
     def _position(self) -> Position:

@@ -12,6 +12,7 @@ import numpy as np
 
 from purejaxppo.checkpoint import Checkpoint, Position
 from purejaxppo.configfile import Settings
+from purejaxppo.parallel import choose_spread
 from purejaxppo.plots import learning_curve
 from purejaxppo.rundir import CURVE, SUMMARY, StorageError, resume_command, write_whole
 from purejaxppo.stats import mean_interval
@@ -60,7 +61,7 @@ def summarize(
         "compile_seconds": round(compile_seconds, 3),
         "run_seconds": round(seconds, 3),
         "steps_per_second": round(total / seconds, 1),
-        "device": _device(),
+        "device": _device(settings),
         "versions": {"python": platform.python_version()}
         | {
             name: version(name)
@@ -86,12 +87,13 @@ def write_results(
         ) from error
 
 
-def _device() -> dict[str, Any]:
+def _device(settings: Settings) -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "kind": device.device_kind,
         "platform": device.platform,
         "count": jax.device_count(),
+        "used": choose_spread(settings).mesh.size,
         "cpu_count": os.cpu_count(),
     }
 

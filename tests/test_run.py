@@ -63,8 +63,9 @@ def test_metrics_are_those_of_train_and_read_back_exactly(finished: Any):
     assert list(table[0])[2:] == list(COLUMNS)
     assert len(table) == 2 * config.num_updates
     keys = jax.random.split(jax.random.key(3), 2)
-    train = jax.jit(jax.vmap(ppo.make_train(config), (0, None)))
-    states, metrics = train(keys, ppo.HParams(learning_rate=1e-3))
+    train = jax.jit(ppo.make_train(config))
+    each = [train(key, ppo.HParams(learning_rate=1e-3)) for key in keys]
+    states, metrics = jax.tree.map(lambda *x: jnp.stack(x), *each)
     for name in COLUMNS:
         expected = np.asarray(metrics[name])
         np.testing.assert_array_equal(result.metrics[name], expected)

@@ -1,0 +1,143 @@
+"""Over which devices a run is spread, and how."""
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from purejaxppo.config import Config, ConfigError
+from purejaxppo.configfile import Settings
+from purejaxppo.types import PyTree, TrainState
+
+DEVICES = "devices"
+"""The mesh axis."""
+
+
+class Spread(NamedTuple):
+    """How a run lies on the devices: several seeds are dealt out, each training whole on its
+    device; of a single one, the environments are."""
+
+    mesh: Mesh
+    axis: str | None
+    """The mesh axis that the learner's sums go over; None where trainings are whole."""
+    keys: PartitionSpec
+    """Of keys `[S]`."""
+    states: Any
+    """Of states `[S, ...]`: a `TrainState` of two specs."""
+    rows: PartitionSpec
+    """Of metrics `[U, S]`."""
+
+    def over(self, function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
+        """`function` run by each device on its part."""
+        # With check_vma=True, gradients of replicated parameters come out as sums over devices.
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=inputs, out_specs=outputs, check_vma=False
+        )
+
+    def shapes(self, states: TrainState) -> TrainState:
+        """Shapes of states with where they lie."""
+        return self._each(
+            states, lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+        )
+
+    def scatter(self, states: TrainState) -> TrainState:
+        """States from anywhere to where they belong."""
+        return self._each(states, jax.device_put)
+
+    def gather(self, states: TrainState) -> TrainState:
+        """States to the first device."""
+        return jax.device_put(states, self.mesh.devices.flat[0])
+
+    def _each(self, states: TrainState, function: Callable[[Any, NamedSharding], Any]) -> Any:
+        places = [NamedSharding(self.mesh, spec) for spec in self.states]
+        return TrainState(
+            *(
+                jax.tree.map(lambda x, place=place: function(x, place), part)
+                for part, place in zip(states, places, strict=True)
+            )
+        )
+
+
+def use_all_cores() -> None:
+    """Make each core that this process may use a device of JAX's CPU platform, since a small
+    program runs on one core alone; unless JAX has started, or was told how many to make."""
+    told = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if told or jax.config.jax_num_cpu_devices > 0:  # pyright: ignore[reportAttributeAccessIssue]
+        return
+    with suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", _usable_cores())
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def choose_spread(settings: Settings) -> Spread:
+    """Several seeds over as many devices as divide them; a single one over `devices`.
+
+    Raises:
+        ConfigError: if there are fewer devices than asked for, or the seeds, or environments and
+            minibatches, cannot be dealt out evenly.
+    """
+    seeds, wanted, available = settings.run.num_seeds, settings.run.devices, jax.devices()
+    if wanted > len(available):
+        raise ConfigError(
+            f"devices = {wanted}: there are {len(available)} ({available[0].platform}); ask for "
+            "at most as many, or for 0, which takes what fits"
+        )
+    if seeds == 1:
+        count = max(1, wanted)
+        _check_divides(settings.config, count)
+        mesh = Mesh(np.asarray(available[:count]), (DEVICES,))
+        whole, rows = PartitionSpec(), PartitionSpec(None, DEVICES)
+        return Spread(mesh, DEVICES if count > 1 else None, whole, _state_specs(whole, rows), whole)
+    count = wanted or max(n for n in range(1, len(available) + 1) if seeds % n == 0)
+    if seeds % count:
+        raise ConfigError(
+            f"num_seeds = {seeds} cannot be dealt out evenly to devices = {count}; choose a "
+            "divisor, or 0, which takes as many devices as divide the seeds"
+        )
+    mesh = Mesh(np.asarray(available[:count]), (DEVICES,))
+    rows = PartitionSpec(DEVICES)
+    return Spread(mesh, None, rows, _state_specs(rows, rows), PartitionSpec(None, DEVICES))
+
+
+def _state_specs(learner: PartitionSpec, actors: PartitionSpec) -> Any:
+    specs: list[Any] = [learner, actors]
+    return TrainState(*specs)
+
+
+def _check_divides(config: Config, devices: int) -> None:
+    if config.num_envs % devices:
+        raise ConfigError(
+            f"num_envs = {config.num_envs} cannot be dealt out evenly to devices = {devices}; "
+            "choose a multiple"
+        )
+    own = config.num_envs // devices
+    samples = own * config.num_steps if config.memory == "none" else own
+    if samples % config.num_minibatches:
+        raise ConfigError(
+            f"each of devices = {devices} has {samples} samples (whole sequences with a memory), "
+            f"which do not divide into num_minibatches = {config.num_minibatches}; choose fewer "
+            "of either"
+        )
+
+
+def each_seed(function: Callable[[PyTree], PyTree], states: PyTree) -> PyTree:
+    """`function` of each of the states `[S, ...]`, its results `[S, ...]` too.
+
+    On CPU one after the other: each then stays in a core's cache, computes what is conditional
+    only where it is needed, and comes out as it would alone.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.vmap(function)(states)
+    if jax.tree.leaves(states)[0].shape[0] > 1:
+        return jax.lax.map(function, states)
+    single = function(jax.tree.map(lambda x: x[0], states))
+    return jax.tree.map(lambda x: x[None], single)
