@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install train test lint test-slow test-faults bench-checkpoints results parity lock clean
+.PHONY: help install train test lint test-slow test-faults bench bench-full bench-checkpoints results parity lock clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -34,6 +34,12 @@ test-slow: $(INSTALLED) ## the tests that take minutes
 test-faults: $(INSTALLED) ## runs killed 20 times each, and told to stop at every moment (ten minutes)
 	$(BIN)/pytest -n auto -m faults
 
+bench: $(INSTALLED) ## how fast it trains beside its peers; writes the README's table (ten minutes)
+	$(BIN)/python benchmarks/speed.py
+
+bench-full: $(INSTALLED) ## the same with longer trainings, more seeds, and memory (two hours)
+	$(BIN)/python benchmarks/speed.py --full
+
 bench-checkpoints: $(INSTALLED) ## what checkpoints cost; writes the README's table (ten minutes)
 	$(BIN)/python benchmarks/checkpoints.py
 
@@ -50,4 +56,4 @@ lock: $(INSTALLED) ## write requirements.lock anew from pyproject.toml
 		--strip-extras --no-emit-index-url --no-emit-find-links --no-header --output-file requirements.lock pyproject.toml
 
 clean: ## remove the environments and caches, not the runs
-	rm -rf $(VENV) .venv-torch .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) .venv-torch .bench .pytest_cache .ruff_cache *.egg-info

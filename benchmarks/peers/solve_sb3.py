@@ -1,0 +1,8 @@
+"""Stable-Baselines3 until it has solved the environment."""
+
+import stable
+import torch  # pyright: ignore[reportMissingImports]
+from stable_baselines3 import PPO  # pyright: ignore[reportMissingImports]
+
+if __name__ == "__main__":
+    stable.solve(PPO, activation_fn=torch.nn.Tanh)
