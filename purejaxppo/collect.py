@@ -108,7 +108,8 @@ def make_collect(config: Config, env: Environment, network: Network, policy: Pol
             return jnp.asarray(policy.distribution(outputs).log_prob(action)), value
 
         length, num_envs = steps[1].shape
-        parts = 1 if carry else parts_in_cache(network, length * num_envs, length)
+        whole = config.memory != "none"
+        parts = 1 if whole else parts_in_cache(network, length * num_envs, length)
         if parts == 1:
             return of_part(steps)
         cut = jax.tree.map(lambda x: x.reshape((parts, -1, *x.shape[1:])), steps)

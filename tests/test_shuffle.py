@@ -15,14 +15,14 @@ def orders(n: int) -> np.ndarray:
     return np.asarray(jax.jit(jax.vmap(lambda key: random_order(key, n)))(keys))
 
 
-@pytest.mark.parametrize("n", [1, 2, 100, 256, 257, 512, 1000, 3000])
+@pytest.mark.parametrize("n", [1, 100, 256, 257, 1000])
 def test_each_is_a_permutation_and_keys_give_different_ones(n: int):
     drawn = orders(n)
     np.testing.assert_array_equal(np.sort(drawn, axis=1), np.tile(np.arange(n), (DRAWS, 1)))
     assert len(np.unique(drawn, axis=0)) >= min(n, DRAWS)
 
 
-@pytest.mark.parametrize("n", [256, 300, 512, 1000])
+@pytest.mark.parametrize("n", [256, 300, 1000])
 def test_they_are_as_uniform_as_chance_allows(n: int):
     """Against what uniformly random permutations give, each within about 4 deviations: where a
     number lands (chi-squared), what follows it, how many stay, how far the order is kept."""
