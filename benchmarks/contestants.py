@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -63,17 +62,19 @@ class Contestant:
         self.name = name
         variables = environment(cache, accelerator)
         if name.startswith("ours"):
-            # Importing what purejaxppo needs sets JAX's backend up: later would be too late.
+            # JAX has started before the program is compiled: then it is too late to choose.
             variables["JAX_NUM_CPU_DEVICES"] = str(spec["devices"])
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
-        self._process = subprocess.Popen(
-            [python_of(name), PEERS / SCRIPTS[name], json.dumps(spec)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env=variables,
-            text=True,
-        )
+        self._errors = cache / "standard-error.txt"
+        cache.mkdir(parents=True, exist_ok=True)
+        with self._errors.open("wb") as errors:
+            self._process = subprocess.Popen(
+                [python_of(name), PEERS / SCRIPTS[name], json.dumps(spec)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=variables,
+                text=True,
+            )
         self.ready = self._read()
         """`compile_seconds`, `import_seconds`, `versions` and `device`."""
 
@@ -94,7 +95,6 @@ class Contestant:
     ) -> None:
         self._process.kill()
         self._process.communicate()
-        self._errors.close()
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout
@@ -102,8 +102,7 @@ class Contestant:
         if line:
             return json.loads(line)
         status = self._process.wait()
-        self._errors.seek(0)
-        raise SystemExit(failure(self.name, status, self._errors.read().decode()))
+        raise SystemExit(failure(self.name, status, self._errors.read_text(encoding="utf-8")))
 
 
 def failure(name: str, status: int, errors: str) -> str:

@@ -1,5 +1,6 @@
 """Environment -> rollout."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -55,6 +56,7 @@ def make_collect(config: Config, env: Environment, network: Network, policy: Pol
     environment. Log-probabilities and values are computed after it, for all steps at once, by the
     very call that the loss makes. Rewards are as the environment gave them.
     """
+    whole = config.memory != "none"
 
     def collect(learner: LearnerState, actors: ActorState) -> tuple[ActorState, Rollout, Array]:
         keys, step_keys, noise = _draw(config, policy, actors.keys)
@@ -76,7 +78,14 @@ def make_collect(config: Config, env: Environment, network: Network, policy: Pol
         obs = normalize_obs(learner.obs_stats, raw_obs)
         done = result.terminated | result.truncated
         start = jnp.concatenate([actors.start[None], done[:-1]])
-        log_prob, value = look_back(learner, actors.carry, obs, start, action)
+
+        def look_back(steps: tuple[Array, ...]) -> tuple[Array, Array]:
+            obs, start, action = steps
+            _, outputs, value = network.apply(learner.params, actors.carry, obs, start)
+            return jnp.asarray(policy.distribution(outputs).log_prob(action)), value
+
+        num_parts = 1 if whole else parts_in_cache(network, start.size, config.num_steps)
+        log_prob, value = _in_parts(look_back, (obs, start, action), num_parts)
         _, _, last_value = network.apply(
             learner.params,
             moved.carry,
@@ -99,23 +108,6 @@ def make_collect(config: Config, env: Environment, network: Network, policy: Pol
         )
         return moved._replace(keys=keys), rollout, raw_obs
 
-    def look_back(learner: LearnerState, carry: Any, *steps: Array) -> tuple[Array, Array]:
-        """Log-probabilities and values `[T, N]` of all steps at once, in parts along time."""
-
-        def of_part(part: tuple[Array, ...]) -> tuple[Array, Array]:
-            obs, start, action = part
-            _, outputs, value = network.apply(learner.params, carry, obs, start)
-            return jnp.asarray(policy.distribution(outputs).log_prob(action)), value
-
-        length, num_envs = steps[1].shape
-        whole = config.memory != "none"
-        parts = 1 if whole else parts_in_cache(network, length * num_envs, length)
-        if parts == 1:
-            return of_part(steps)
-        cut = jax.tree.map(lambda x: x.reshape((parts, -1, *x.shape[1:])), steps)
-        joined = jax.lax.map(of_part, cut)
-        return jax.tree.map(lambda x: x.reshape((length, num_envs)), joined)
-
     return collect
 
 
@@ -129,6 +121,19 @@ def _draw(config: Config, policy: Policy, keys: Key[Array, " N"]) -> tuple[Array
     next_keys, rest = split[0], split[1:]
     step_keys, noise_keys = rest[: config.num_steps], rest[config.num_steps :]
     return next_keys, step_keys, draw_noise(policy, noise_keys)
+
+
+def _in_parts(
+    function: Callable[[tuple[Array, ...]], tuple[Array, ...]],
+    steps: tuple[Array, ...],
+    num_parts: int,
+) -> tuple[Array, ...]:
+    """`function` of steps `[T, N, ...]`, which gives `[T, N]`, in equal parts along time."""
+    if num_parts == 1:
+        return function(steps)
+    parts = jax.tree.map(lambda x: x.reshape((num_parts, -1, *x.shape[1:])), steps)
+    joined = jax.lax.map(function, parts)
+    return jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), joined)
 
 
 def _value_where_cut(

@@ -14,6 +14,15 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
+SHARED = {
+    "gamma": 0.99,
+    "gae_lambda": 0.95,
+    "ent_coef": 0.01,
+    "vf_coef": 0.5,
+    "max_grad_norm": 0.5,
+}
+"""Hyperparameters that the peers call by the same name; ours has them as defaults."""
+
 _BEGAN = time.perf_counter()
 
 Outcome = tuple[int, float | None]
