@@ -23,7 +23,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
 from purejaxppo.config import Config, ConfigError
 from purejaxppo.configfile import Settings, dump_settings, settings_from
@@ -33,8 +32,6 @@ from purejaxppo.types import TrainState
 FORMAT = 1
 _MANIFEST = "manifest.json"
 _UNFINISHED = ".saving"
-# In the background a folder that cannot be made would be waited for until a time runs out.
-_ASYNC = ocp.options.AsyncOptions(create_directories_asynchronously=False)
 # In which the other writes of a save that failed come to their end.
 _SETTLING_SECONDS = 0.5
 
@@ -103,9 +100,13 @@ def save(run_dir: Path, position: Position, settings: Settings, states: TrainSta
 
 
 def _write(path: Path, unfinished: Path, manifest: dict[str, Any], states: TrainState) -> None:
+    from orbax.checkpoint import v1 as ocp  # slow to import
+
     path.parent.mkdir(exist_ok=True)
     _remove(unfinished)
-    with ocp.Context(async_options=_ASYNC):
+    # In the background a folder that cannot be made would be waited for until a time runs out.
+    at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+    with ocp.Context(async_options=at_once):
         ocp.save(str(unfinished), _arrays(states))
     manifest["files"] = _digests(unfinished)
     _write_manifest(unfinished, manifest)
@@ -202,6 +203,8 @@ def restore(checkpoint: Checkpoint, init: Any) -> TrainState:
     Raises:
         ConfigError: if the shapes are not those of the checkpoint.
     """
+    from orbax.checkpoint import v1 as ocp  # slow to import
+
     shapes = jax.eval_shape(init)
     _check_leaves(checkpoint, _leaves(shapes))
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -1,5 +1,7 @@
 """The environment contract: auto-reset, flags, types, adapters."""
 
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -195,3 +197,21 @@ def test_multi_discrete_space():
     assert not space.contains(jnp.array([2, 2]))
     with pytest.raises(ValueError, match="at least 1"):
         ppo.MultiDiscrete((3, 0))
+
+
+DRAWS = """
+import sys
+import purejaxppo as ppo
+ppo.make_learner(ppo.Config())
+assert not {"seaborn", "matplotlib.pyplot", "pandas", "orbax"} & sys.modules.keys()
+import gymnax, jax, matplotlib
+matplotlib.use("agg")
+env, params = gymnax.make("Pong-misc")
+state = env.reset(jax.random.key(0))[1]
+print(env.render(state, params))
+"""
+
+
+def test_what_draws_is_imported_when_something_is_drawn():
+    done = subprocess.run([sys.executable, "-c", DRAWS], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("AxesImage")

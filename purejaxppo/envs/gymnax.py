@@ -2,8 +2,8 @@
 
 import functools
 import importlib
-import importlib.util
 import sys
+import types
 from typing import Any
 
 import jax
@@ -16,18 +16,28 @@ from purejaxppo.envs.base import reset_on_demand
 from purejaxppo.types import Environment, PyTree, TimeStep
 
 
+class _LoadedOnUse(types.ModuleType):
+    """Stands for a module of its name, which is imported when something of it is asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self.__name__), name)
+
+
 @functools.cache
 def import_gymnax() -> Any:
     """The package, imported when first needed: it starts JAX's backends, after which the number of
     CPU devices is settled. What it draws with, a second's worth of imports, waits for its use."""
-    for name in ("seaborn", "matplotlib.pyplot"):
-        spec = importlib.util.find_spec(name)
-        if name not in sys.modules and spec is not None and spec.loader is not None:
-            spec.loader = importlib.util.LazyLoader(spec.loader)
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[name] = module
-            spec.loader.exec_module(module)
-    return importlib.import_module("gymnax")
+    waiting = {
+        name: _LoadedOnUse(name)
+        for name in ("seaborn", "matplotlib.pyplot")
+        if name not in sys.modules
+    }
+    sys.modules.update(waiting)
+    try:
+        return importlib.import_module("gymnax")
+    finally:
+        for name in waiting:
+            del sys.modules[name]
 
 
 def from_gymnax(name: str, env: Any, params: Any = None) -> Environment:
