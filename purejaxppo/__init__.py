@@ -9,6 +9,8 @@ from purejaxppo.learner import make_learner
 from purejaxppo.load import Loaded, load
 from purejaxppo.run import Result, resume, run
 from purejaxppo.rundir import StorageError
+from purejaxppo.sweeps.engine import SweepResult, resume_sweep, sweep
+from purejaxppo.sweeps.space import choice, loguniform, uniform
 from purejaxppo.train import make_train, train_chunk
 from purejaxppo.types import Learner, TrainState
 
@@ -22,15 +24,21 @@ __all__ = [
     "MultiDiscrete",
     "Result",
     "StorageError",
+    "SweepResult",
     "TrainState",
     "available_environments",
+    "choice",
     "evaluate",
     "export_policy",
     "load",
+    "loguniform",
     "make_agent",
     "make_learner",
     "make_train",
     "resume",
+    "resume_sweep",
     "run",
+    "sweep",
     "train_chunk",
+    "uniform",
 ]

@@ -236,6 +236,7 @@ def check_same_run(checkpoint: Checkpoint, settings: Settings) -> None:
             pairs.append((f.name, checkpoint.settings.config, settings.config))
     for name in ("seed", "num_seeds", "custom_env"):
         pairs.append((name, checkpoint.settings.run, settings.run))
+    pairs.append(("trials", checkpoint.settings, settings))
     different = [
         f"{name} is {getattr(new, name)!r} and was {getattr(old, name)!r}"
         for name, old, new in pairs

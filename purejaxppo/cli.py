@@ -1,4 +1,4 @@
-"""The command line: `purejaxppo train | resume | eval | export | envs`."""
+"""The command line: `purejaxppo train | sweep | resume | eval | export | plot | envs`."""
 
 import dataclasses
 import json
@@ -17,8 +17,9 @@ import tyro
 
 from purejaxppo.config import Config, ConfigError, HParams
 from purejaxppo.configfile import RunSettings, Settings, load_settings
-from purejaxppo.rundir import RunWarning, StorageError, write_whole
+from purejaxppo.rundir import SWEEP, RunWarning, StorageError, holds, write_whole
 from purejaxppo.signals import exit_at_second_signal
+from purejaxppo.sweeps.settings import Definition, SweepSettings, load_definition
 
 _Flags = tyro.conf.arg(name="")
 _Numbers = tyro.conf.arg(help="Numbers, each of which can be swept without compiling anew.")
@@ -47,14 +48,50 @@ class Train:
 
 
 @dataclass
+class Sweep:
+    """Train with many settings, each with several seeds, and find the best.
+
+    purejaxppo sweep configs/cartpole.toml --seeds 4 --grid num_envs=4,16 --sample
+    learning_rate=loguniform:1e-4,1e-2 --trials 8: 8 samples at each point of the grid. A config
+    file is named first, and may have its own table [sweep]. What is printed first is the plan.
+    """
+
+    config_file: Annotated[
+        tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[CONFIG.toml]")
+    ] = None
+    """TOML file: what the trials have in common, as for `train`."""
+    sweep: Annotated[SweepSettings, _Flags, tyro.conf.UseAppendAction] = dataclasses.field(
+        default_factory=SweepSettings
+    )
+    seeds: int = 1
+    """Trainings of each trial, which differ in their random numbers alone."""
+    seed: int = 0
+    """Seed of all random numbers."""
+    devices: int = 0
+    """Devices to spread over; 0 takes all, where there are enough trainings."""
+    eval_episodes: int = 128
+    """Episodes of the final evaluation, per training, by which trials are ranked."""
+    checkpoint_every: float = 300.0
+    """Seconds between checkpoints of the trainings under way."""
+    config: Annotated[Config, _Flags] = dataclasses.field(default_factory=Config)
+    hparams: Annotated[HParams, _Numbers] = dataclasses.field(default_factory=HParams)
+    run_dir: Path | None = None
+    """Where to write; must not hold a run yet. None takes runs/ENV_ID/sweep-DATE-TIME."""
+    dry_run: bool = False
+    """Compile, print the plan, and stop."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder."""
+
+
+@dataclass
 class Resume:
-    """Go on with a run that was stopped or killed, or make a finished one longer.
+    """Go on with a run or sweep that was stopped or killed, or make a finished run longer.
 
     It ends as if nothing had happened, bit for bit. Damaged checkpoints are skipped.
     """
 
     run_dir: tyro.conf.Positional[Path]
-    """A run directory that `train` wrote."""
+    """A directory that `train` or `sweep` wrote."""
     total_timesteps: int | None = None
     """Another length of the whole training; schedules run over the new one from here on."""
     compilation_cache: bool = True
@@ -98,6 +135,14 @@ class Export:
 
 
 @dataclass
+class Plot:
+    """Draw a sweep's results again: pictures, and report.html, which holds them all."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """A directory that `sweep` wrote."""
+
+
+@dataclass
 class Envs:
     """List the environments that can be trained."""
 
@@ -121,11 +166,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(command: Any) -> int:
-    if isinstance(command, Train | Resume):
+    if isinstance(command, Train | Sweep | Resume):
         with exit_at_second_signal():
-            return _train(command) if isinstance(command, Train) else _resume(command)
+            if isinstance(command, Train):
+                return _train(command)
+            return _sweep(command) if isinstance(command, Sweep) else _resume(command)
     if isinstance(command, Eval):
         return _eval(command)
+    if isinstance(command, Plot):
+        return _plot(command)
     return _export(command) if isinstance(command, Export) else _envs()
 
 
@@ -147,22 +196,33 @@ def _plain_warnings() -> Iterator[None]:
 
 
 def _parse(args: list[str]) -> Any:
-    settings, file = Settings(), None
-    if args[:1] == ["train"] and len(args) > 1 and not args[1].startswith("-"):
+    definition, file = Definition(Settings(), SweepSettings()), None
+    if args[:1] in (["train"], ["sweep"]) and len(args) > 1 and not args[1].startswith("-"):
         file = Path(args[1])
-        settings = load_settings(file)
+        if args[0] == "sweep":
+            definition = load_definition(file)
+        else:
+            definition = Definition(load_settings(file), SweepSettings())
+    settings = definition.settings
     train = Train(None, settings.config, settings.hparams, settings.run)
+    host = settings.run
+    sweep = Sweep(
+        None, definition.sweep, host.num_seeds, host.seed, host.devices, host.eval_episodes,
+        host.checkpoint_every, settings.config, settings.hparams,
+    )  # fmt: skip
     commands: Any = (
         Annotated[Train, tyro.conf.subcommand("train", default=train, prefix_name=False)]
+        | Annotated[Sweep, tyro.conf.subcommand("sweep", default=sweep, prefix_name=False)]
         | Annotated[Resume, tyro.conf.subcommand("resume", prefix_name=False)]
         | Annotated[Eval, tyro.conf.subcommand("eval", prefix_name=False)]
         | Annotated[Export, tyro.conf.subcommand("export", prefix_name=False)]
+        | Annotated[Plot, tyro.conf.subcommand("plot", prefix_name=False)]
         | Annotated[Envs, tyro.conf.subcommand("envs", prefix_name=False)]
     )
     command: Any = tyro.cli(commands, prog="purejaxppo", args=args)
-    if isinstance(command, Train) and command.config_file != file:
+    if isinstance(command, Train | Sweep) and command.config_file != file:
         raise ConfigError(
-            f"config file {str(command.config_file)!r}: must stand right after `train`, before "
+            f"config file {str(command.config_file)!r}: must stand right after `{args[0]}`, before "
             "any option"
         )
     return command
@@ -181,15 +241,51 @@ def _train(command: Train) -> int:
     return 1 if result.failed else 0
 
 
+def _sweep(command: Sweep) -> int:
+    from purejaxppo.sweeps.engine import start_sweep
+
+    host = RunSettings(
+        command.seed, command.seeds, command.devices, command.eval_episodes,
+        command.checkpoint_every, keep=1,
+    )  # fmt: skip
+    settings = Settings(command.config, command.hparams, host)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    found = start_sweep(
+        Definition(settings, command.sweep),
+        command.run_dir or Path("runs", command.config.env_id, f"sweep-{stamp}"),
+        dry_run=command.dry_run,
+        compilation_cache=command.compilation_cache,
+    )
+    return 1 if found is not None and found.best is None else 0
+
+
 def _resume(command: Resume) -> int:
     from purejaxppo.run import resume
 
+    if holds(command.run_dir, SWEEP):
+        return _resume_sweep(command)
     result = resume(
         command.run_dir,
         total_timesteps=command.total_timesteps,
         compilation_cache=command.compilation_cache,
     )
     return 1 if result.failed else 0
+
+
+def _resume_sweep(command: Resume) -> int:
+    from purejaxppo.sweeps.engine import resume_sweep
+
+    if command.total_timesteps is not None:
+        raise ConfigError("total_timesteps: a sweep's trials are as long as they were begun")
+    found = resume_sweep(command.run_dir, compilation_cache=command.compilation_cache)
+    return 0 if found.best else 1
+
+
+def _plot(command: Plot) -> int:
+    from purejaxppo.sweeps.report import write_report
+
+    print(write_report(command.run_dir))
+    return 0
 
 
 def _refuse_custom_env(settings: RunSettings, what: str) -> None:

@@ -209,8 +209,9 @@ def _check_type(name: str, value: Any, hint: Any, default: Any) -> None:
         near = difflib.get_close_matches(str(value), choices, n=1)
         kind += f" (did you mean {near[0]}?)" if near and not fits else ""
     elif typing.get_origin(hint) is tuple:
-        fits = isinstance(value, tuple | list) and all(type(item) is int for item in value)
-        kind = "a list of whole numbers"
+        item_type = typing.get_args(hint)[0]
+        fits = isinstance(value, tuple | list) and all(type(item) is item_type for item in value)
+        kind = "a list of whole numbers" if item_type is int else "a list of texts"
     else:
         fits = type(value) is hint or (hint is int and isinstance(value, np.integer))
         kind = {int: "a whole number", bool: "true or false", str: "a text"}[hint]

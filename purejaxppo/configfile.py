@@ -6,13 +6,16 @@ import difflib
 import json
 import math
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import tyro
 
 from purejaxppo.config import Config, ConfigError, HParams, check_fields
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,15 @@ class Settings:
     config: Config = field(default_factory=Config)
     hparams: HParams = field(default_factory=HParams)
     run: RunSettings = field(default_factory=RunSettings)
+    trials: tuple[HParams, ...] = ()
+    """K sets of numbers trained side by side, each with every seed, in place of `hparams`; all
+    are None in the same fields. Only a sweep has any."""
+
+    @property
+    def num_trainings(self) -> int:
+        """S, those that run side by side: `run.num_seeds`, or so many of each trial, which lie one
+        after the other."""
+        return max(1, len(self.trials)) * self.run.num_seeds
 
 
 def load_settings(path: str | Path) -> Settings:
@@ -72,6 +84,15 @@ def load_settings(path: str | Path) -> Settings:
     Raises:
         ConfigError: if the file cannot be read, is not TOML, has a key that does not exist (the
             nearest is named), or a value that cannot work.
+    """
+    return from_file(path, settings_from)
+
+
+def from_file(path: str | Path, make: Callable[[dict[str, Any]], _T]) -> _T:
+    """What `make` makes of the table in a TOML file.
+
+    Raises:
+        ConfigError: if the file cannot be read or is not TOML, or with what `make` raises.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -84,7 +105,7 @@ def load_settings(path: str | Path) -> Settings:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"config file {str(path)!r}: is not TOML: {error}") from error
     try:
-        return settings_from(table)
+        return make(table)
     except ConfigError as error:
         raise ConfigError(f"config file {str(path)!r}: {error}") from error
     except ValueError as error:  # Python does not print numbers of more than 4300 digits
@@ -102,14 +123,19 @@ def settings_from(table: dict[str, Any]) -> Settings:
         parts[name] = table.pop(name, {})
         if not isinstance(parts[name], dict):
             raise ConfigError(f"{name} = {parts[name]!r}: must be a table, written as [{name}]")
+    trials = table.pop("trials", [])
+    if not isinstance(trials, list) or not all(isinstance(x, dict) for x in trials):
+        raise ConfigError(f"trials = {trials!r}: must be tables, each written as [[trials]]")
     return Settings(
-        config=_build(Config, table, "", also=("hparams", "run")),
-        hparams=_build(HParams, parts["hparams"], "hparams."),
-        run=_build(RunSettings, parts["run"], "run."),
+        config=build(Config, table, "", also=("hparams", "run")),
+        hparams=build(HParams, parts["hparams"], "hparams."),
+        run=build(RunSettings, parts["run"], "run."),
+        trials=tuple(build(HParams, trial, "trials.") for trial in trials),
     )
 
 
-def _build(kind: Any, table: dict[str, Any], prefix: str, also: tuple[str, ...] = ()) -> Any:
+def build(kind: Any, table: dict[str, Any], prefix: str, also: tuple[str, ...] = ()) -> Any:
+    """Settings of one kind. Raises `ConfigError` for keys that it does not have."""
     names = [f.name for f in dataclasses.fields(kind)]
     for key in table:
         if key not in names:
@@ -132,23 +158,27 @@ def _nearest(key: str, prefix: str, also: tuple[str, ...]) -> str:
 
 def dump_settings(settings: Settings) -> str:
     """The TOML text that `load_settings` reads back to equal settings."""
-    lines = _dump(settings.config)
-    lines += ["", "[hparams]", *_dump(settings.hparams)]
-    lines += ["", "[run]", *_dump(settings.run)]
+    lines = dump(settings.config)
+    lines += ["", "[hparams]", *dump(settings.hparams)]
+    lines += ["", "[run]", *dump(settings.run)]
+    for trial in settings.trials:
+        lines += ["", "[[trials]]", *dump(trial)]
     return "\n".join(lines) + "\n"
 
 
-def _dump(instance: Any) -> list[str]:
+def dump(instance: Any) -> list[str]:
+    """A line of TOML for each field that is not None."""
     values = {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance)}
-    return [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
+    return [f"{name} = {toml(value)}" for name, value in values.items() if value is not None]
 
 
-def _toml(value: Any) -> str:
+def toml(value: Any) -> str:
+    """A value as TOML writes it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
         # JSON's escapes are TOML's, but for DEL, which TOML wants escaped too.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, tuple):
-        return f"[{', '.join(map(_toml, value))}]"
+        return f"[{', '.join(map(toml, value))}]"
     return repr(value) if isinstance(value, int) else repr(float(value))

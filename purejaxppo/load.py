@@ -11,6 +11,7 @@ from purejaxppo.checkpoint import Checkpoint
 from purejaxppo.config import Config, ConfigError, HParams
 from purejaxppo.configfile import Settings
 from purejaxppo.learner import make_learner
+from purejaxppo.program import stacked_hparams
 from purejaxppo.rundir import SUMMARY, RunWarning
 from purejaxppo.types import Learner, TrainState
 
@@ -94,11 +95,11 @@ def restore_states(found: Checkpoint, learner: Learner) -> TrainState:
     Raises:
         ConfigError: if the learner's states have other shapes.
     """
-    num_seeds = found.settings.run.num_seeds
+    settings = found.settings
 
     def init() -> TrainState:
-        keys = jax.random.split(jax.random.key(0), num_seeds)
-        return jax.vmap(learner.init, (0, None))(keys, found.settings.hparams)
+        keys = jax.random.split(jax.random.key(0), settings.num_trainings)
+        return jax.vmap(learner.init)(keys, stacked_hparams(settings))
 
     return checkpoint.restore(found, init)
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from purejaxppo.checkpoint import Position
 from purejaxppo.config import ConfigError
-from purejaxppo.rundir import METRICS
+from purejaxppo.configfile import Settings
+from purejaxppo.rundir import BINARY_METRICS, METRICS
 
 COLUMNS = (
     "env_steps",
@@ -59,30 +60,21 @@ def _rows(
             yield int(seed), first_update + row, {k: metrics[k][row, seed] for k in COLUMNS}
 
 
-class CsvLogger:
-    """`metrics.csv`: a row per seed and update. Each float is written so that it reads back as
-    the same 32-bit number; a mean over no episode is `nan`.
+class AppendedLogger:
+    """A file that only grows, whose length and digest a checkpoint notes.
 
     Args:
         keep_bytes: go on after so many bytes of a file that is there, and drop the rest.
     """
 
-    def __init__(self, run_dir: Path, keep_bytes: int = 0):
-        path = run_dir / METRICS
+    def __init__(self, path: Path, keep_bytes: int, header: bytes):
         self._digest, self._size = hashlib.sha256(), 0
         if keep_bytes:
             os.truncate(path, keep_bytes)
             self._count(path.read_bytes())
         self._file = path.open("ab" if keep_bytes else "wb", buffering=0)
         if not keep_bytes:
-            self._write(_HEADER)
-
-    def write(self, first_update: int, metrics: HostMetrics, alive: np.ndarray) -> None:
-        lines = [
-            ",".join([str(seed), str(update), *(str(values[name]) for name in COLUMNS)]) + "\n"
-            for seed, update, values in _rows(first_update, metrics, alive)
-        ]
-        self._write("".join(lines))
+            self.append(header)
 
     def sync(self) -> tuple[int, str]:
         """Bring what was written to the disk; its length in bytes and its SHA-256 digest."""
@@ -92,8 +84,7 @@ class CsvLogger:
     def close(self) -> None:
         self._file.close()
 
-    def _write(self, text: str) -> None:
-        content = text.encode()
+    def append(self, content: bytes) -> None:
         left = content
         while left:  # a disk that is nearly full takes a part
             left = left[self._file.write(left) :]
@@ -104,16 +95,46 @@ class CsvLogger:
         self._size += len(content)
 
 
-def read_metrics(run_dir: Path, position: Position, num_seeds: int) -> HostMetrics:
-    """The rows of `metrics.csv` up to a position as `[U, S]`, NaN where there is none.
+class CsvLogger(AppendedLogger):
+    """`metrics.csv`: a row per seed and update. Each float is written so that it reads back as
+    the same 32-bit number; a mean over no episode is `nan`."""
+
+    def __init__(self, run_dir: Path, keep_bytes: int = 0):
+        super().__init__(run_dir / METRICS, keep_bytes, _HEADER.encode())
+
+    def write(self, first_update: int, metrics: HostMetrics, alive: np.ndarray) -> None:
+        lines = [
+            ",".join([str(seed), str(update), *(str(values[name]) for name in COLUMNS)]) + "\n"
+            for seed, update, values in _rows(first_update, metrics, alive)
+        ]
+        self.append("".join(lines).encode())
+
+
+class BinaryLogger(AppendedLogger):
+    """`metrics.f32`: little-endian 32-bit floats `[U, S, column]`, for hundreds of trainings, whose
+    text would take longer to write than they to train. NaN after a training has failed."""
+
+    def __init__(self, run_dir: Path, keep_bytes: int = 0):
+        super().__init__(run_dir / BINARY_METRICS, keep_bytes, b"")
+
+    def write(self, first_update: int, metrics: HostMetrics, alive: np.ndarray) -> None:
+        columns = np.stack([metrics[name] for name in COLUMNS], axis=-1)
+        self.append(np.where(alive[..., None], columns, np.nan).astype("<f4").tobytes())
+
+
+def binary_metrics(content: bytes, num_trainings: int) -> HostMetrics:
+    """What a `BinaryLogger` wrote, `[U, S]`."""
+    table = np.frombuffer(content, "<f4").reshape(-1, num_trainings, len(COLUMNS))
+    return {name: table[..., i] for i, name in enumerate(COLUMNS)}
+
+
+def read_metrics(run_dir: Path, position: Position, settings: Settings) -> HostMetrics:
+    """What was logged up to a position as `[U, S]`, NaN where there is nothing.
 
     Raises:
         ConfigError: if the file is not what it was there.
     """
-    path, shape = run_dir / METRICS, (position.updates, num_seeds)
-    metrics = {
-        name: np.full(shape, np.nan, float if name in _COUNTS else np.float32) for name in COLUMNS
-    }
+    path = run_dir / (BINARY_METRICS if settings.trials else METRICS)
     try:
         with path.open("rb") as file:
             content = file.read(position.metrics_bytes)
@@ -123,6 +144,12 @@ def read_metrics(run_dir: Path, position: Position, num_seeds: int) -> HostMetri
         raise _unusable(path, f"{len(content)} bytes are left of {position.metrics_bytes}")
     if hashlib.sha256(content).hexdigest() != position.metrics_digest:
         raise _unusable(path, "it was changed since")
+    if settings.trials:
+        return binary_metrics(content, settings.num_trainings)
+    shape = (position.updates, settings.num_trainings)
+    metrics = {
+        name: np.full(shape, np.nan, float if name in _COUNTS else np.float32) for name in COLUMNS
+    }
     for line in content.decode().splitlines()[1:]:
         seed, update, *values = line.split(",")
         for name, value in zip(COLUMNS, values, strict=True):

@@ -13,23 +13,36 @@ from purejaxppo.config import Config, ConfigError
 from purejaxppo.configfile import Settings
 from purejaxppo.types import PyTree, TrainState
 
-DEVICES = "devices"
-"""The mesh axis."""
+SEEDS, ENVS = "seeds", "envs"
+"""The mesh axes: trainings side by side, and the environments of each."""
 
 
 class Spread(NamedTuple):
-    """How a run lies on the devices: several seeds are dealt out, each training whole on its
-    device; of a single one, the environments are."""
+    """How a run lies on a mesh `[SEEDS, ENVS]` of devices: trainings are dealt out along the first
+    axis, and of each its environments along the second."""
 
     mesh: Mesh
-    axis: str | None
-    """The mesh axis that the learner's sums go over; None where trainings are whole."""
-    keys: PartitionSpec
-    """Of keys `[S]`."""
-    states: Any
-    """Of states `[S, ...]`: a `TrainState` of two specs."""
-    rows: PartitionSpec
-    """Of metrics `[U, S]`."""
+
+    @property
+    def axis(self) -> str | None:
+        """The mesh axis that the learner's sums go over; None where trainings are whole."""
+        return ENVS if self.mesh.shape[ENVS] > 1 else None
+
+    @property
+    def seeds(self) -> PartitionSpec:
+        """Of what there is one of for each training, `[S, ...]`."""
+        return PartitionSpec(SEEDS)
+
+    @property
+    def states(self) -> Any:
+        """Of states `[S, ...]`: a `TrainState` of two specs."""
+        specs: list[Any] = [PartitionSpec(SEEDS), PartitionSpec(SEEDS, ENVS)]
+        return TrainState(*specs)
+
+    @property
+    def rows(self) -> PartitionSpec:
+        """Of metrics `[U, S]`."""
+        return PartitionSpec(None, SEEDS)
 
     def over(self, function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
         """`function` run by each device on its part."""
@@ -79,45 +92,39 @@ def _usable_cores() -> int:
 
 
 def choose_spread(settings: Settings) -> Spread:
-    """Several seeds over as many devices as divide them; a single one over `devices`.
+    """Several trainings over as many devices as divide them, or over `devices`; where there are
+    more of those than trainings, the environments of each over its part of them.
 
     Raises:
-        ConfigError: if there are fewer devices than asked for, or the seeds, or environments and
-            minibatches, cannot be dealt out evenly.
+        ConfigError: if there are fewer devices than asked for, or the trainings, or environments
+            and minibatches, cannot be dealt out evenly.
     """
-    seeds, wanted, available = settings.run.num_seeds, settings.run.devices, jax.devices()
+    count, wanted, available = settings.num_trainings, settings.run.devices, jax.devices()
     if wanted > len(available):
         raise ConfigError(
             f"devices = {wanted}: there are {len(available)} ({available[0].platform}); ask for "
             "at most as many, or for 0, which takes what fits"
         )
-    if seeds == 1:
-        count = max(1, wanted)
-        _check_divides(settings.config, count)
-        mesh = Mesh(np.asarray(available[:count]), (DEVICES,))
-        whole, rows = PartitionSpec(), PartitionSpec(None, DEVICES)
-        return Spread(mesh, DEVICES if count > 1 else None, whole, _state_specs(whole, rows), whole)
-    count = wanted or max(n for n in range(1, len(available) + 1) if seeds % n == 0)
-    if seeds % count:
-        raise ConfigError(
-            f"num_seeds = {seeds} cannot be dealt out evenly to devices = {count}; choose a "
-            "divisor, or 0, which takes as many devices as divide the seeds"
-        )
-    mesh = Mesh(np.asarray(available[:count]), (DEVICES,))
-    rows = PartitionSpec(DEVICES)
-    return Spread(mesh, None, rows, _state_specs(rows, rows), PartitionSpec(None, DEVICES))
-
-
-def _state_specs(learner: PartitionSpec, actors: PartitionSpec) -> Any:
-    specs: list[Any] = [learner, actors]
-    return TrainState(*specs)
+    along = max(n for n in range(1, len(available) + 1) if count % n == 0)
+    each = 1
+    if wanted:
+        along = min(count, wanted)
+        each = wanted // along
+        if count % along or wanted % along:
+            raise ConfigError(
+                f"num_seeds = {count} cannot be dealt out evenly to devices = {wanted}; choose a "
+                "divisor or a multiple, or 0, which takes as many devices as divide the seeds"
+            )
+    _check_divides(settings.config, each)
+    devices = np.asarray(available[: along * each]).reshape(along, each)
+    return Spread(Mesh(devices, (SEEDS, ENVS)))
 
 
 def _check_divides(config: Config, devices: int) -> None:
     if config.num_envs % devices:
         raise ConfigError(
-            f"num_envs = {config.num_envs} cannot be dealt out evenly to devices = {devices}; "
-            "choose a multiple"
+            f"num_envs = {config.num_envs} cannot be dealt out evenly to devices = {devices}"
+            "; choose a multiple"
         )
     own = config.num_envs // devices
     samples = own * config.num_steps if config.memory == "none" else own
@@ -130,7 +137,8 @@ def _check_divides(config: Config, devices: int) -> None:
 
 
 def each_seed(function: Callable[[PyTree], PyTree], states: PyTree) -> PyTree:
-    """`function` of each of the states `[S, ...]`, its results `[S, ...]` too.
+    """`function` of each of the states `[S, ...]` (or of whatever there is one of for each
+    training), its results `[S, ...]` too.
 
     On CPU one after the other: each then stays in a core's cache, computes what is conditional
     only where it is needed, and comes out as it would alone.

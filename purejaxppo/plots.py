@@ -1,6 +1,7 @@
 """Pictures of a run."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -39,14 +40,19 @@ def learning_curve(
         least, most = np.nanmin(curves), np.nanmax(curves)
         margin = 0.05 * (most - least) or 1.0
         axes.set_ylim(least - margin, most + margin)
-    axes.set_xlabel("environment steps (per seed)")
-    axes.set_ylabel("return of training episodes")
+    bare_axes(axes, "environment steps (per seed)", "return of training episodes")
     axes.set_title(env_id)
     axes.set_xlim(0, float(env_steps[-1]))
-    axes.grid(alpha=0.3)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
+
+
+def bare_axes(axes: Any, xlabel: str, ylabel: str) -> None:
+    """Labels, a faint grid, and no frame where nothing is read."""
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def smooth(

@@ -36,84 +36,116 @@ def enable_compilation_cache() -> None:
 
 
 class Program(NamedTuple):
-    """Compiled for the S seeds of a run and the devices it is spread over."""
+    """Compiled for S trainings side by side and the devices that they are spread over."""
 
-    begin: Callable[[], TrainState]
-    """The states `[S, ...]` to start from."""
-    chunk: Callable[[TrainState, int], tuple[TrainState, Metrics]]
-    """`(states, count) -> (states, metrics[capacity, S])`, of which `count` rows are filled."""
+    begin: Callable[[HParams], TrainState]
+    """The states `[S, ...]` to start from, by hyperparameters `[S]`."""
+    chunk: Callable[[TrainState, HParams, int], tuple[TrainState, Metrics]]
+    """`(states, hparams[S], count) -> (states, metrics[capacity, S])`, of which `count` rows are
+    filled."""
     gather: Callable[[TrainState], TrainState]
     """States to a single device."""
+    device_bytes: int
+    """What XLA states a chunk to need on each device: arguments, results and temporaries."""
+
+
+class Prepared(NamedTuple):
+    """What waves of one kind have in common."""
+
+    program: Program
+    evaluation: Callable[[TrainState], np.ndarray]
+    """`states[S, ...] -> returns[S, E]`."""
+
+
+def stacked_hparams(settings: Settings) -> HParams:
+    """Of each training, leaves `[S]`."""
+    trials = settings.trials or (settings.hparams,)
+
+    def stack(*values: Any) -> Any:
+        return np.repeat(np.asarray(values, np.float32), settings.run.num_seeds)
+
+    return jax.tree.map(stack, *trials)
 
 
 def compile_program(
-    settings: Settings, states: TrainState | None = None, env: Any = None, env_params: Any = None
+    settings: Settings, env: Any = None, env_params: Any = None, *, fresh: bool = True
 ) -> Program:
-    """Compile a chunk, and what makes the first states unless `states` are given.
+    """Compile a chunk, and what makes the first states unless they are there already (not
+    `fresh`). What it is compiled for is the settings' shapes; their numbers are given later.
 
     Raises:
         ConfigError: as `choose_spread` does.
     """
-    spread, hparams = choose_spread(settings), settings.hparams
+    spread, hparams = choose_spread(settings), stacked_hparams(settings)
     learner = make_learner(settings.config, env, env_params, axis=spread.axis)
     capacity = min(settings.config.num_updates, CHUNK_CAPACITY)
-    root = jax.random.key(settings.run.seed)
-    everywhere = PartitionSpec()
-
-    def begin(keys: jax.Array, hparams: HParams) -> TrainState:
-        return each_seed(lambda key: learner.init(key, hparams), keys)
+    root, num_seeds = jax.random.key(settings.run.seed), settings.run.num_seeds
 
     def init(root: jax.Array, hparams: HParams) -> TrainState:
-        keys = jax.random.split(root, settings.run.num_seeds)
-        return spread.over(begin, (spread.keys, everywhere), spread.states)(keys, hparams)
+        keys = jax.random.split(root, num_seeds)
+        # The seeds of one trial are those of all others.
+        keys = jnp.tile(keys, settings.num_trainings // num_seeds)
+        begin = spread.over(
+            lambda *rows: each_seed(lambda row: learner.init(*row), rows),
+            (spread.seeds, spread.seeds),
+            spread.states,
+        )
+        return begin(keys, hparams)
 
     def chunk(states: TrainState, hparams: HParams, count: jax.Array) -> Any:
         return _chunk(learner, states, hparams, count, capacity)
 
     traced = jax.jit(init).trace(root, hparams)
-    compiled_init: Any = traced.lower().compile() if states is None else None
-    inputs = (spread.states, everywhere, everywhere)
+    compiled_init: Any = traced.lower().compile() if fresh else None
+    inputs = (spread.states, spread.seeds, PartitionSpec())
     chunks = spread.over(chunk, inputs, (spread.states, spread.rows))
-    compiled = (
-        jax.jit(chunks).lower(spread.shapes(traced.out_info), hparams, jnp.int32(1)).compile()
-    )
-
-    def start() -> TrainState:
-        return compiled_init(root, hparams) if states is None else spread.scatter(states)
-
+    shapes = spread.shapes(traced.out_info)
+    compiled = jax.jit(chunks).lower(shapes, hparams, jnp.int32(1)).compile()
     return Program(
-        start,
+        lambda hparams: compiled_init(root, hparams),
         # Scattered again: XLA calls an empty array replicated, whatever it was told.
-        lambda states, count: compiled(spread.scatter(states), hparams, jnp.int32(count)),
+        lambda states, hparams, count: compiled(spread.scatter(states), hparams, jnp.int32(count)),
         spread.gather,
+        _bytes(compiled),
     )
+
+
+def _bytes(compiled: Any) -> int:
+    stats = compiled.memory_analysis()
+    used = stats.argument_size_in_bytes + stats.output_size_in_bytes + stats.temp_size_in_bytes
+    return used - stats.alias_size_in_bytes
 
 
 def make_evaluation(
     settings: Settings, env: Any, env_params: Any
 ) -> Callable[[TrainState], np.ndarray]:
-    """`states[S, ...] -> returns[S, E]` of the same episodes each time; compiled when called."""
-    keys = evaluation_keys(settings.run.seed, settings.run.num_seeds, FINAL_EVALUATION)
-    episodes = settings.run.eval_episodes
+    """`states[S, ...] -> returns[S, E]` of the same episodes each time, which depend on the seed
+    alone; compiled when called."""
+    num_seeds, episodes = settings.run.num_seeds, settings.run.eval_episodes
+    keys = evaluation_keys(settings.run.seed, num_seeds, FINAL_EVALUATION)
+    keys = jnp.tile(keys, settings.num_trainings // num_seeds)
 
-    def returns(state: TrainState, key: jax.Array) -> jax.Array:
+    def returns(row: tuple[TrainState, jax.Array]) -> jax.Array:
+        state, key = row
         return evaluate(settings.config, state, key, episodes, env=env, env_params=env_params)
 
-    compiled = jax.jit(jax.vmap(returns))
-    return lambda states: np.asarray(compiled(states, keys))
+    compiled = jax.jit(lambda states: each_seed(returns, (states, keys)))
+    return lambda states: np.asarray(compiled(states))
 
 
 def _chunk(
     learner: Learner, states: TrainState, hparams: HParams, count: jax.Array, capacity: int
 ) -> tuple[TrainState, Metrics]:
-    """`count` updates, at most `capacity`; one program for every count.
+    """`count` updates, at most `capacity`, of states and hyperparameters `[S, ...]`; one program
+    for every count.
 
     Returns:
         states, and metrics `[capacity, S]` of which the first `count` rows are filled.
     """
     update = jax.jit(learner.update)  # so that both uses below are one trace
 
-    def train(state: TrainState) -> tuple[TrainState, Metrics]:
+    def train(row: tuple[TrainState, HParams]) -> tuple[TrainState, Metrics]:
+        state, hparams = row
         shapes = jax.eval_shape(update, state, hparams)[1]
         rows = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), shapes)
 
@@ -124,5 +156,5 @@ def _chunk(
 
         return jax.lax.fori_loop(0, count, body, (state, rows))
 
-    states, rows = each_seed(train, states)
+    states, rows = each_seed(train, (states, hparams))
     return states, jax.tree.map(lambda x: x.swapaxes(0, 1), rows)

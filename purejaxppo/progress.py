@@ -46,24 +46,31 @@ class _Output:
             self._file = io.StringIO()
 
 
-class Progress:
-    """Reports of one run, that begins after `done` updates; silent unless `enabled`."""
+def make_console(enabled: bool) -> Console:
+    """Standard output in plain words; silent unless `enabled`."""
+    output: Any = _Output()
+    return Console(
+        file=output,
+        quiet=not enabled,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        soft_wrap=True,
+    )
 
-    def __init__(self, settings: Settings, done: int, enabled: bool):
+
+class Progress:
+    """Reports of one run, that begins after `done` updates and ends after `last`, or all; silent
+    unless `enabled`."""
+
+    def __init__(self, settings: Settings, done: int, enabled: bool, last: int | None = None):
         self._settings, self._config, self._done = settings, settings.config, done
-        self._num_seeds = num_seeds = settings.run.num_seeds
-        output: Any = _Output()
-        self._console = Console(
-            file=output,
-            quiet=not enabled,
-            highlight=False,
-            markup=False,
-            emoji=False,
-            soft_wrap=True,
-        )
+        self._last = settings.config.num_updates if last is None else last
+        self._num_trainings = settings.num_trainings
+        self._console = make_console(enabled)
         self._live = enabled and self._console.is_terminal
         self._bar: Bar | None = None
-        self._returns = np.full(num_seeds, np.nan)
+        self._returns = np.full(self._num_trainings, np.nan)
         self._began = self._last_line = time.perf_counter()
 
     def starting(self, checkpoint: Checkpoint | None, again: bool) -> None:
@@ -72,7 +79,7 @@ class Progress:
         steps = config.num_updates * config.batch_size
         rounded = f" (total_timesteps = {config.total_timesteps:,} rounded up)"
         self._console.print(
-            f"{config.env_id}: {self._num_seeds} seed{'s' if self._num_seeds > 1 else ''}, "
+            f"{config.env_id}: {self._num_trainings} seed{'s' if self._num_trainings > 1 else ''}, "
             f"{config.num_updates:,} updates of {config.num_envs} x {config.num_steps} steps = "
             f"{steps:,} environment steps each{rounded if steps > config.total_timesteps else ''}"
         )
@@ -92,6 +99,9 @@ class Progress:
     def training(self, compile_seconds: float) -> None:
         """The bar appears."""
         self._console.print(f"compiled in {compile_seconds:.1f} s")
+        self._show_bar()
+
+    def _show_bar(self) -> None:
         self._began = self._last_line = time.perf_counter()
         if not self._live:
             return
@@ -104,9 +114,7 @@ class Progress:
             console=self._console,
             expand=True,
         )
-        self._bar.add_task(
-            "train", total=self._config.num_updates, completed=self._done, speed="", returns=""
-        )
+        self._bar.add_task("train", total=self._last, completed=self._done, speed="", returns="")
         self._bar.start()
 
     def update(self, done: int, episode_returns: np.ndarray) -> None:
@@ -115,15 +123,14 @@ class Progress:
             self._returns = np.where(np.isfinite(row), row, self._returns)
         now = time.perf_counter()
         speed_in_updates = (done - self._done) / (now - self._began)
-        rate = speed_in_updates * self._config.batch_size * self._num_seeds
+        rate = speed_in_updates * self._config.batch_size * self._num_trainings
         speed, returns = f"{_short(rate)} steps/s", f"return {self._mean_return()}"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, speed=speed, returns=returns)
-        elif now - self._last_line > _PLAIN_SECONDS or done == self._config.num_updates:
-            left = (self._config.num_updates - done) / speed_in_updates
+        elif now - self._last_line > _PLAIN_SECONDS or done == self._last:
+            left = (self._last - done) / speed_in_updates
             self._console.print(
-                f"update {done:,}/{self._config.num_updates:,}  {speed}  {returns}  "
-                f"{left:.0f} s left"
+                f"update {done:,}/{self._last:,}  {speed}  {returns}  {left:.0f} s left"
             )
             self._last_line = now
 

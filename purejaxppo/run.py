@@ -18,6 +18,8 @@ from purejaxppo.learner import MUST_BE_FINITE, make_learner
 from purejaxppo.load import check_env, newest_or_none, restore_states
 from purejaxppo.loggers import (
     COLUMNS,
+    AppendedLogger,
+    BinaryLogger,
     CsvLogger,
     HostMetrics,
     Logger,
@@ -30,10 +32,12 @@ from purejaxppo.loggers import (
 from purejaxppo.parallel import choose_spread, use_all_cores
 from purejaxppo.program import (
     CHUNK_CAPACITY,
+    Prepared,
     Program,
     compile_program,
     enable_compilation_cache,
     make_evaluation,
+    stacked_hparams,
 )
 from purejaxppo.progress import Progress
 from purejaxppo.rundir import (
@@ -138,6 +142,8 @@ def run_settings(
 ) -> Result:
     """`run`, for settings as a file gives them."""
     _check_scalars(settings.hparams)
+    if settings.trials:
+        raise ConfigError("trials: belong to a sweep, of which this is a part; see its sweep.toml")
     _check_loggers(run_dir, settings.run)
     use_all_cores()
     choose_spread(settings)
@@ -147,8 +153,54 @@ def run_settings(
         if run_dir is not None:
             directory = stack.enter_context(new_run(Path(run_dir), settings))
         start = _Start(Position(0), None, None, None)
-        session = _Session(settings, learner, directory, start, progress, env, env_params)
+        shown = Progress(settings, 0, enabled=progress)
+        last = settings.config.num_updates
+        session = _Session(settings, learner, directory, start, shown, env, env_params, last)
         return _go(session, compilation_cache)
+
+
+class Leg(NamedTuple):
+    """From which update to which a wave is trained."""
+
+    first: int
+    last: int
+    states: Callable[[], TrainState] | None = None
+    """Of all trainings after `first` updates; None begins them."""
+
+
+def run_wave(
+    settings: Settings,
+    directory: Path | None,
+    prepared: Prepared,
+    leg: Leg,
+    shown: Progress,
+    *,
+    env: Any = None,
+    env_params: Any = None,
+) -> Result:
+    """Train the trials of `settings` side by side by programs that were compiled for as many, or
+    go on with that where `directory` holds a part of it already.
+
+    Metrics are written as `metrics.f32`, and checkpoints are not evaluated.
+
+    Raises:
+        ConfigError: as `resume`.
+        StorageError: as `run`.
+    """
+    learner = make_learner(settings.config, env, env_params)
+    start = _Start(Position(leg.first), None, None, None)
+    with ExitStack() as stack:
+        if directory is not None and (directory / CONFIG).exists():
+            stack.enter_context(old_run(directory))
+            start = _go_on_from(directory, newest_or_none(directory), settings, learner)
+        elif directory is not None:
+            stack.enter_context(new_run(directory, settings))
+        if start.states is None and leg.states is not None:
+            start = _Start(Position(leg.first), leg.states(), None, None)
+        session = _Session(
+            settings, learner, directory, start, shown, env, env_params, leg.last, prepared
+        )
+        return _go(session, compilation_cache=False)
 
 
 def resume(
@@ -188,7 +240,9 @@ def resume(
         learner = make_learner(settings.config, env, env_params)
         start = _go_on_from(directory, found, settings, learner)
         write_settings(directory, settings)
-        session = _Session(settings, learner, directory, start, progress, env, env_params)
+        shown = Progress(settings, start.position.updates, enabled=progress)
+        last = settings.config.num_updates
+        session = _Session(settings, learner, directory, start, shown, env, env_params, last)
         return _go(session, compilation_cache)
 
 
@@ -211,9 +265,13 @@ class _Session(NamedTuple):
     learner: Learner
     directory: Path | None
     start: _Start
-    progress: bool
+    shown: Progress
     env: Any
     env_params: Any
+    last: int
+    """Updates to train up to."""
+    prepared: Prepared | None = None
+    """What was compiled already, for a wave of a sweep."""
 
 
 def _go_on_from(
@@ -231,7 +289,7 @@ def _go_on_from(
     if config.total_timesteps != found.settings.config.total_timesteps:
         change = (position.updates, config.total_timesteps)
         position = dataclasses.replace(position, extended=(*position.extended, change))
-    metrics = read_metrics(directory, position, settings.run.num_seeds)
+    metrics = read_metrics(directory, position, settings)
     return _Start(position, restore_states(found, learner), metrics, found, again=True)
 
 
@@ -259,7 +317,8 @@ def _open_loggers(session: _Session) -> list[Logger]:
     if directory is None:
         return []
     try:
-        loggers: list[Logger] = [CsvLogger(directory, start.position.metrics_bytes)]
+        kind = BinaryLogger if settings.trials else CsvLogger
+        loggers: list[Logger] = [kind(directory, start.position.metrics_bytes)]
         if settings.run.tensorboard:
             done = start.position.updates * settings.config.batch_size
             hide_after = done if start.again else None
@@ -284,8 +343,12 @@ def _go(session: _Session, compilation_cache: bool) -> Result:
     settings, directory, start = session.settings, session.directory, session.start
     if compilation_cache:
         enable_compilation_cache()
-    shown = Progress(settings, start.position.updates, enabled=session.progress)
-    evaluation = make_evaluation(settings, session.env, session.env_params)
+    shown, prepared = session.shown, session.prepared
+    evaluation = (
+        make_evaluation(settings, session.env, session.env_params)
+        if prepared is None
+        else prepared.evaluation
+    )
     with ExitStack() as stack:
         stop = stack.enter_context(stop_requests())
         loggers = _open_loggers(session)
@@ -293,12 +356,17 @@ def _go(session: _Session, compilation_cache: bool) -> Result:
         stack.callback(shown.close)
         saver = None
         if directory is not None:
-            saver = Saver(directory, settings, evaluation, start.checkpoint, stop)
+            later = None if settings.trials else evaluation
+            saver = Saver(directory, settings, later, start.checkpoint, stop)
             stack.callback(saver.close)
         shown.starting(start.checkpoint, start.again)
         began = time.perf_counter()
-        with shown.working("compiling"):
-            program = compile_program(settings, start.states, session.env, session.env_params)
+        if prepared is None:
+            with shown.working("compiling"):
+                fresh = start.states is None
+                program = compile_program(settings, session.env, session.env_params, fresh=fresh)
+        else:
+            program = prepared.program
         compile_seconds = time.perf_counter() - began
         if stop:
             _leave(stop, shown, directory)
@@ -361,10 +429,11 @@ class _Loop:
     def train(self) -> Training:
         """To the end, until no seed is left that goes well, or until asked to stop; one chunk at
         least, if there is anything left to do."""
-        start, num_updates = self.session.start, self.session.settings.config.num_updates
+        start, num_updates = self.session.start, self.session.last
         self.last_save = time.perf_counter()
         self.began = self.last_save - start.position.run_seconds
-        states = self.program.begin()
+        hparams = stacked_hparams(self.session.settings)
+        states = start.states if start.states is not None else self.program.begin(hparams)
         found = start.checkpoint
         if self.saver is not None and found is not None and found.eval_return is None:
             self.saver.evaluate(found, self.program.gather(states))
@@ -373,7 +442,7 @@ class _Loop:
             count = min(count, num_updates - self.done, CHUNK_CAPACITY, self._until_save())
             first = self.done == start.position.updates
             began = time.perf_counter()
-            states, rows = self.program.chunk(states, count)
+            states, rows = self.program.chunk(states, hparams, count)
             metrics = {name: np.asarray(rows[name])[:count] for name in COLUMNS}
             seconds = time.perf_counter() - began
             self._take(metrics)
@@ -387,7 +456,7 @@ class _Loop:
         return Training(self.program.gather(states), joined, self._position())
 
     def _alive(self) -> np.ndarray:
-        alive = np.ones(self.session.settings.run.num_seeds, bool)
+        alive = np.ones(self.session.settings.num_trainings, bool)
         alive[list(self.failed)] = False
         return alive
 
@@ -416,8 +485,8 @@ class _Loop:
     def _save_if_due(self, saver: Saver, states: TrainState) -> None:
         """In the background; the last one is left to the end of training."""
         saver.report()
-        run, config = self.session.settings.run, self.session.settings.config
-        if self.done == config.num_updates:
+        run = self.session.settings.run
+        if self.done == self.session.last:
             return
         now = time.perf_counter()
         if run.checkpoint_unit == "updates":
@@ -431,9 +500,9 @@ class _Loop:
     def _position(self) -> Position:
         start = self.session.start.position
         seconds = time.perf_counter() - self.began
-        csv = next((x for x in self.loggers if isinstance(x, CsvLogger)), None)
+        rows = next((x for x in self.loggers if isinstance(x, AppendedLogger)), None)
         try:
-            size, digest = csv.sync() if csv else (0, "")
+            size, digest = rows.sync() if rows else (0, "")
         except OSError as error:
             raise _cannot_log(self.session.directory, error) from error
         return Position(self.done, size, digest, seconds, dict(self.failed), start.extended)

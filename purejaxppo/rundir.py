@@ -13,8 +13,10 @@ from purejaxppo.configfile import Settings, dump_settings
 
 CONFIG, METRICS, SUMMARY, CURVE = "config.toml", "metrics.csv", "summary.json", "learning_curve.png"
 CHECKPOINTS = "checkpoints"
+BINARY_METRICS = "metrics.f32"
+SWEEP, WAVES = "sweep.toml", "waves"
 LOCK = ".lock"
-_RUN_FILES = (CONFIG, METRICS, SUMMARY, CURVE, CHECKPOINTS, "tensorboard")
+_RUN_FILES = (CONFIG, METRICS, BINARY_METRICS, SUMMARY, CURVE, CHECKPOINTS, "tensorboard")
 
 
 class RunWarning(RuntimeWarning):
@@ -33,11 +35,7 @@ def new_run(directory: Path, settings: Settings) -> Iterator[Path]:
         ConfigError: if it already holds a run, another process writes there, or it cannot be
             written.
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _cannot_write(directory, error) from error
-    with _lock(directory):
+    with locked(directory, make=True):
         held = [name for name in _RUN_FILES if (directory / name).exists()]
         if held:
             raise ConfigError(
@@ -64,7 +62,7 @@ def old_run(directory: Path) -> Iterator[Path]:
             f"run_dir = {str(directory)!r}: holds no {CONFIG}, so no run to go on with; check the "
             "path, or begin one by `purejaxppo train`"
         )
-    with _lock(directory):
+    with locked(directory):
         yield directory
 
 
@@ -90,15 +88,32 @@ def write_whole(path: Path, content: str | bytes | bytearray) -> None:
         raise
 
 
+def holds(directory: Path, name: str) -> bool:
+    """Whether a directory has a file of that name; also where there is no such directory, or none
+    could be called that."""
+    try:
+        return (directory / name).is_file()
+    except OSError:
+        return False
+
+
 def resume_command(directory: Path) -> str:
-    """What a person types to go on with a run."""
+    """What a person types to go on with a run, or with the sweep that it is a wave of."""
+    if directory.parent.name == WAVES and (directory.parent.parent / SWEEP).is_file():
+        directory = directory.parent.parent
     return f"purejaxppo resume {shlex.quote(str(directory))}"
 
 
 @contextmanager
-def _lock(directory: Path) -> Iterator[None]:
-    """Held until the block, or the process, ends; the file stays, and means nothing by itself."""
+def locked(directory: Path, *, make: bool = False) -> Iterator[None]:
+    """Held until the block, or the process, ends; the file stays, and means nothing by itself.
+
+    Raises:
+        ConfigError: if another process holds it, or the directory cannot be written.
+    """
     try:
+        if make:
+            directory.mkdir(parents=True, exist_ok=True)
         str(directory.absolute()).encode()
         file = (directory / LOCK).open("a+b", buffering=0)
     except OSError as error:

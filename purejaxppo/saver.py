@@ -22,7 +22,7 @@ class Saver:
     """Saves, evaluates and removes checkpoints, one after the other.
 
     Args:
-        evaluate: `states[S, ...] -> returns[S, E]`.
+        evaluate: `states[S, ...] -> returns[S, E]`; None leaves checkpoints unevaluated.
         saved: the checkpoint that training starts from, if it does.
         stop: once it is set, evaluations are no longer waited for, nor begun, nor recorded.
     """
@@ -31,7 +31,7 @@ class Saver:
         self,
         run_dir: Path,
         settings: Settings,
-        evaluate: Callable[[TrainState], np.ndarray],
+        evaluate: Callable[[TrainState], np.ndarray] | None,
         saved: Checkpoint | None,
         stop: StopRequest,
     ):
@@ -56,8 +56,10 @@ class Saver:
 
     def evaluate(self, saved: Checkpoint, states: TrainState) -> None:
         """In the background, and record it."""
-        if not self._stop:
-            self._evaluating = self._evaluations.submit(self._evaluate_saved, saved, states)
+        if not self._stop and self._evaluate is not None:
+            self._evaluating = self._evaluations.submit(
+                self._evaluate_saved, self._evaluate, saved, states
+            )
 
     def report(self) -> None:
         """Warn of what has failed in the background: training can go on."""
@@ -129,8 +131,13 @@ class Saver:
         self._saved = checkpoint.save(self._run_dir, position, self._settings, states)
         self.evaluate(self._saved, states)
 
-    def _evaluate_saved(self, saved: Checkpoint, states: TrainState) -> None:
-        self.record(saved, self._evaluate(states))
+    def _evaluate_saved(
+        self,
+        evaluate: Callable[[TrainState], np.ndarray],
+        saved: Checkpoint,
+        states: TrainState,
+    ) -> None:
+        self.record(saved, evaluate(states))
 
     def _prune(self, newest: Checkpoint) -> None:
         try:

@@ -1,4 +1,6 @@
-"""Intervals of means over seeds."""
+"""Means over seeds and their intervals."""
+
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Float
@@ -23,3 +25,23 @@ def mean_interval(
     freedom = np.where(count > 1, count - 1, np.nan)
     half = t.ppf(0.5 + confidence / 2, freedom) * np.sqrt(squares / freedom / np.maximum(count, 1))
     return np.asarray(mean), np.asarray(mean - half), np.asarray(mean + half)
+
+
+def interquartile_mean(values: Float[np.ndarray, "*batch S"]) -> np.ndarray:
+    """Mean of the middle half over the last axis: robust as a median, and surer (Agarwal et al.
+    2021, arXiv:2108.13264)."""
+    from scipy.stats import trim_mean  # slow to import
+
+    return np.asarray(trim_mean(values, 0.25, axis=-1))
+
+
+def bootstrap_interval(
+    values: Float[np.ndarray, " S"],
+    statistic: Callable[[np.ndarray], np.ndarray],
+    confidence: float = 0.95,
+    resamples: int = 2000,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval (Efron 1979) of a statistic over the last axis."""
+    drawn = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
+    low, high = np.quantile(statistic(values[drawn]), [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return float(low), float(high)

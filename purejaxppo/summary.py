@@ -38,10 +38,10 @@ def summarize(
 ) -> dict[str, Any]:
     """What `summary.json` holds, for returns `[S, E]` of the final evaluation."""
     config, position, per_seed = settings.config, training.position, returns.mean(axis=1)
-    finished = [s for s in range(settings.run.num_seeds) if s not in position.failed]
+    finished = [s for s in range(settings.num_trainings) if s not in position.failed]
     mean, low, high = (_number(x) for x in mean_interval(per_seed[finished]))
     done = position.updates * config.batch_size
-    total, seconds = done * settings.run.num_seeds, position.run_seconds
+    total, seconds = done * settings.num_trainings, position.run_seconds
     return {
         "env_id": config.env_id,
         "num_seeds": settings.run.num_seeds,
@@ -78,7 +78,8 @@ def write_results(
     returns = training.metrics["episode_return"].T
     steps = np.arange(1, len(returns) + 1) * settings.config.batch_size
     try:
-        learning_curve(directory / CURVE, settings.config.env_id, steps, returns)
+        if not settings.trials:
+            learning_curve(directory / CURVE, settings.config.env_id, steps, returns)
         write_whole(directory / SUMMARY, text)
     except OSError as error:
         raise StorageError(

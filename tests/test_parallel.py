@@ -14,7 +14,7 @@ import pytest
 import purejaxppo as ppo
 from purejaxppo.configfile import RunSettings, Settings
 from purejaxppo.parallel import choose_spread
-from purejaxppo.program import compile_program
+from purejaxppo.program import compile_program, stacked_hparams
 from purejaxppo.types import TrainState
 
 WHOLE = ppo.Config(
@@ -33,8 +33,9 @@ WHOLE = ppo.Config(
 def trained(config: ppo.Config, devices: int, num_seeds: int = 1) -> tuple[TrainState, Any]:
     run = RunSettings(devices=devices, num_seeds=num_seeds)
     hparams = ppo.HParams(learning_rate=1e-2)
-    program = compile_program(Settings(config, hparams, run))
-    states, rows = program.chunk(program.begin(), config.num_updates)
+    settings = Settings(config, hparams, run)
+    program, numbers = compile_program(settings), stacked_hparams(settings)
+    states, rows = program.chunk(program.begin(numbers), numbers, config.num_updates)
     return program.gather(states), rows
 
 
@@ -56,6 +57,15 @@ def test_a_training_learns_the_same_over_1_2_and_4_devices(settings: dict[str, A
         assert_close(states.learner, alone.learner, atol=1e-5, rtol=1e-5)
         assert_close(states.actors, alone.actors, atol=1e-4, rtol=1e-4)
         assert_close(spread_rows, rows, atol=2e-4, rtol=2e-4)
+
+
+def test_seeds_and_environments_are_spread_at_once():
+    """2 seeds of 2 devices each, up to the order of sums."""
+    alone, rows = trained(WHOLE, 1, num_seeds=2)
+    states, spread_rows = trained(WHOLE, 4, num_seeds=2)
+    assert_close(states.learner, alone.learner, atol=1e-5, rtol=1e-5)
+    assert_close(states.actors, alone.actors, atol=1e-4, rtol=1e-4)
+    assert_close(spread_rows, rows, atol=2e-4, rtol=2e-4)
 
 
 def test_devices_shuffle_for_themselves_and_learn():
@@ -121,6 +131,7 @@ def test_every_core_is_a_device_unless_told_otherwise(told: dict[str, str], expe
         ({}, 1),
         ({"devices": 2}, 2),
         ({"num_seeds": 4, "devices": 2}, 2),
+        ({"num_seeds": 2, "devices": 4}, 4),
     ],
 )
 def test_how_many_devices_are_used(run: dict[str, int], used: int):

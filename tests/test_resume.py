@@ -473,13 +473,13 @@ def test_a_chunk_takes_half_a_second_or_is_one_update(
     clock, counts = Clock(), []
     compile_program = run_module.compile_program
 
-    def slow(*arguments: Any) -> Any:
-        program = compile_program(*arguments)
+    def slow(*arguments: Any, **more: Any) -> Any:
+        program = compile_program(*arguments, **more)
 
-        def chunk(states: Any, count: int) -> Any:
+        def chunk(states: Any, hparams: Any, count: int) -> Any:
             clock.now += count * seconds * (1 if counts else 10)
             counts.append(count)
-            return program.chunk(states, count)
+            return program.chunk(states, hparams, count)
 
         return program._replace(chunk=chunk)
 

@@ -10,15 +10,15 @@ import worker
 
 import purejaxppo as ppo
 from purejaxppo.configfile import RunSettings, Settings
-from purejaxppo.program import CHUNK_CAPACITY, Program, compile_program, enable_compilation_cache
+from purejaxppo.program import (
+    CHUNK_CAPACITY,
+    compile_program,
+    enable_compilation_cache,
+    stacked_hparams,
+)
 
 LATE = 0.1
 """The part of training, its last, whose episodes give the training return."""
-
-
-def compiled(config: ppo.Config, seeds: int, devices: int) -> Program:
-    run = RunSettings(num_seeds=seeds, devices=devices)
-    return compile_program(Settings(config, ppo.HParams(), run))
 
 
 def make(spec: dict[str, Any]) -> tuple[float, dict[str, Callable[[], Any]]]:
@@ -32,16 +32,19 @@ def make(spec: dict[str, Any]) -> tuple[float, dict[str, Callable[[], Any]]]:
         lr_schedule="constant",
     )
     ppo.make_learner(config)  # imports gymnax, as `run` does before it compiles
+    run = RunSettings(num_seeds=spec["seeds"], devices=spec["devices"])
+    settings = Settings(config, ppo.HParams(), run)
+    hparams = stacked_hparams(settings)
     began = time.perf_counter()
-    program = compiled(config, spec["seeds"], spec["devices"])
+    program = compile_program(settings)
     compile_seconds = time.perf_counter() - began
     last: list[ppo.TrainState] = []
 
     def train() -> worker.Outcome:
-        states, episode_returns, left = program.begin(), [], config.num_updates
+        states, episode_returns, left = program.begin(hparams), [], config.num_updates
         while left:
             count = min(left, CHUNK_CAPACITY)
-            states, metrics = program.chunk(states, count)
+            states, metrics = program.chunk(states, hparams, count)
             episode_returns.append(np.asarray(metrics["episode_return"])[:count])
             left -= count
         last[:] = [jax.block_until_ready(states)]

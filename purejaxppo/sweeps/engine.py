@@ -1,0 +1,339 @@
+"""Runs a sweep: batch by batch, wave by wave, so that it can be interrupted anywhere."""
+
+import dataclasses
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from purejaxppo import checkpoint
+from purejaxppo.config import Config, ConfigError, HParams
+from purejaxppo.configfile import RunSettings, Settings, dump_settings
+from purejaxppo.learner import make_learner
+from purejaxppo.load import check_env, restore_states
+from purejaxppo.loggers import binary_metrics
+from purejaxppo.parallel import choose_spread, use_all_cores
+from purejaxppo.program import enable_compilation_cache
+from purejaxppo.run import Leg, run_wave
+from purejaxppo.rundir import SWEEP
+from purejaxppo.sweeps import files
+from purejaxppo.sweeps.files import PlannedBatch, PlannedWave, wave_directory
+from purejaxppo.sweeps.outcomes import Outcome, curve_columns, ranked, result_rows
+from purejaxppo.sweeps.plan import Programs, Wave, make_groups
+from purejaxppo.sweeps.progress import SweepProgress, WaveProgress
+from purejaxppo.sweeps.report import write_report
+from purejaxppo.sweeps.settings import Definition, SweepSettings, load_definition
+from purejaxppo.sweeps.space import apply, space_texts
+from purejaxppo.sweeps.strategies import Batch, Strategy, make_strategy
+from purejaxppo.types import TrainState
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What `sweep` gives back, for K trials of S seeds."""
+
+    outcomes: list[Outcome]
+    """By the trials' numbers."""
+    best: Outcome | None
+    """Of those trained to the end; None if each of them failed."""
+    config: Config
+    """Of the best."""
+    hparams: HParams
+    """Of the best."""
+
+    @property
+    def returns(self) -> np.ndarray:
+        """`[K, S]`."""
+        return np.stack([outcome.returns for outcome in self.outcomes])
+
+    def values(self, name: str) -> list[Any]:
+        """Of one swept setting, in each of the K trials."""
+        return [outcome.trial.values[name] for outcome in self.outcomes]
+
+
+def sweep(
+    config: Config,
+    space: Mapping[str, Any],
+    *,
+    hparams: HParams | None = None,
+    seeds: int = 1,
+    seed: int = 0,
+    strategy: Literal["random", "sobol", "optuna", "halving"] = "random",
+    trials: int = 16,
+    batch: int = 16,
+    eta: int = 3,
+    devices: int = 0,
+    run_dir: str | Path | None = None,
+    eval_episodes: int = 128,
+    checkpoint_every: float = 300.0,
+    memory_gb: float = 0.0,
+    compilation_cache: bool = True,
+    progress: bool = True,
+    env: Any = None,
+    env_params: Any = None,
+) -> SweepResult:
+    """Train every trial of a space with `seeds` seeds, as few compiled programs as there are
+    different shapes, and find the best.
+
+    Seed s of each trial is what `run` with these settings and `num_seeds=seeds` makes of it.
+
+    Args:
+        space: settings by name. A list holds values of which each is tried, in every combination;
+            `uniform`, `loguniform` and `choice` are drawn from.
+        hparams: of what is not swept.
+        strategy, trials, batch, eta: as `SweepSettings` describes them.
+        devices: how many to spread over; 0 takes all, where there are enough trainings.
+        run_dir: takes `sweep.toml`, `results.csv`, `curves.npz`, `winner.toml`, `report.html` and
+            the waves; None writes nothing.
+        checkpoint_every: seconds between checkpoints of the trainings under way.
+        memory_gb: what trainings may take on each device; 0 takes half of what is free.
+        others: as in `run`.
+
+    Raises:
+        ConfigError: before anything is compiled or written, if the space or a setting cannot work.
+        StorageError: as `run`.
+    """
+    host = RunSettings(
+        seed, seeds, devices, eval_episodes, checkpoint_every, keep=1,
+        custom_env=env is not None or env_params is not None,
+    )  # fmt: skip
+    grid, sample = space_texts(space)
+    definition = Definition(
+        Settings(config, hparams or HParams(), host),
+        SweepSettings(grid, sample, strategy, trials, batch, eta, memory_gb),
+    )
+    directory = None if run_dir is None else Path(run_dir)
+    found = start_sweep(
+        definition, directory, progress=progress, compilation_cache=compilation_cache,
+        env=env, env_params=env_params,
+    )  # fmt: skip
+    assert found is not None
+    return found
+
+
+def start_sweep(
+    definition: Definition,
+    directory: Path | None,
+    *,
+    dry_run: bool = False,
+    progress: bool = True,
+    compilation_cache: bool = True,
+    env: Any = None,
+    env_params: Any = None,
+) -> SweepResult | None:
+    """`sweep`, for a definition as a file gives it; None if it is only planned (`dry_run`)."""
+    if not definition.sweep.space.names:
+        raise ConfigError("the sweep changes nothing: give a grid, or something to sample")
+    use_all_cores()
+    make_strategy(definition.sweep, definition.settings.run.seed, None)
+    _check_first_batch(definition, env, env_params)
+    if compilation_cache:
+        enable_compilation_cache()
+    with ExitStack() as stack:
+        if directory is not None and not dry_run:
+            stack.enter_context(files.new_sweep(directory, definition))
+        where = None if dry_run else directory
+        engine = _Engine(definition, where, SweepProgress(definition, progress), env, env_params)
+        return engine.plan_only() if dry_run else engine.run()
+
+
+def resume_sweep(
+    run_dir: str | Path,
+    *,
+    progress: bool = True,
+    compilation_cache: bool = True,
+    env: Any = None,
+    env_params: Any = None,
+) -> SweepResult:
+    """Go on with a sweep that was stopped or killed. Waves that are finished are not repeated, and
+    the one under way goes on from its newest checkpoint; the results are those of an undisturbed
+    sweep, bit for bit where trials do not depend on each other.
+
+    Raises:
+        ConfigError: if there is no sweep, or another process writes there.
+        StorageError: as `run`.
+    """
+    directory = Path(run_dir)
+    use_all_cores()
+    if compilation_cache:
+        enable_compilation_cache()
+    with files.old_sweep(directory):
+        definition = load_definition(directory / SWEEP)
+        check_env(definition.settings, env, env_params)
+        shown = SweepProgress(definition, progress)
+        return _Engine(definition, directory, shown, env, env_params).run()
+
+
+def _check_first_batch(definition: Definition, env: Any, env_params: Any) -> None:
+    """Every setting of it, before anything is compiled."""
+    batch = make_strategy(definition.sweep, definition.settings.run.seed, None).ask()
+    for group in make_groups(definition.settings, batch.trials if batch else []):
+        make_learner(group.settings.config, env, env_params)
+        choose_spread(group.waves(len(group.members))[0].settings)
+
+
+@dataclass
+class _Engine:
+    definition: Definition
+    directory: Path | None
+    shown: SweepProgress
+    env: Any
+    env_params: Any
+    latest: dict[int, tuple[Wave, int]] = field(default_factory=dict)
+    """Of each trial, the wave that trained it last, and that wave's number."""
+    outcomes: dict[int, Outcome] = field(default_factory=dict)
+    kept: dict[int, TrainState] = field(default_factory=dict)
+    """What waves came to, by number, where nothing is written."""
+    legs: dict[int, PlannedWave] = field(default_factory=dict)
+    waves: dict[int, Wave] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        sweep, run = self.definition.sweep, self.definition.settings.run
+        most = int(sweep.memory_gb * 1e9) or None
+        self.programs = Programs(self.env, self.env_params, most)
+        self.strategy: Strategy = make_strategy(sweep, run.seed, self.directory)
+
+    def plan_only(self) -> None:
+        """Compile and print what the first batch would be."""
+        if batch := self.strategy.ask():
+            self._plan(batch)
+
+    def run(self) -> SweepResult:
+        batches = [] if self.directory is None else files.read_plan(self.directory)
+        for planned in batches:
+            self._train(planned)
+        while batch := self.strategy.ask():
+            planned = self._plan(batch)
+            batches.append(planned)
+            if self.directory is not None:
+                files.write_plan(self.directory, batches)
+            self._train(planned)
+        return self._finish()
+
+    def _plan(self, batch: Batch) -> PlannedBatch:
+        """Compiles what the batch needs, to know what fits."""
+        waves, rows = [], []
+        groups = make_groups(self.definition.settings, batch.trials)
+        for group in groups:
+            with self.shown.compiling():
+                cut, size = self.programs.cut(group)
+            rows.append((group, len(cut), size))
+            waves += [self._planned(wave, batch) for wave in cut]
+        self.shown.batch(len(batch.trials), batch.share, rows)
+        return PlannedBatch(batch, waves)
+
+    def _planned(self, wave: Wave, batch: Batch) -> PlannedWave:
+        total = wave.settings.config.num_updates
+        before = {self.outcomes[t.number].updates for t in wave.trials if t.number in self.outcomes}
+        last = total if batch.share == 1 else max(1, round(batch.share * total))
+        numbers = [trial.number for trial in wave.trials]
+        return PlannedWave(numbers, len(wave.settings.trials), max(before, default=0), last)
+
+    def _train(self, planned: PlannedBatch) -> None:
+        """All waves of a batch that are not finished; then tell the strategy."""
+        trials = {trial.number: trial for trial in planned.batch.trials}
+        for wave in planned.waves:
+            members = [trials[number] for number in wave.numbers]
+            (group,) = make_groups(self.definition.settings, members)
+            self._train_wave(wave, group.waves(wave.size)[0])
+        scores = [self.outcomes[trial.number].score for trial in planned.batch.trials]
+        self.strategy.tell(planned.batch, np.asarray(scores))
+        self._write_results()
+
+    def _train_wave(self, planned: PlannedWave, wave: Wave) -> None:
+        index = len(self.waves)
+        where = None if self.directory is None else wave_directory(self.directory, index)
+        summary = None if where is None else files.wave_outcome(where)
+        if summary is None:
+            with self.shown.compiling():
+                prepared = self.programs.of(wave.settings)
+            shown = WaveProgress(
+                wave.settings, planned, wave.trials, f"wave {index}", self.shown.enabled
+            )
+            leg = Leg(planned.first, planned.last, self._states_before(wave, planned))
+            if where is not None:
+                where.parent.mkdir(exist_ok=True)
+            found = run_wave(
+                wave.settings, where, prepared, leg, shown, env=self.env, env_params=self.env_params
+            )
+            summary = found.summary
+            if where is None:
+                self.kept[index] = found.states
+        self.legs[index], self.waves[index] = planned, wave
+        self._take(index, wave, planned, summary)
+
+    def _take(self, index: int, wave: Wave, planned: PlannedWave, summary: dict[str, Any]) -> None:
+        seeds = self.definition.settings.run.num_seeds
+        failed = {int(row): entry["update"] for row, entry in summary["failed_seeds"].items()}
+        means = np.array([np.nan if x is None else x for x in summary["eval_return_per_seed"]])
+        means[list(failed)] = np.nan
+        for i, trial in enumerate(wave.trials):
+            rows = range(i * seeds, (i + 1) * seeds)
+            own = {row - rows.start: failed[row] for row in rows if row in failed}
+            returns = means[rows.start : rows.stop]
+            self.outcomes[trial.number] = Outcome(trial, returns, own, planned.last, index)
+            self.latest[trial.number] = (wave, index)
+
+    def _states_before(self, wave: Wave, planned: PlannedWave) -> Any:
+        """Where the trials of a wave were left by earlier ones; None if they begin with it."""
+        if planned.first == 0:
+            return None
+        seeds = self.definition.settings.run.num_seeds
+
+        def states() -> TrainState:
+            parts, cache = [], {}
+            for trial in wave.trials:
+                before, index = self.latest[trial.number]
+                if index not in cache:
+                    cache[index] = self._states_after(before, index)
+                at = [t.number for t in before.trials].index(trial.number) * seeds
+                parts.append(jax.tree.map(lambda x, at=at: x[at : at + seeds], cache[index]))
+            parts += [parts[-1]] * (len(wave.settings.trials) - len(parts))
+            return jax.tree.map(lambda *rows: jnp.concatenate(rows), *parts)
+
+        return states
+
+    def _states_after(self, wave: Wave, index: int) -> TrainState:
+        if self.directory is None:
+            return self.kept[index]
+        found, _ = checkpoint.find(wave_directory(self.directory, index))
+        learner = make_learner(wave.settings.config, self.env, self.env_params)
+        return restore_states(found, learner)
+
+    def _write_results(self) -> None:
+        if self.directory is not None:
+            rows = result_rows(self.outcomes, self.definition)
+            files.write(self.directory / files.RESULTS, files.results_text(rows))
+
+    def _finish(self) -> SweepResult:
+        settings, order = self.definition.settings, ranked(self.outcomes, self.definition)
+        best = order[0] if order and order[0].is_whole(settings) else None
+        values = {} if best is None else best.trial.values
+        config, hparams = apply(values, settings.config, settings.hparams)
+        winner = None
+        if self.directory is not None:
+            if best is not None:
+                winner = self.directory / files.WINNER
+                won = dataclasses.replace(settings, config=config, hparams=hparams)
+                note = f"# Trial {best.trial.number}: return {best.score:.2f}\n"
+                files.write(winner, note + dump_settings(won))
+            files.write_curves(self.directory / files.CURVES, self._curves(self.directory))
+            write_report(self.directory)
+        self.shown.best([(o.trial, o.score, float(np.min(o.returns))) for o in order])
+        self.shown.finished(self.directory, winner)
+        return SweepResult([self.outcomes[n] for n in sorted(self.outcomes)], best, config, hparams)
+
+    def _curves(self, directory: Path) -> list[dict[str, np.ndarray]]:
+        seeds = self.definition.settings.run.num_seeds
+        parts = []
+        for index, wave in self.waves.items():
+            content = files.binary_content(wave_directory(directory, index))
+            metrics = binary_metrics(content, wave.settings.num_trainings)
+            numbers = [trial.number for trial in wave.trials]
+            parts.append(curve_columns(metrics, numbers, seeds, self.legs[index].first))
+        return parts

@@ -1,0 +1,144 @@
+"""How trials become waves: trainings that are compiled as one program and run side by side."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from purejaxppo.config import Config, ConfigError, HParams
+from purejaxppo.configfile import Settings
+from purejaxppo.program import Prepared, compile_program, make_evaluation
+from purejaxppo.sweeps.space import apply
+from purejaxppo.sweeps.strategies import Trial
+
+SHARE_OF_MEMORY = 0.5
+"""Of what is free: evaluations and checkpoints keep states of their own."""
+
+
+class Wave(NamedTuple):
+    """Trials that run side by side."""
+
+    trials: list[Trial]
+    settings: Settings
+    """Whose `trials` are those above, and as many more as fill the program up."""
+
+
+class Group(NamedTuple):
+    """Trials that differ in numbers alone, so that one program serves them all."""
+
+    settings: Settings
+    """Without `trials`."""
+    members: list[tuple[Trial, HParams]]
+
+    def waves(self, size: int) -> list[Wave]:
+        """Of `size` trials each; the last is filled up by repeating its last trial."""
+        cut = [self.members[i : i + size] for i in range(0, len(self.members), size)]
+        return [
+            Wave(
+                [trial for trial, _ in part],
+                dataclasses.replace(
+                    self.settings,
+                    trials=tuple(h for _, h in part) + (part[-1][1],) * (size - len(part)),
+                ),
+            )
+            for part in cut
+        ]
+
+
+def make_groups(settings: Settings, trials: Sequence[Trial]) -> list[Group]:
+    """Trials by what has to be compiled for them.
+
+    Raises:
+        ConfigError: if a trial's values cannot work, with those values.
+    """
+    groups: dict[Any, Group] = {}
+    for trial in trials:
+        try:
+            config, hparams = apply(trial.values, settings.config, settings.hparams)
+        except ConfigError as error:
+            values = ", ".join(f"{k} = {v}" for k, v in trial.values.items())
+            raise ConfigError(f"trial {trial.number} ({values}): {error}") from error
+        absent = tuple(value is None for value in vars(hparams).values())
+        base = dataclasses.replace(settings, config=config)
+        group = groups.setdefault((config, absent), Group(base, []))
+        group.members.append((trial, hparams))
+    return list(groups.values())
+
+
+class Programs:
+    """Compiles what waves need, once, and cuts waves to the memory there is.
+
+    Args:
+        max_bytes: what trainings may take on a device; None takes half of what is free.
+    """
+
+    def __init__(self, env: Any, env_params: Any, max_bytes: int | None):
+        self._env, self._env_params, self._max_bytes = env, env_params, max_bytes
+        self._compiled: dict[tuple[Config, int, tuple[bool, ...]], Prepared] = {}
+
+    def of(self, settings: Settings) -> Prepared:
+        """For waves of as many trials as these."""
+        absent = tuple(value is None for value in vars(settings.trials[0]).values())
+        key = (settings.config, len(settings.trials), absent)
+        if key not in self._compiled:
+            self._compiled[key] = Prepared(
+                compile_program(settings, self._env, self._env_params),
+                make_evaluation(settings, self._env, self._env_params),
+            )
+        return self._compiled[key]
+
+    def cut(self, group: Group) -> tuple[list[Wave], int]:
+        """The group's waves, as few as fit, and the bytes that one takes on each device.
+
+        Raises:
+            ConfigError: if not even one trial fits.
+        """
+        most = self._max_bytes or free_bytes()
+        size = _filled(len(group.members), group.settings)
+        while True:
+            waves = group.waves(size)
+            needed = self.of(waves[0].settings).program.device_bytes
+            if needed <= most:
+                return waves, needed
+            if size == 1:
+                raise ConfigError(
+                    f"one trial of num_seeds = {group.settings.run.num_seeds} takes "
+                    f"{needed / 1e9:.2f} GB, and there are {most / 1e9:.2f} GB to use; choose "
+                    "fewer seeds, environments or steps, or another memory_gb"
+                )
+            count = -(-len(group.members) // max(1, int(size * most / needed)))
+            smaller = -(-len(group.members) // count)
+            size = max(1, min(size - 1, smaller))
+
+
+def _filled(count: int, settings: Settings) -> int:
+    """As many trials as keep all devices busy to the end, `count` or a few more."""
+    devices, seeds = settings.run.devices or jax.device_count(), settings.run.num_seeds
+    if count * seeds < devices:
+        return count
+    return next(n for n in range(count, count + devices) if n * seeds % devices == 0)
+
+
+def free_bytes() -> int:
+    """Memory that trainings may take on each device: a share of what is free now."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return int(SHARE_OF_MEMORY * (stats["bytes_limit"] - stats["bytes_in_use"]))
+    return int(SHARE_OF_MEMORY * _free_host_bytes() / jax.local_device_count())
+
+
+def _free_host_bytes() -> int:
+    """What Linux calls available, or the control group allows, whichever is less."""
+    info = Path("/proc/meminfo")
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if info.exists():
+        lines = dict(line.split(":") for line in info.read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    group, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if group.exists() and group.read_text().strip().isdecimal():
+        free = min(free, int(group.read_text()) - int(used.read_text()))
+    return free

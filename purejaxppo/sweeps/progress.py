@@ -1,0 +1,108 @@
+"""What a person sees of a sweep."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from purejaxppo.checkpoint import Checkpoint
+from purejaxppo.progress import Progress, make_console
+from purejaxppo.sweeps.files import PlannedWave
+from purejaxppo.sweeps.plan import Group
+from purejaxppo.sweeps.settings import Definition
+from purejaxppo.sweeps.strategies import Trial
+
+SHOWN_TRIALS = 5
+
+
+class SweepProgress:
+    """Reports of a sweep; silent unless `enabled`."""
+
+    def __init__(self, definition: Definition, enabled: bool):
+        self.enabled, self._settings, self._sweep = enabled, definition.settings, definition.sweep
+        self._console = make_console(enabled)
+
+    def batch(self, trials: int, share: float, groups: Sequence[tuple[Group, int, int]]) -> None:
+        """The plan of a batch: groups with their number of waves and bytes per device."""
+        config, seeds = self._settings.config, self._settings.run.num_seeds
+        steps = "" if share == 1 else f" up to {share:.3g} of the training"
+        self._console.print(
+            f"{config.env_id}: {_count(trials, 'trial')} x {_count(seeds, 'seed')} = "
+            f"{_count(trials * seeds, 'training')}{steps}"
+        )
+        for number, (group, waves, size) in enumerate(groups, 1):
+            config = group.settings.config
+            first = group.members[0][0].values
+            static = ", ".join(f"{k} = {v}" for k, v in first.items() if hasattr(config, k))
+            self._console.print(
+                f"  group {number}{f' ({static})' if static else ''}: "
+                f"{_count(len(group.members), 'trial')} of {config.num_updates:,} updates in "
+                f"{_count(waves, 'wave')}, {size / 1e9:.3g} GB on each device"
+            )
+
+    def compiling(self) -> Any:
+        return self._console.status("compiling")
+
+    def best(self, rows: Sequence[tuple[Trial, float, float]]) -> None:
+        """The best trials, with mean and lowest return of their seeds."""
+        self._console.print("best trials:" if rows else "every trial failed")
+        for trial, mean, least in rows[:SHOWN_TRIALS]:
+            worst = f", lowest seed {least:.2f}" if self._settings.run.num_seeds > 1 else ""
+            self._console.print(
+                f"  trial {trial.number}: return {mean:.2f}{worst}; {describe(trial)}"
+            )
+
+    def finished(self, directory: Path | None, winner: Path | None) -> None:
+        if directory is not None:
+            self._console.print(f"results: {directory / 'report.html'}")
+        if winner is not None:
+            self._console.print(f"train the best again: purejaxppo train {winner}")
+
+
+class WaveProgress(Progress):
+    """Reports of one wave."""
+
+    def __init__(
+        self, settings: Any, wave: PlannedWave, trials: list[Trial], title: str, enabled: bool
+    ):
+        super().__init__(settings, wave.first, enabled, wave.last)
+        self._trials, self._title, self._seeds = trials, title, settings.run.num_seeds
+
+    def starting(self, checkpoint: Checkpoint | None, again: bool) -> None:
+        where = f", going on after update {checkpoint.position.updates:,}" if checkpoint else ""
+        if checkpoint is not None:
+            self._done = checkpoint.position.updates
+        self._console.print(f"{self._title}: {_count(len(self._trials), 'trial')}{where}")
+
+    def training(self, compile_seconds: float) -> None:
+        self._show_bar()
+
+    def failed(self, seed: int, update: int) -> None:
+        index = seed // self._seeds
+        if index < len(self._trials):
+            trial = self._trials[index]
+            self._console.print(
+                f"trial {trial.number}, seed {seed % self._seeds}: the loss is not finite at "
+                f"update {update}; recorded as failed ({describe(trial)})"
+            )
+
+    def finished(self, summary: dict[str, Any], directory: Path | None) -> None:
+        rate = summary["steps_per_second"]
+        self._console.print(f"trained in {summary['run_seconds']:.1f} s, {rate:,.0f} steps/s")
+
+    def _mean_return(self) -> str:
+        rows = self._returns.reshape(-1, self._seeds)[: len(self._trials)]
+        seen = rows[np.isfinite(rows).all(axis=1)].mean(axis=1)
+        return f"{np.median(seen):.1f}, best {seen.max():.1f}" if seen.size else "-"
+
+
+def describe(trial: Trial) -> str:
+    return ", ".join(
+        f"{name} = {value:.4g}" if isinstance(value, float) else f"{name} = {value}"
+        for name, value in trial.values.items()
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,72 @@
+"""What a sweep is told, and `sweep.toml`, which holds all of it."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from purejaxppo.config import ConfigError, check_fields
+from purejaxppo.configfile import Settings, build, dump, dump_settings, from_file, settings_from
+from purejaxppo.sweeps.space import Space, parse_space
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """What is searched, and how.
+
+    Raises `ConfigError` on construction if a value is out of range.
+    """
+
+    grid: tuple[str, ...] = ()
+    """NAME=VALUE,VALUE: a setting of which each value is tried, in every combination."""
+    sample: tuple[str, ...] = ()
+    """NAME=uniform:LOW,HIGH or loguniform:LOW,HIGH or choice:VALUE,VALUE: a setting that is
+    drawn anew for each trial."""
+    strategy: Literal["random", "sobol", "optuna", "halving"] = "random"
+    """How samples are drawn: independently, evenly spread (sobol), or where returns were high
+    (optuna, which takes the grid's values as choices). halving draws like random, and trains the
+    best 1 / eta of the trials on, again and again."""
+    trials: int = field(default=16, metadata={"low": 1, "high": 2**20, "open_low": False})
+    """Samples drawn, each of which is tried at every point of the grid; with optuna all trials."""
+    batch: int = field(default=16, metadata={"low": 1, "high": 2**20, "open_low": False})
+    """Trials that optuna is asked for at a time, which run side by side."""
+    eta: int = field(default=3, metadata={"low": 2, "high": 2**20, "open_low": False})
+    """With halving: the part of the trials that goes on, and how many times longer."""
+    memory_gb: float = field(default=0.0, metadata={"low": 0, "high": math.inf, "open_low": False})
+    """Memory that trainings may take on each device; what does not fit runs in waves, one after
+    the other. 0 takes half of what is free."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _ = self.space
+
+    @property
+    def space(self) -> Space:
+        return parse_space(self.grid, self.sample)
+
+
+@dataclass(frozen=True)
+class Definition:
+    """All that determines a sweep."""
+
+    settings: Settings
+    """What trials have in common; `settings.run` says with how many seeds each is trained."""
+    sweep: SweepSettings
+
+
+def dump_definition(definition: Definition) -> str:
+    """The TOML text that `load_definition` reads back to an equal one."""
+    return "\n".join([dump_settings(definition.settings), "[sweep]", *dump(definition.sweep), ""])
+
+
+def load_definition(path: Path) -> Definition:
+    """Raises `ConfigError` as `load_settings` does."""
+    return from_file(path, definition_from)
+
+
+def definition_from(table: dict[str, Any]) -> Definition:
+    """From a table as `tomllib` reads it. Raises `ConfigError` as `load_settings` does."""
+    sweep = table.pop("sweep", {})
+    if not isinstance(sweep, dict):
+        raise ConfigError(f"sweep = {sweep!r}: must be a table, written as [sweep]")
+    return Definition(settings_from(table), build(SweepSettings, sweep, "sweep."))

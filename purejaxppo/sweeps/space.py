@@ -1,0 +1,232 @@
+"""What a sweep searches: values of a grid, and ranges to draw from."""
+
+import dataclasses
+import difflib
+import math
+import tomllib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from purejaxppo.config import Config, ConfigError, HParams
+from purejaxppo.configfile import toml
+
+_CONFIG = {f.name: f for f in dataclasses.fields(Config) if f.name != "env_id"}
+_HPARAMS = {f.name: f for f in dataclasses.fields(HParams)}
+Values = dict[str, Any]
+"""Of one trial, by the names of their settings."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers between two bounds, alike in themselves (`uniform`) or in their logarithm."""
+
+    kind: Literal["uniform", "loguniform"]
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ConfigError(f"{self}: is empty; the first bound must be below the second")
+        if self.kind == "loguniform" and self.low <= 0:
+            raise ConfigError(f"{self}: has no logarithm at its first bound; give one above 0")
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.low!r},{self.high!r}"
+
+    def at(self, u: float) -> float:
+        """The number at the share `u` in [0, 1] of the range."""
+        if self.kind == "uniform":
+            return self.low + u * (self.high - self.low)
+        return min(max(self.low * (self.high / self.low) ** u, self.low), self.high)
+
+    def share(self, value: float) -> float:
+        """Where a number lies: the inverse of `at`."""
+        if self.kind == "uniform":
+            return (value - self.low) / (self.high - self.low)
+        return math.log(value / self.low) / math.log(self.high / self.low)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of several values, each as likely."""
+
+    values: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        if not self.values:
+            raise ConfigError(f"{self}: is empty; give at least one value")
+
+    def __str__(self) -> str:
+        return f"choice:{_texts(self.values)}"
+
+    def at(self, u: float) -> Any:
+        return self.values[min(int(u * len(self.values)), len(self.values) - 1)]
+
+
+def uniform(low: float, high: float) -> Range:
+    """Numbers between `low` and `high`, drawn uniformly. Raises `ConfigError` if there are none."""
+    return Range("uniform", float(low), float(high))
+
+
+def loguniform(low: float, high: float) -> Range:
+    """Numbers between `low` and `high` whose logarithms are drawn uniformly.
+
+    Raises `ConfigError` if there are none, or `low` is not above 0."""
+    return Range("loguniform", float(low), float(high))
+
+
+def choice(values: Sequence[Any]) -> Choice:
+    """One of `values`, each as likely. Raises `ConfigError` if there are none."""
+    return Choice(tuple(values))
+
+
+@dataclass(frozen=True)
+class Space:
+    """`grid`: settings of which every combination is tried. `sample`: settings that are drawn."""
+
+    grid: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    sample: tuple[tuple[str, Range | Choice], ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in (*self.grid, *self.sample))
+
+
+def space_texts(given: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """A space from Python, as texts for `parse_space`: a list of values is part of the grid, a
+    range or `choice` is drawn from.
+
+    Raises:
+        ConfigError: if something is neither, or a list is empty.
+    """
+    grid, sample = [], []
+    for name, wanted in given.items():
+        if isinstance(wanted, Range | Choice):
+            sample.append(f"{name}={wanted}")
+        elif isinstance(wanted, Sequence | np.ndarray) and not isinstance(wanted, str):
+            grid.append(f"{name}={_texts(wanted)}")
+        else:
+            raise ConfigError(
+                f"{name} = {wanted!r}: must be a list of values, or what uniform, loguniform or "
+                "choice return"
+            )
+    return tuple(grid), tuple(sample)
+
+
+def parse_space(grid: Sequence[str], sample: Sequence[str]) -> Space:
+    """A space from texts `NAME=VALUE,VALUE` and `NAME=KIND:...`.
+
+    Raises:
+        ConfigError: if a text has another form, a setting does not exist or is there twice, there
+            are no values, or a setting that fixes shapes is given a range.
+    """
+    grids, samples = [], []
+    for text in grid:
+        name, values = _named(text, "NAME=VALUE,VALUE")
+        grids.append((name, parse_values(name, values)))
+    for text in sample:
+        name, wanted = _named(text, "NAME=uniform:LOW,HIGH, loguniform:LOW,HIGH or choice:V,V")
+        kind, _, rest = wanted.partition(":")
+        if kind == "choice":
+            samples.append((name, Choice(parse_values(name, rest))))
+            continue
+        if kind not in ("uniform", "loguniform"):
+            raise ConfigError(f"{text}: write {name}=uniform:LOW,HIGH, loguniform or choice:V,V")
+        bounds = parse_values(name, rest)
+        if len(bounds) != 2 or not all(isinstance(b, int | float) for b in bounds):
+            raise ConfigError(f"{text}: {kind} takes two numbers, as in {name}={kind}:0.1,1")
+        wanted = Range(kind, float(bounds[0]), float(bounds[1]))
+        _check_traced(name, wanted)
+        samples.append((name, wanted))
+    return _checked(Space(tuple(grids), tuple(samples)))
+
+
+def parse_values(name: str, text: str) -> tuple[Any, ...]:
+    """Values apart by commas, as TOML writes them; words need no quotes, and `none` is `None`
+    where a number may be missing.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if not text.strip():
+        raise ConfigError(f"{name}: has no values; give at least one, as in {name}=1,2")
+    try:
+        return tuple(_tuples(x) for x in tomllib.loads(f"x = [{text}]")["x"])
+    except tomllib.TOMLDecodeError:
+        return tuple(_word(name, part.strip()) for part in text.split(","))
+
+
+def apply(values: Values, config: Config, hparams: HParams) -> tuple[Config, HParams]:
+    """The settings of a trial. Raises `ConfigError` if a value cannot work."""
+    static = {name: value for name, value in values.items() if name in _CONFIG}
+    traced = {name: value for name, value in values.items() if name in _HPARAMS}
+    return dataclasses.replace(config, **static), dataclasses.replace(hparams, **traced)
+
+
+def is_static(name: str) -> bool:
+    """Whether each value of a setting is compiled anew."""
+    return name in _CONFIG
+
+
+def _word(name: str, text: str) -> Any:
+    try:
+        return _tuples(tomllib.loads(f"x = {text}")["x"])
+    except tomllib.TOMLDecodeError:
+        optional = name in _HPARAMS and type(None) in typing.get_args(
+            typing.get_type_hints(HParams)[name]
+        )
+        return None if text == "none" and optional else text
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(x) for x in value) if isinstance(value, list | tuple) else value
+
+
+def _texts(values: Any) -> str:
+    """What `parse_values` reads back."""
+    return ",".join("none" if x is None else toml(_plain(x)) for x in values)
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers and lists as Python's own and tuples."""
+    return _tuples(value.tolist() if isinstance(value, np.generic) else value)
+
+
+def _named(text: str, form: str) -> tuple[str, str]:
+    name, equals, rest = text.partition("=")
+    if not equals:
+        raise ConfigError(f"{text!r}: write {form}")
+    return _canonical(name.strip()), rest
+
+
+def _canonical(name: str) -> str:
+    """The field that a name, `learning_rate`, `learning-rate` or `hparams.learning_rate`, means."""
+    table, _, field = name.rpartition(".")
+    field = field.replace("-", "_")
+    known = {"": _CONFIG | _HPARAMS, "hparams": _HPARAMS}.get(table, {})
+    if field in known:
+        return field
+    if field == "env_id":
+        raise ConfigError("env_id: returns of different environments do not compare; sweep each")
+    near = difflib.get_close_matches(field, [*_CONFIG, *_HPARAMS], n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else "`purejaxppo train --help` lists them"
+    raise ConfigError(f"{name}: no such setting to sweep; {hint}")
+
+
+def _check_traced(name: str, wanted: Range | Choice) -> None:
+    if name in _CONFIG and isinstance(wanted, Range):
+        raise ConfigError(
+            f"{name} = {wanted}: each value of {name} is compiled anew, so it takes a list of "
+            "values, in the grid or by choice, not a range"
+        )
+
+
+def _checked(space: Space) -> Space:
+    for name in space.names:
+        if space.names.count(name) > 1:
+            raise ConfigError(f"{name}: is swept twice; give its values once")
+    return space

@@ -1,0 +1,285 @@
+"""Sweeps: that a trial is the run it stands for, and that nothing is lost or done twice."""
+
+import csv
+import dataclasses
+import importlib
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from envs import RandomWalk
+
+import purejaxppo as ppo
+from purejaxppo.cli import main
+from purejaxppo.configfile import Settings, load_settings
+from purejaxppo.sweeps.plan import make_groups
+from purejaxppo.sweeps.settings import Definition, SweepSettings, dump_definition, load_definition
+from purejaxppo.sweeps.strategies import Batch, Halving, Optuna, Trial, all_trials
+
+run_module = importlib.import_module("purejaxppo.run")
+LENGTH = 9
+CONFIG = ppo.Config(
+    env_id="RandomWalk", total_timesteps=LENGTH * 32, num_steps=8, hidden_sizes=(8,),
+    normalize_obs=True, num_minibatches=2,
+)  # fmt: skip
+RATES = [1e-3, 1e-2, 3e-2]
+
+
+def sweep(space: dict[str, Any], directory: Path | None = None, **options: Any) -> ppo.SweepResult:
+    given: dict[str, Any] = {"seeds": 2, "eval_episodes": 4, "progress": False} | options
+    return ppo.sweep(CONFIG, space, run_dir=directory, env=RandomWalk(), **given)
+
+
+def columns(directory: Path) -> dict[str, np.ndarray]:
+    with np.load(directory / "curves.npz") as table:
+        return dict(table)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed sweep."""
+    directory = tmp_path_factory.mktemp("sweep") / "s"
+    sweep({"learning_rate": RATES}, directory)
+    return directory
+
+
+def test_a_trial_is_the_run_that_it_stands_for_bit_for_bit(whole: Path):
+    hparams = ppo.HParams(learning_rate=RATES[1])
+    alone = ppo.run(CONFIG, hparams, num_seeds=2, eval_episodes=4, env=RandomWalk(), progress=False)
+    table = columns(whole)
+    for seed in range(2):
+        mine = (table["trial"] == 1) & (table["seed"] == seed)
+        np.testing.assert_array_equal(table["update"][mine], np.arange(1, LENGTH + 1))
+        for name in ("episode_return", "policy_loss", "grad_norm", "env_steps"):
+            np.testing.assert_array_equal(table[name][mine], alone.metrics[name][seed])
+    rows = list(csv.DictReader((whole / "results.csv").open()))
+    found = [float(row["eval_return"]) for row in rows if row["trial"] == "1"]
+    assert found == [float(x) for x in alone.returns.mean(axis=1)]
+
+
+def test_the_winner_is_the_best_and_comes_out_as_a_config_file(whole: Path):
+    rows = list(csv.DictReader((whole / "results.csv").open()))
+    means = {n: np.mean([float(r["eval_return"]) for r in rows if r["trial"] == n]) for n in "012"}
+    best = max(means, key=lambda n: means[n])
+    settings = load_settings(whole / "winner.toml")
+    assert settings.hparams.learning_rate == RATES[int(best)]
+    assert settings.config == CONFIG
+    assert settings.run.num_seeds == 2
+
+
+class Killed(BaseException):
+    """In place of a signal that no process survives."""
+
+
+@pytest.mark.parametrize(("calls", "stopped"), [(0, False), (5, True), (14, False), (14, True)])
+def test_an_interrupted_sweep_goes_on_as_if_nothing_had_happened(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int, stopped: bool
+):
+    """Waves of two trials and of one, each update a chunk; the process is told to stop, or dies,
+    after so many. Stopped, it repeats nothing; killed, nothing of waves that were finished."""
+    done: list[int] = []
+    dies = [calls]
+    prepared_run = run_module.run_wave
+
+    def run_wave(settings: Any, where: Any, prepared: Any, *rest: Any, **more: Any) -> Any:
+        def chunk(states: Any, hparams: Any, count: int) -> Any:
+            if len(done) == dies[0]:
+                if not stopped:
+                    raise Killed
+                signal.raise_signal(signal.SIGTERM)
+            done.append(count)
+            return prepared.program.chunk(states, hparams, count)
+
+        program = prepared.program._replace(chunk=chunk)
+        return prepared_run(settings, where, prepared._replace(program=program), *rest, **more)
+
+    monkeypatch.setattr("purejaxppo.sweeps.engine.run_wave", run_wave)
+    monkeypatch.setattr(run_module, "CHUNK_SECONDS", 1e-9)
+    directory = tmp_path / "s"
+    with pytest.raises(SystemExit if stopped else Killed):
+        sweep({"learning_rate": RATES}, directory, checkpoint_every=1e-9, memory_gb=2e-5)
+    dies[0] = -1
+    before = sum(done)
+    ppo.resume_sweep(directory, progress=False, env=RandomWalk())
+    waves = len(list((directory / "waves").iterdir()))
+    assert waves == 2
+    repeated = sum(done) - waves * LENGTH
+    assert repeated == 0 if stopped else 0 <= repeated <= before % LENGTH
+    results = [csv.DictReader((d / "results.csv").open()) for d in (whole, directory)]
+    for mine, theirs in zip(*results, strict=True):
+        assert {**mine, "wave": ""} == {**theirs, "wave": ""}
+    one, other = columns(whole), columns(directory)
+    for name, column in one.items():
+        np.testing.assert_array_equal(column, other[name])
+
+
+def test_a_trial_that_fails_is_recorded_and_disturbs_no_other(whole: Path, tmp_path: Path):
+    result = sweep({"learning_rate": [*RATES, 1e30]}, tmp_path / "s")
+    rows = list(csv.DictReader((tmp_path / "s/results.csv").open()))
+    failed = [row for row in rows if row["trial"] == "3"]
+    assert all(row["eval_return"] == "" and int(row["failed_at_update"]) > 0 for row in failed)
+    others = [row for row in rows if row["trial"] != "3"]
+    assert others == list(csv.DictReader((whole / "results.csv").open()))
+    assert np.isnan(result.returns[3]).all()
+    assert result.best is not None
+    assert result.best.trial.number != 3
+
+
+def test_halving_trains_the_best_on_as_if_they_had_never_stopped(tmp_path: Path):
+    space = {"learning_rate": ppo.loguniform(1e-4, 1e-1)}
+    options: dict[str, Any] = {"trials": 9, "seeds": 1, "eval_episodes": 4}
+    halved = sweep(space, tmp_path / "halved", strategy="halving", **options)
+    whole = sweep(space, **options)
+    updates = [outcome.updates for outcome in halved.outcomes]
+    assert sorted(updates) == [1] * 6 + [3] * 2 + [9]
+    last = updates.index(9)
+    assert halved.returns[last] == whole.returns[last]
+    table = columns(tmp_path / "halved")
+    np.testing.assert_array_equal(table["update"][table["trial"] == last], np.arange(1, 10))
+    assert halved.best is not None
+    assert halved.best.trial.number == last
+
+
+def test_static_settings_are_grouped_and_each_combination_is_tried():
+    definition = SweepSettings(
+        grid=("num_envs=4,8", "hidden_sizes=[8],[16,16]"),
+        sample=("ent_coef=loguniform:1e-4,1e-1", "target_kl=choice:none,0.01"),
+        trials=3,
+    )
+    trials = all_trials(definition.space, "random", definition.trials, seed=0)
+    assert len({tuple(t.values.items()) for t in trials}) == 2 * 2 * 3
+    groups = make_groups(Settings(), trials)
+    kinds = {
+        (g.settings.config.num_envs, g.settings.config.hidden_sizes, h.target_kl is None)
+        for g in groups
+        for _, h in g.members
+    }
+    assert len(kinds) == len(groups)
+    assert sum(len(group.members) for group in groups) == 12
+    waves = groups[0].waves(2)
+    assert all(len(wave.settings.trials) == 2 for wave in waves)
+    assert [t for w in waves for t in w.trials] == [t for t, _ in groups[0].members]
+
+
+def test_a_definition_survives_its_file(tmp_path: Path):
+    sweep = SweepSettings(
+        grid=('activation="tanh","relu"', "hidden_sizes=[8],[16,16]"),
+        sample=("learning_rate=loguniform:1e-4,0.1",), strategy="sobol", trials=5,
+    )  # fmt: skip
+    definition = Definition(Settings(CONFIG), sweep)
+    path = tmp_path / "sweep.toml"
+    path.write_text(dump_definition(definition))
+    assert load_definition(path) == definition
+    assert dict(sweep.space.grid)["hidden_sizes"] == ((8,), (16, 16))
+
+
+def test_sobol_puts_one_of_8_samples_into_every_eighth():
+    space = SweepSettings(sample=("gamma=uniform:0,1", "ent_coef=loguniform:1e-4,1")).space
+    trials = all_trials(space, "sobol", 8, seed=3)
+    gammas = np.array([trial.values["gamma"] for trial in trials])
+    coefficients = np.array([trial.values["ent_coef"] for trial in trials])
+    assert sorted(np.floor(gammas * 8)) == list(range(8))
+    assert sorted(np.floor((np.log10(coefficients) + 4) / 4 * 8)) == list(range(8))
+    assert all_trials(space, "sobol", 8, seed=4) != trials
+
+
+def test_halving_keeps_the_best_third_and_no_failure():
+    trials = [Trial(n, {}) for n in range(9)]
+    strategy = Halving(trials, eta=3)
+    first = strategy.ask()
+    assert first == Batch(trials, share=1 / 9)
+    strategy.tell(first, np.array([5, np.nan, 7, 1, 2, 3, 9, 0, 4.0]))
+    second = strategy.ask()
+    assert second is not None
+    assert [t.number for t in second.trials] == [0, 2, 6]
+    strategy.tell(second, np.array([1.0, np.nan, 0.5]))
+    third = strategy.ask()
+    assert third is not None
+    assert ([t.number for t in third.trials], third.share) == ([0], 1.0)
+    strategy.tell(third, np.array([1.0]))
+    assert strategy.ask() is None
+
+
+def test_optuna_goes_where_returns_are_high_and_on_where_it_was(tmp_path: Path):
+    """The return is highest at 1e-3; a second process takes over after the first batch."""
+    space = SweepSettings(sample=("learning_rate=loguniform:1e-6,1",)).space
+
+    def returns(batch: Batch) -> np.ndarray:
+        rates = np.array([trial.values["learning_rate"] for trial in batch.trials])
+        return -np.square(np.log10(rates) + 3)
+
+    first = Optuna(space, count=60, batch=10, seed=0, file=tmp_path / "optuna.db")
+    told = first.ask()
+    assert told is not None
+    first.tell(told, returns(told))
+    first.ask()  # and dies before it is told
+    second = Optuna(space, count=60, batch=10, seed=0, file=tmp_path / "optuna.db")
+    second.tell(told, returns(told))
+    seen = [told]
+    while batch := second.ask():
+        second.tell(batch, returns(batch))
+        seen.append(batch)
+    assert sorted(t.number for batch in seen for t in batch.trials) == list(range(60))
+    assert returns(seen[-1]).mean() > 4 * returns(seen[0]).mean()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--grid learning_rat=1", "learning_rat: no such setting to sweep; did you mean learning_"),
+        ("--grid run.seed=1,2", "run.seed: no such setting to sweep"),
+        ("--grid learning_rate=", "learning_rate: has no values"),
+        ("--grid learning_rate", "'learning_rate': write NAME=VALUE,VALUE"),
+        ("--sample gamma=uniform:0.99,0.9", "uniform:0.99,0.9: is empty"),
+        ("--sample learning_rate=loguniform:0,1", "loguniform:0.0,1.0: has no logarithm"),
+        ("--sample learning_rate=normal:0,1", "write learning_rate=uniform:LOW,HIGH"),
+        ("--sample num_envs=uniform:4,64", "each value of num_envs is compiled anew"),
+        ("--grid gamma=0.9 --sample gamma=uniform:0.9,1", "gamma: is swept twice"),
+        ("--grid gamma=0.9,1.5", "trial 1 (gamma = 1.5): gamma = 1.5: must be at least 0"),
+        ("--grid num_envs=4,oak", "trial 1 (num_envs = oak): num_envs = 'oak': must be a whole"),
+        ("--grid num_minibatches=3", "does not divide into num_minibatches = 3"),
+        ("--grid gamma=0.9 --devices 99", "devices = 99: there are 4"),
+        ("--grid gamma=0.9 --trials 0", "trials = 0: must be at least 1"),
+        ("--grid env_id=A,B", "env_id: returns of different environments do not compare"),
+        ("", "the sweep changes nothing"),
+    ],
+)
+def test_bad_input_ends_with_one_message_and_nothing_written(
+    arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    directory = tmp_path / "s"
+    status = main(["sweep", *arguments.split(), "--run-dir", str(directory)])
+    error = capsys.readouterr().err
+    assert status == 2
+    assert message in error
+    assert error.count("\n") == 1
+    assert not directory.exists()
+
+
+def test_what_does_not_fit_is_refused_and_a_dry_run_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    small = "--total-timesteps 64 --num-steps 8 --hidden-sizes 4 --grid gamma=0.9,0.99".split()
+    directory = tmp_path / "s"
+    command = ["sweep", *small, "--run-dir", str(directory), "--no-compilation-cache"]
+    assert main([*command, "--dry-run"]) == 0
+    assert "2 trials x 1 seed = 2 trainings" in capsys.readouterr().out
+    assert not directory.exists()
+    assert main([*command, "--memory-gb", "1e-9"]) == 2
+    assert "one trial of num_seeds = 1 takes" in capsys.readouterr().err
+
+
+def test_settings_of_a_sweep_change_what_it_does():
+    """No option without effect: strategies, their numbers and seeds give other trials."""
+    base = SweepSettings(sample=("gamma=uniform:0,1",), trials=4)
+
+    def trials(seed: int = 0, **changes: Any) -> list[Trial]:
+        changed = dataclasses.replace(base, **changes)
+        return all_trials(changed.space, changed.strategy, changed.trials, seed)
+
+    assert trials() == trials()
+    assert trials() != trials(strategy="sobol")
+    assert trials() != trials(seed=1)
+    assert trials() == trials(trials=5)[:4]
