@@ -16,6 +16,12 @@ from purejaxppo.configfile import Settings
 from purejaxppo.evaluate import FINAL_EVALUATION, evaluate, evaluation_keys
 from purejaxppo.learner import make_learner
 from purejaxppo.parallel import choose_spread, each_seed
+from purejaxppo.population import (
+    Population,
+    member_learner,
+    train_population,
+    without_members,
+)
 from purejaxppo.types import Learner, Metrics, TrainState
 
 CHUNK_CAPACITY = 1024
@@ -52,9 +58,23 @@ class Program(NamedTuple):
 class Prepared(NamedTuple):
     """What waves of one kind have in common."""
 
+    learner: Learner
     program: Program
     evaluation: Callable[[TrainState], np.ndarray]
     """`states[S, ...] -> returns[S, E]`."""
+
+
+def prepare(
+    settings: Settings, env: Any, env_params: Any, population: Population | None = None
+) -> Prepared:
+    """Compile for waves of as many trials as the settings have. Raises `ConfigError` as
+    `compile_program` does."""
+    learner = make_learner(settings.config, env, env_params)
+    program = compile_program(settings, env, env_params, population=population)
+    evaluation = make_evaluation(settings, env, env_params)
+    if population is None:
+        return Prepared(learner, program, evaluation)
+    return Prepared(member_learner(learner), program, lambda x: evaluation(without_members(x)))
 
 
 def stacked_hparams(settings: Settings) -> HParams:
@@ -68,23 +88,35 @@ def stacked_hparams(settings: Settings) -> HParams:
 
 
 def compile_program(
-    settings: Settings, env: Any = None, env_params: Any = None, *, fresh: bool = True
+    settings: Settings,
+    env: Any = None,
+    env_params: Any = None,
+    *,
+    fresh: bool = True,
+    population: Population | None = None,
 ) -> Program:
     """Compile a chunk, and what makes the first states unless they are there already (not
     `fresh`). What it is compiled for is the settings' shapes; their numbers are given later.
+
+    Args:
+        population: how trainings learn from each other, if they do. Their states then hold their
+            hyperparameters, and each has its own random numbers.
 
     Raises:
         ConfigError: as `choose_spread` does.
     """
     spread, hparams = choose_spread(settings), stacked_hparams(settings)
     learner = make_learner(settings.config, env, env_params, axis=spread.axis)
+    if population is not None:
+        learner = member_learner(learner)
     capacity = min(settings.config.num_updates, CHUNK_CAPACITY)
     root, num_seeds = jax.random.key(settings.run.seed), settings.run.num_seeds
+    num_keys = num_seeds if population is None else settings.num_trainings
 
     def init(root: jax.Array, hparams: HParams) -> TrainState:
-        keys = jax.random.split(root, num_seeds)
+        keys = jax.random.split(root, num_keys)
         # The seeds of one trial are those of all others.
-        keys = jnp.tile(keys, settings.num_trainings // num_seeds)
+        keys = jnp.tile(keys, settings.num_trainings // num_keys)
         begin = spread.over(
             lambda *rows: each_seed(lambda row: learner.init(*row), rows),
             (spread.seeds, spread.seeds),
@@ -93,6 +125,8 @@ def compile_program(
         return begin(keys, hparams)
 
     def chunk(states: TrainState, hparams: HParams, count: jax.Array) -> Any:
+        if population is not None:
+            return train_population(learner, population, states, hparams, count, capacity=capacity)
         return _chunk(learner, states, hparams, count, capacity)
 
     traced = jax.jit(init).trace(root, hparams)

@@ -187,7 +187,7 @@ def run_wave(
         ConfigError: as `resume`.
         StorageError: as `run`.
     """
-    learner = make_learner(settings.config, env, env_params)
+    learner = prepared.learner
     start = _Start(Position(leg.first), None, None, None)
     with ExitStack() as stack:
         if directory is not None and (directory / CONFIG).exists():

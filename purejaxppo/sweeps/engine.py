@@ -18,18 +18,19 @@ from purejaxppo.learner import make_learner
 from purejaxppo.load import check_env, restore_states
 from purejaxppo.loggers import binary_metrics
 from purejaxppo.parallel import choose_spread, use_all_cores
+from purejaxppo.population import member_learner
 from purejaxppo.program import enable_compilation_cache
 from purejaxppo.run import Leg, run_wave
 from purejaxppo.rundir import SWEEP
 from purejaxppo.sweeps import files
 from purejaxppo.sweeps.files import PlannedBatch, PlannedWave, wave_directory
 from purejaxppo.sweeps.outcomes import Outcome, curve_columns, ranked, result_rows
-from purejaxppo.sweeps.plan import Programs, Wave, make_groups
+from purejaxppo.sweeps.plan import Programs, Wave, make_groups, population_of
 from purejaxppo.sweeps.progress import SweepProgress, WaveProgress
 from purejaxppo.sweeps.report import write_report
 from purejaxppo.sweeps.settings import Definition, SweepSettings, load_definition
 from purejaxppo.sweeps.space import apply, space_texts
-from purejaxppo.sweeps.strategies import Batch, Strategy, make_strategy
+from purejaxppo.sweeps.strategies import Batch, Strategy, Trial, make_strategy
 from purejaxppo.types import TrainState
 
 
@@ -63,10 +64,11 @@ def sweep(
     hparams: HParams | None = None,
     seeds: int = 1,
     seed: int = 0,
-    strategy: Literal["random", "sobol", "optuna", "halving"] = "random",
+    strategy: Literal["random", "sobol", "optuna", "halving", "pbt"] = "random",
     trials: int = 16,
     batch: int = 16,
     eta: int = 3,
+    interval: int = 10,
     devices: int = 0,
     run_dir: str | Path | None = None,
     eval_episodes: int = 128,
@@ -86,7 +88,7 @@ def sweep(
         space: settings by name. A list holds values of which each is tried, in every combination;
             `uniform`, `loguniform` and `choice` are drawn from.
         hparams: of what is not swept.
-        strategy, trials, batch, eta: as `SweepSettings` describes them.
+        strategy, trials, batch, eta, interval: as `SweepSettings` describes them.
         devices: how many to spread over; 0 takes all, where there are enough trainings.
         run_dir: takes `sweep.toml`, `results.csv`, `curves.npz`, `winner.toml`, `report.html` and
             the waves; None writes nothing.
@@ -105,7 +107,7 @@ def sweep(
     grid, sample = space_texts(space)
     definition = Definition(
         Settings(config, hparams or HParams(), host),
-        SweepSettings(grid, sample, strategy, trials, batch, eta, memory_gb),
+        SweepSettings(grid, sample, strategy, trials, batch, eta, interval, memory_gb),
     )
     directory = None if run_dir is None else Path(run_dir)
     found = start_sweep(
@@ -129,6 +131,11 @@ def start_sweep(
     """`sweep`, for a definition as a file gives it; None if it is only planned (`dry_run`)."""
     if not definition.sweep.space.names:
         raise ConfigError("the sweep changes nothing: give a grid, or something to sample")
+    if definition.sweep.strategy == "pbt" and definition.settings.run.num_seeds != 1:
+        raise ConfigError(
+            f"seeds = {definition.settings.run.num_seeds}: the members of a population (strategy = "
+            "pbt) have random numbers of their own; leave seeds at 1, and choose trials"
+        )
     use_all_cores()
     make_strategy(definition.sweep, definition.settings.run.seed, None)
     _check_first_batch(definition, env, env_params)
@@ -194,8 +201,7 @@ class _Engine:
 
     def __post_init__(self) -> None:
         sweep, run = self.definition.sweep, self.definition.settings.run
-        most = int(sweep.memory_gb * 1e9) or None
-        self.programs = Programs(self.env, self.env_params, most)
+        self.programs = Programs(sweep, self.env, self.env_params)
         self.strategy: Strategy = make_strategy(sweep, run.seed, self.directory)
 
     def plan_only(self) -> None:
@@ -272,12 +278,25 @@ class _Engine:
         failed = {int(row): entry["update"] for row, entry in summary["failed_seeds"].items()}
         means = np.array([np.nan if x is None else x for x in summary["eval_return_per_seed"]])
         means[list(failed)] = np.nan
-        for i, trial in enumerate(wave.trials):
+        trials = self._with_last_values(wave, index)
+        for i, trial in enumerate(trials):
             rows = range(i * seeds, (i + 1) * seeds)
             own = {row - rows.start: failed[row] for row in rows if row in failed}
             returns = means[rows.start : rows.stop]
             self.outcomes[trial.number] = Outcome(trial, returns, own, planned.last, index)
             self.latest[trial.number] = (wave, index)
+
+    def _with_last_values(self, wave: Wave, index: int) -> list[Trial]:
+        """The wave's trials with the numbers that they ended with: a population's have changed."""
+        population = population_of(wave.settings, self.definition.sweep)
+        if population is None:
+            return wave.trials
+        member: Any = self._states_after(wave, index).learner
+        names = [name for name, _, _ in population.ranges]
+        return [
+            Trial(trial.number, {n: float(getattr(member.hparams, n)[i]) for n in names})
+            for i, trial in enumerate(wave.trials)
+        ]
 
     def _states_before(self, wave: Wave, planned: PlannedWave) -> Any:
         """Where the trials of a wave were left by earlier ones; None if they begin with it."""
@@ -303,6 +322,8 @@ class _Engine:
             return self.kept[index]
         found, _ = checkpoint.find(wave_directory(self.directory, index))
         learner = make_learner(wave.settings.config, self.env, self.env_params)
+        if population_of(wave.settings, self.definition.sweep) is not None:
+            learner = member_learner(learner)
         return restore_states(found, learner)
 
     def _write_results(self) -> None:

@@ -10,8 +10,10 @@ import jax
 
 from purejaxppo.config import Config, ConfigError, HParams
 from purejaxppo.configfile import Settings
-from purejaxppo.program import Prepared, compile_program, make_evaluation
-from purejaxppo.sweeps.space import apply
+from purejaxppo.population import Population
+from purejaxppo.program import Prepared, prepare
+from purejaxppo.sweeps.settings import SweepSettings
+from purejaxppo.sweeps.space import Range, apply
 from purejaxppo.sweeps.strategies import Trial
 
 SHARE_OF_MEMORY = 0.5
@@ -69,14 +71,11 @@ def make_groups(settings: Settings, trials: Sequence[Trial]) -> list[Group]:
 
 
 class Programs:
-    """Compiles what waves need, once, and cuts waves to the memory there is.
+    """Compiles what waves need, once, and cuts waves to the memory there is."""
 
-    Args:
-        max_bytes: what trainings may take on a device; None takes half of what is free.
-    """
-
-    def __init__(self, env: Any, env_params: Any, max_bytes: int | None):
-        self._env, self._env_params, self._max_bytes = env, env_params, max_bytes
+    def __init__(self, sweep: SweepSettings, env: Any, env_params: Any):
+        self._sweep, self._env, self._env_params = sweep, env, env_params
+        self._max_bytes = int(sweep.memory_gb * 1e9)
         self._compiled: dict[tuple[Config, int, tuple[bool, ...]], Prepared] = {}
 
     def of(self, settings: Settings) -> Prepared:
@@ -84,10 +83,8 @@ class Programs:
         absent = tuple(value is None for value in vars(settings.trials[0]).values())
         key = (settings.config, len(settings.trials), absent)
         if key not in self._compiled:
-            self._compiled[key] = Prepared(
-                compile_program(settings, self._env, self._env_params),
-                make_evaluation(settings, self._env, self._env_params),
-            )
+            population = population_of(settings, self._sweep)
+            self._compiled[key] = prepare(settings, self._env, self._env_params, population)
         return self._compiled[key]
 
     def cut(self, group: Group) -> tuple[list[Wave], int]:
@@ -103,6 +100,11 @@ class Programs:
             needed = self.of(waves[0].settings).program.device_bytes
             if needed <= most:
                 return waves, needed
+            if self._sweep.strategy == "pbt":
+                raise ConfigError(
+                    f"a population of trials = {len(group.members)} takes {needed / 1e9:.2f} GB on "
+                    f"each device, and there are {most / 1e9:.2f} GB to use; choose fewer trials"
+                )
             if size == 1:
                 raise ConfigError(
                     f"one trial of num_seeds = {group.settings.run.num_seeds} takes "
@@ -112,6 +114,16 @@ class Programs:
             count = -(-len(group.members) // max(1, int(size * most / needed)))
             smaller = -(-len(group.members) // count)
             size = max(1, min(size - 1, smaller))
+
+
+def population_of(settings: Settings, sweep: SweepSettings) -> Population | None:
+    """How the trials of a wave learn from each other, if the strategy is that they do."""
+    if sweep.strategy != "pbt":
+        return None
+    ranges = tuple((name, x.low, x.high) for name, x in sweep.space.sample if isinstance(x, Range))
+    return Population(
+        sweep.trials, sweep.interval, ranges, settings.run.seed, settings.config.num_updates
+    )
 
 
 def _filled(count: int, settings: Settings) -> int:

@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 from purejaxppo.config import ConfigError, check_fields
 from purejaxppo.configfile import Settings, build, dump, dump_settings, from_file, settings_from
-from purejaxppo.sweeps.space import Space, parse_space
+from purejaxppo.sweeps.space import Range, Space, parse_space
+
+LEAST_POPULATION = 5
 
 
 @dataclass(frozen=True)
@@ -22,27 +24,47 @@ class SweepSettings:
     sample: tuple[str, ...] = ()
     """NAME=uniform:LOW,HIGH or loguniform:LOW,HIGH or choice:VALUE,VALUE: a setting that is
     drawn anew for each trial."""
-    strategy: Literal["random", "sobol", "optuna", "halving"] = "random"
+    strategy: Literal["random", "sobol", "optuna", "halving", "pbt"] = "random"
     """How samples are drawn: independently, evenly spread (sobol), or where returns were high
     (optuna, which takes the grid's values as choices). halving draws like random, and trains the
-    best 1 / eta of the trials on, again and again."""
+    best 1 / eta of the trials on, again and again. pbt is one population, in which now and then
+    the best fifth take the place of the worst, with numbers somewhat changed."""
     trials: int = field(default=16, metadata={"low": 1, "high": 2**20, "open_low": False})
     """Samples drawn, each of which is tried at every point of the grid; with optuna all trials."""
     batch: int = field(default=16, metadata={"low": 1, "high": 2**20, "open_low": False})
     """Trials that optuna is asked for at a time, which run side by side."""
     eta: int = field(default=3, metadata={"low": 2, "high": 2**20, "open_low": False})
     """With halving: the part of the trials that goes on, and how many times longer."""
+    interval: int = field(default=10, metadata={"low": 1, "high": 2**20, "open_low": False})
+    """With pbt: updates from one exchange to the next."""
     memory_gb: float = field(default=0.0, metadata={"low": 0, "high": math.inf, "open_low": False})
     """Memory that trainings may take on each device; what does not fit runs in waves, one after
     the other. 0 takes half of what is free."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _ = self.space
+        space = self.space
+        if self.strategy == "pbt":
+            _check_population(space, self.trials)
 
     @property
     def space(self) -> Space:
         return parse_space(self.grid, self.sample)
+
+
+def _check_population(space: Space, trials: int) -> None:
+    fixed = [name for name, _ in space.grid]
+    fixed += [name for name, wanted in space.sample if not isinstance(wanted, Range)]
+    if fixed:
+        raise ConfigError(
+            f"strategy = pbt changes numbers while training, and {fixed[0]} has a list of values; "
+            "give it a range, as in --sample gamma=uniform:0.9,0.999"
+        )
+    if trials < LEAST_POPULATION:
+        raise ConfigError(
+            f"trials = {trials}: a population has at least {LEAST_POPULATION} members, of which "
+            "the best fifth take the place of the worst"
+        )
 
 
 @dataclass(frozen=True)
