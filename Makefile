@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install train test lint test-slow test-faults bench bench-full bench-checkpoints results parity lock clean
+.PHONY: help install train test lint test-slow test-faults bench bench-full bench-checkpoints bench-search results parity lock clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -42,6 +42,9 @@ bench-full: $(INSTALLED) ## the same with longer trainings, more seeds, and memo
 
 bench-checkpoints: $(INSTALLED) ## what checkpoints cost; writes the README's table (ten minutes)
 	$(BIN)/python benchmarks/checkpoints.py
+
+bench-search: $(INSTALLED) ## what each search strategy of a sweep finds; writes the README's table (ten minutes)
+	$(BIN)/python benchmarks/search.py
 
 results: $(INSTALLED) ## train each config with 10 seeds; writes the README's table (half an hour)
 	$(BIN)/python benchmarks/results.py

@@ -163,7 +163,7 @@ def kill_and_resume(
 
 
 def test_killed_with_8_seeds_a_memory_and_statistics(start: Any, undisturbed: Any, tmp_path: Path):
-    arguments = [*STATEFUL, "--total-timesteps=40960"]
+    arguments = [*STATEFUL, "--total-timesteps=20480"]
     alone, run = undisturbed(*arguments), tmp_path / "r"
     assert kill_and_resume(start, alone, run, arguments, kills=1, seed=0) > 0
     assert_same_end(alone, run)

@@ -187,7 +187,7 @@ def test_sobol_puts_one_of_8_samples_into_every_eighth():
 
 def test_halving_keeps_the_best_third_and_no_failure():
     trials = [Trial(n, {}) for n in range(9)]
-    strategy = Halving(trials, eta=3)
+    strategy = Halving(trials, eta=3, rungs=5)
     first = strategy.ask()
     assert first == Batch(trials, share=1 / 9)
     strategy.tell(first, np.array([5, np.nan, 7, 1, 2, 3, 9, 0, 4.0]))
@@ -283,3 +283,13 @@ def test_settings_of_a_sweep_change_what_it_does():
     assert trials() != trials(strategy="sobol")
     assert trials() != trials(seed=1)
     assert trials() == trials(trials=5)[:4]
+
+
+def test_halving_has_as_many_rungs_as_it_is_told():
+    trials = [Trial(n, {}) for n in range(30)]
+    for rungs, shares in ((1, [1 / 2, 1]), (3, [1 / 8, 1 / 4, 1 / 2, 1])):
+        strategy, seen = Halving(trials, eta=2, rungs=rungs), []
+        while batch := strategy.ask():
+            seen.append(batch.share)
+            strategy.tell(batch, np.arange(len(batch.trials), dtype=float))
+        assert seen == shares

@@ -68,6 +68,7 @@ def sweep(
     trials: int = 16,
     batch: int = 16,
     eta: int = 3,
+    rungs: int = 3,
     interval: int = 10,
     devices: int = 0,
     run_dir: str | Path | None = None,
@@ -88,7 +89,7 @@ def sweep(
         space: settings by name. A list holds values of which each is tried, in every combination;
             `uniform`, `loguniform` and `choice` are drawn from.
         hparams: of what is not swept.
-        strategy, trials, batch, eta, interval: as `SweepSettings` describes them.
+        strategy, trials, batch, eta, rungs, interval: as `SweepSettings` describes them.
         devices: how many to spread over; 0 takes all, where there are enough trainings.
         run_dir: takes `sweep.toml`, `results.csv`, `curves.npz`, `winner.toml`, `report.html` and
             the waves; None writes nothing.
@@ -107,7 +108,7 @@ def sweep(
     grid, sample = space_texts(space)
     definition = Definition(
         Settings(config, hparams or HParams(), host),
-        SweepSettings(grid, sample, strategy, trials, batch, eta, interval, memory_gb),
+        SweepSettings(grid, sample, strategy, trials, batch, eta, rungs, interval, memory_gb),
     )
     directory = None if run_dir is None else Path(run_dir)
     found = start_sweep(

@@ -35,6 +35,9 @@ class SweepSettings:
     """Trials that optuna is asked for at a time, which run side by side."""
     eta: int = field(default=3, metadata={"low": 2, "high": 2**20, "open_low": False})
     """With halving: the part of the trials that goes on, and how many times longer."""
+    rungs: int = field(default=3, metadata={"low": 1, "high": 64, "open_low": False})
+    """With halving: how often trials are picked, at most; all begin with 1 / eta^rungs of their
+    updates."""
     interval: int = field(default=10, metadata={"low": 1, "high": 2**20, "open_low": False})
     """With pbt: updates from one exchange to the next."""
     memory_gb: float = field(default=0.0, metadata={"low": 0, "high": math.inf, "open_low": False})

@@ -47,7 +47,7 @@ def make_strategy(sweep: SweepSettings, seed: int, directory: Path | None) -> St
         file = None if directory is None else directory / "optuna.db"
         return Optuna(sweep.space, sweep.trials, sweep.batch, seed, file)
     trials = all_trials(sweep.space, sweep.strategy, sweep.trials, seed)
-    return Halving(trials, sweep.eta) if sweep.strategy == "halving" else Fixed(trials)
+    return Halving(trials, sweep.eta, sweep.rungs) if sweep.strategy == "halving" else Fixed(trials)
 
 
 def all_trials(space: Space, method: str, count: int, seed: int) -> list[Trial]:
@@ -83,10 +83,11 @@ class Fixed:
 
 class Halving:
     """Successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943): all trials are trained a
-    part of the way; the best 1 / `eta` of them go on, `eta` times as far; and so on to the end."""
+    part of the way; the best 1 / `eta` of them go on, `eta` times as far; and so on to the end,
+    `rungs` times at most."""
 
-    def __init__(self, trials: list[Trial], eta: int):
-        rungs = int(math.log(len(trials), eta) + 1e-9)
+    def __init__(self, trials: list[Trial], eta: int, rungs: int):
+        rungs = min(rungs, int(math.log(len(trials), eta) + 1e-9))
         self._eta, self._rung, self._rungs, self._alive = eta, 0, rungs, trials
 
     def ask(self) -> Batch | None:

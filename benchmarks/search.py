@@ -1,0 +1,95 @@
+"""What each search strategy finds with the same number of environment steps.
+
+    python benchmarks/search.py [--repeats N] [--table-only]
+
+Acrobot, four hyperparameters. Each strategy searches `--repeats` times with another seed; what
+counts is the return of the best agent that it ends with.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from readme import write_table
+
+import purejaxppo as ppo
+from purejaxppo.stats import mean_interval
+
+RESULTS = Path(__file__).parent / "results/search.json"
+CONFIG = ppo.Config("Acrobot-v1", total_timesteps=61_440)
+SPACE = {
+    "learning_rate": ppo.loguniform(1e-5, 1e-1),
+    "ent_coef": ppo.loguniform(1e-4, 1e-1),
+    "gae_lambda": ppo.uniform(0.8, 1.0),
+    "clip_eps": ppo.uniform(0.05, 0.5),
+}
+TRIALS = 27
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "random": {"trials": TRIALS},
+    "sobol": {"trials": TRIALS},
+    "optuna": {"trials": TRIALS, "batch": 6},
+    "halving": {"trials": 104, "rungs": 2},
+    "pbt": {"trials": TRIALS, "interval": 6},
+}
+"""With halving 104 trials begin, which take as many steps as 27 whole ones."""
+
+
+def search(strategy: Any, seed: int) -> dict[str, float]:
+    began = time.perf_counter()
+    result = ppo.sweep(
+        CONFIG, SPACE, strategy=strategy, seed=seed, progress=False, **STRATEGIES[strategy]
+    )
+    updates = sum(outcome.updates for outcome in result.outcomes)
+    assert result.best is not None
+    return {
+        "best_return": result.best.score,
+        "env_steps": updates * CONFIG.batch_size,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = [
+        "| strategy | trials | environment steps | best return [95% interval] | over random |",
+        "|---|---|---|---|---|",
+    ]
+    random = np.array([run["best_return"] for run in results["runs"]["random"]])
+    for name, runs in results["runs"].items():
+        best = np.array([run["best_return"] for run in runs])
+        mean, low, high = mean_interval(best)
+        more, least, most = mean_interval(best - random)
+        gain = "" if name == "random" else f"{more:+.1f} [{least:+.1f}, {most:+.1f}]"
+        lines.append(
+            f"| {name} | {STRATEGIES[name]['trials']} | {runs[0]['env_steps']:,} | "
+            f"{mean:.1f} [{low:.1f}, {high:.1f}] | {gain} |"
+        )
+    lines += [
+        "",
+        f"{CONFIG.env_id}, {CONFIG.num_updates * CONFIG.batch_size:,} steps of a whole training; "
+        f"{', '.join(SPACE)}. Means over {len(random)} searches with other seeds, paired with "
+        "random search of the same seed; the return is that of 128 evaluation episodes of the best "
+        "trial. `make bench-search` repeats it.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--repeats", type=int, default=20, metavar="N")
+    parser.add_argument("--table-only", action="store_true")
+    args = parser.parse_args()
+    if not args.table_only:
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in STRATEGIES}
+        for seed in range(args.repeats):
+            for name, found in runs.items():
+                found.append(search(name, seed))
+                print(seed, name, json.dumps(found[-1]), flush=True)
+        RESULTS.write_text(json.dumps({"runs": runs}, indent=2) + "\n", encoding="utf-8")
+    write_table("search", table(json.loads(RESULTS.read_text(encoding="utf-8"))))
+
+
+if __name__ == "__main__":
+    main()
