@@ -26,6 +26,7 @@ import numpy as np
 
 from purejaxppo.config import Config, ConfigError
 from purejaxppo.configfile import Settings, dump_settings, settings_from
+from purejaxppo.processes import agree, is_first
 from purejaxppo.rundir import CHECKPOINTS, StorageError, write_whole
 from purejaxppo.types import TrainState
 
@@ -70,7 +71,8 @@ class Checkpoint:
 
 
 def save(run_dir: Path, position: Position, settings: Settings, states: TrainState) -> Checkpoint:
-    """Write the states `[S, ...]` after `position.updates` updates; all of it or nothing.
+    """Write the states `[S, ...]` after `position.updates` updates; all of it or nothing. All
+    processes call this, where there are several, each with its part of the states.
 
     Raises:
         StorageError: if it cannot be written; what was there before is left as it was.
@@ -86,28 +88,41 @@ def save(run_dir: Path, position: Position, settings: Settings, states: TrainSta
     }
     reason = None
     with _quiet():
-        try:
-            _write(path, unfinished, manifest, states)
-        except Exception as error:  # orbax raises many kinds for a disk that is full
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        for step in (_make_room, _write_arrays, _complete):
+            try:
+                if reason is None:
+                    step(path, unfinished, manifest, states)
+            except Exception as error:  # orbax raises many kinds for a disk that is full
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if not agree(reason is None).all():  # in step with all other processes
+                reason = reason or "another process could not write its part"
         if reason is not None:
             time.sleep(_SETTLING_SECONDS)
     if reason is not None:
-        for part in path.parent.glob(f"{unfinished.name}*"):
+        for part in path.parent.glob(f"{unfinished.name}*") if is_first() else ():
             shutil.rmtree(part, ignore_errors=True)
         raise StorageError(f"checkpoint {str(path)!r}: cannot be written: {reason}")
     return _checkpoint(path, manifest)
 
 
-def _write(path: Path, unfinished: Path, manifest: dict[str, Any], states: TrainState) -> None:
+def _make_room(path: Path, unfinished: Path, *_: Any) -> None:
+    if is_first():
+        path.parent.mkdir(exist_ok=True)
+        _remove(unfinished)
+
+
+def _write_arrays(path: Path, unfinished: Path, manifest: Any, states: TrainState) -> None:
     from orbax.checkpoint import v1 as ocp  # slow to import
 
-    path.parent.mkdir(exist_ok=True)
-    _remove(unfinished)
     # In the background a folder that cannot be made would be waited for until a time runs out.
     at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
     with ocp.Context(async_options=at_once):
         ocp.save(str(unfinished), _arrays(states))
+
+
+def _complete(path: Path, unfinished: Path, manifest: dict[str, Any], states: TrainState) -> None:
+    if not is_first():
+        return
     manifest["files"] = _digests(unfinished)
     _write_manifest(unfinished, manifest)
     if path.exists():  # only ever a damaged one, or the same once more
@@ -207,7 +222,7 @@ def restore(checkpoint: Checkpoint, init: Any) -> TrainState:
 
     shapes = jax.eval_shape(init)
     _check_leaves(checkpoint, _leaves(shapes))
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     template = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         for name, x in _arrays(shapes).items()

@@ -16,13 +16,27 @@ from typing import Annotated, Any
 import tyro
 
 from purejaxppo.config import Config, ConfigError, HParams
-from purejaxppo.configfile import RunSettings, Settings, load_settings
+from purejaxppo.configfile import RunSettings, Settings, dump_settings, load_settings
 from purejaxppo.rundir import SWEEP, RunWarning, StorageError, holds, write_whole
 from purejaxppo.signals import exit_at_second_signal
 from purejaxppo.sweeps.settings import Definition, SweepSettings, load_definition
 
 _Flags = tyro.conf.arg(name="")
 _Numbers = tyro.conf.arg(help="Numbers, each of which can be swept without compiling anew.")
+
+
+@dataclass
+class ProcessFlags:
+    """Several processes, on one machine or many, that share a training."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where the others find it; the same in all processes."""
+    num_processes: int = 1
+    """How many there are."""
+    process_id: int = 0
+    """Which of them this one is, from 0; process 0 writes and reports."""
+    wait_seconds: float = 60.0
+    """How long they wait for each other to come."""
 
 
 @dataclass
@@ -45,6 +59,7 @@ class Train:
     """Where to write; must not hold a run yet. None takes runs/ENV_ID/DATE-TIME."""
     compilation_cache: bool = True
     """Keep compiled programs in the user's cache folder."""
+    processes: Annotated[ProcessFlags, _Flags] = dataclasses.field(default_factory=ProcessFlags)
 
 
 @dataclass
@@ -96,6 +111,7 @@ class Resume:
     """Another length of the whole training; schedules run over the new one from here on."""
     compilation_cache: bool = True
     """Keep compiled programs in the user's cache folder."""
+    processes: Annotated[ProcessFlags, _Flags] = dataclasses.field(default_factory=ProcessFlags)
 
 
 @dataclass
@@ -229,16 +245,34 @@ def _parse(args: list[str]) -> Any:
 
 
 def _train(command: Train) -> int:
-    from purejaxppo.run import run_settings  # after the arguments are known to be good
+    from purejaxppo.processes import joined  # after the arguments are known to be good
+    from purejaxppo.run import run_settings
 
     _refuse_custom_env(command.run, "trained")
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    result = run_settings(
-        Settings(command.config, command.hparams, command.run),
-        command.run_dir or Path("runs", command.config.env_id, stamp),
-        compilation_cache=command.compilation_cache,
-    )
+    settings = Settings(command.config, command.hparams, command.run)
+    with joined(_processes(command.processes), dump_settings(settings)):
+        result = run_settings(
+            settings,
+            command.run_dir or Path("runs", command.config.env_id, stamp),
+            compilation_cache=command.compilation_cache,
+        )
     return 1 if result.failed else 0
+
+
+def _processes(flags: ProcessFlags) -> Any:
+    from purejaxppo.processes import Processes
+
+    if flags.coordinator is not None:
+        return Processes(
+            flags.coordinator, flags.num_processes, flags.process_id, flags.wait_seconds
+        )
+    if flags.num_processes != 1 or flags.process_id:
+        raise ConfigError(
+            f"num_processes = {flags.num_processes}, process_id = {flags.process_id}: without "
+            "coordinator there is one process; give --coordinator HOST:PORT"
+        )
+    return None
 
 
 def _sweep(command: Sweep) -> int:
@@ -260,15 +294,18 @@ def _sweep(command: Sweep) -> int:
 
 
 def _resume(command: Resume) -> int:
+    from purejaxppo.processes import joined
     from purejaxppo.run import resume
 
     if holds(command.run_dir, SWEEP):
         return _resume_sweep(command)
-    result = resume(
-        command.run_dir,
-        total_timesteps=command.total_timesteps,
-        compilation_cache=command.compilation_cache,
-    )
+    task = f"{command.run_dir.absolute()} {command.total_timesteps}"
+    with joined(_processes(command.processes), task):
+        result = resume(
+            command.run_dir,
+            total_timesteps=command.total_timesteps,
+            compilation_cache=command.compilation_cache,
+        )
     return 1 if result.failed else 0
 
 
@@ -277,6 +314,8 @@ def _resume_sweep(command: Resume) -> int:
 
     if command.total_timesteps is not None:
         raise ConfigError("total_timesteps: a sweep's trials are as long as they were begun")
+    if command.processes != ProcessFlags():
+        raise ConfigError("coordinator: a sweep runs in one process; leave it out")
     found = resume_sweep(command.run_dir, compilation_cache=command.compilation_cache)
     return 0 if found.best else 1
 

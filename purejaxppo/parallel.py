@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -59,11 +60,22 @@ class Spread(NamedTuple):
 
     def scatter(self, states: TrainState) -> TrainState:
         """States from anywhere to where they belong."""
-        return self._each(states, jax.device_put)
+        return self._each(states, _put)
 
     def gather(self, states: TrainState) -> TrainState:
-        """States to the first device."""
-        return jax.device_put(states, self.mesh.devices.flat[0])
+        """States to a device of this process; with several processes, to one of each."""
+        if jax.process_count() == 1:
+            return jax.device_put(states, self.mesh.devices.flat[0])
+        # Or the exchanges of what runs next would mix with these.
+        whole = jax.block_until_ready(jax.jit(self.to_all)(states))
+        return jax.tree.map(lambda x: x.addressable_data(0), whole)
+
+    def to_all(self, tree: PyTree) -> PyTree:
+        """Under `jax.jit`: whole to every device, where they are of several processes."""
+        if jax.process_count() == 1:
+            return tree
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        return jax.lax.with_sharding_constraint(tree, everywhere)
 
     def _each(self, states: TrainState, function: Callable[[Any, NamedSharding], Any]) -> Any:
         places = [NamedSharding(self.mesh, spec) for spec in self.states]
@@ -73,6 +85,18 @@ class Spread(NamedTuple):
                 for part, place in zip(states, places, strict=True)
             )
         )
+
+
+def _put(x: jax.Array, place: NamedSharding) -> jax.Array:
+    """To a place that may lie partly in other processes, which have the same numbers."""
+    if x.sharding.is_equivalent_to(place, x.ndim):
+        return x
+    if jax.process_count() == 1:
+        return jax.device_put(x, place)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_put(jax.random.key_data(x), place))
+    whole = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, place, lambda part: whole[part])
 
 
 def use_all_cores() -> None:
@@ -105,6 +129,13 @@ def choose_spread(settings: Settings) -> Spread:
             f"devices = {wanted}: there are {len(available)} ({available[0].platform}); ask for "
             "at most as many, or for 0, which takes what fits"
         )
+    if jax.process_count() > 1:
+        if wanted not in (0, len(available)):
+            raise ConfigError(
+                f"devices = {wanted}: several processes share a training on all of their devices, "
+                f"which are {len(available)}; leave it at 0"
+            )
+        wanted = len(available)
     along = max(n for n in range(1, len(available) + 1) if count % n == 0)
     each = 1
     if wanted:

@@ -110,11 +110,12 @@ def compile_program(
     if population is not None:
         learner = member_learner(learner)
     capacity = min(settings.config.num_updates, CHUNK_CAPACITY)
-    root, num_seeds = jax.random.key(settings.run.seed), settings.run.num_seeds
+    root = np.asarray(jax.random.key_data(jax.random.key(settings.run.seed)))
+    num_seeds = settings.run.num_seeds
     num_keys = num_seeds if population is None else settings.num_trainings
 
     def init(root: jax.Array, hparams: HParams) -> TrainState:
-        keys = jax.random.split(root, num_keys)
+        keys = jax.random.split(jax.random.wrap_key_data(root), num_keys)
         # The seeds of one trial are those of all others.
         keys = jnp.tile(keys, settings.num_trainings // num_keys)
         begin = spread.over(
@@ -132,13 +133,18 @@ def compile_program(
     traced = jax.jit(init).trace(root, hparams)
     compiled_init: Any = traced.lower().compile() if fresh else None
     inputs = (spread.states, spread.seeds, PartitionSpec())
-    chunks = spread.over(chunk, inputs, (spread.states, spread.rows))
+    over = spread.over(chunk, inputs, (spread.states, spread.rows))
+
+    def chunks(states: TrainState, hparams: HParams, count: jax.Array) -> Any:
+        states, rows = over(states, hparams, count)
+        return states, spread.to_all(rows)
+
     shapes = spread.shapes(traced.out_info)
-    compiled = jax.jit(chunks).lower(shapes, hparams, jnp.int32(1)).compile()
+    compiled = jax.jit(chunks).lower(shapes, hparams, np.int32(1)).compile()
     return Program(
         lambda hparams: compiled_init(root, hparams),
         # Scattered again: XLA calls an empty array replicated, whatever it was told.
-        lambda states, hparams, count: compiled(spread.scatter(states), hparams, jnp.int32(count)),
+        lambda states, hparams, count: compiled(spread.scatter(states), hparams, np.int32(count)),
         spread.gather,
         _bytes(compiled),
     )

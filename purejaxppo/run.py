@@ -4,11 +4,12 @@ import dataclasses
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
+import jax
 import numpy as np
 
 from purejaxppo.checkpoint import Checkpoint, Position, best, check_same_run
@@ -30,6 +31,7 @@ from purejaxppo.loggers import (
     require,
 )
 from purejaxppo.parallel import choose_spread, use_all_cores
+from purejaxppo.processes import agree, is_first
 from purejaxppo.program import (
     CHUNK_CAPACITY,
     Prepared,
@@ -96,6 +98,9 @@ def run(
     SIGTERM or SIGINT makes it save and leave by `SystemExit(143)` or `KeyboardInterrupt` once the
     updates under way are done, which takes about half a second; `resume` goes on from there.
 
+    Where `jax.distributed` has joined several processes, all of them call this with the same
+    arguments; the first evaluates and writes, the others get no returns.
+
     Args:
         run_dir: takes `config.toml`, `metrics.csv`, `summary.json`, `learning_curve.png` and
             `checkpoints/`; None writes nothing.
@@ -149,11 +154,11 @@ def run_settings(
     choose_spread(settings)
     learner = make_learner(settings.config, env, env_params)
     with ExitStack() as stack:
-        directory = None
-        if run_dir is not None:
-            directory = stack.enter_context(new_run(Path(run_dir), settings))
+        directory = None if run_dir is None else Path(run_dir)
+        if directory is not None and is_first():
+            stack.enter_context(new_run(directory, settings))
         start = _Start(Position(0), None, None, None)
-        shown = Progress(settings, 0, enabled=progress)
+        shown = Progress(settings, 0, enabled=progress and is_first())
         last = settings.config.num_updates
         session = _Session(settings, learner, directory, start, shown, env, env_params, last)
         return _go(session, compilation_cache)
@@ -228,7 +233,7 @@ def resume(
     """
     directory = Path(run_dir)
     use_all_cores()
-    with old_run(directory):
+    with old_run(directory) if is_first() else nullcontext():
         settings = load_settings(directory / CONFIG)
         if total_timesteps is not None:
             config = dataclasses.replace(settings.config, total_timesteps=total_timesteps)
@@ -239,8 +244,9 @@ def resume(
         found = newest_or_none(directory)
         learner = make_learner(settings.config, env, env_params)
         start = _go_on_from(directory, found, settings, learner)
-        write_settings(directory, settings)
-        shown = Progress(settings, start.position.updates, enabled=progress)
+        if is_first():
+            write_settings(directory, settings)
+        shown = Progress(settings, start.position.updates, enabled=progress and is_first())
         last = settings.config.num_updates
         session = _Session(settings, learner, directory, start, shown, env, env_params, last)
         return _go(session, compilation_cache)
@@ -314,7 +320,7 @@ def _check_loggers(run_dir: Any, settings: RunSettings) -> None:
 
 def _open_loggers(session: _Session) -> list[Logger]:
     directory, settings, start = session.directory, session.settings, session.start
-    if directory is None:
+    if directory is None or not is_first():
         return []
     try:
         kind = BinaryLogger if settings.trials else CsvLogger
@@ -368,23 +374,26 @@ def _go(session: _Session, compilation_cache: bool) -> Result:
         else:
             program = prepared.program
         compile_seconds = time.perf_counter() - began
-        if stop:
+        if _agreed(stop):
             _leave(stop, shown, directory)
         shown.training(compile_seconds)
-        training = _Loop(session, program, loggers, saver, shown, stop).train()
+        loop = _Loop(session, program, loggers, saver, shown, stop)
+        training = loop.train()
         shown.close()
-        saved = None if saver is None else saver.finish(training.position, training.states)
+        saved = None if saver is None else saver.finish(training.position, loop.states)
         if stop:
             _leave(stop, shown, directory)
         with shown.working("evaluating"):
-            returns = _unless_stopped(stop, evaluation, training.states)
+            returns = np.zeros((settings.num_trainings, 0))
+            if is_first():
+                returns = _unless_stopped(stop, evaluation, training.states)
         if returns is None:
             _leave(stop, shown, directory)
-        if saver is not None and saved is not None:
+        if saver is not None and saved is not None and is_first():
             saver.record(saved, returns)
     top = None if directory is None else best(directory)
     summary = summarize(settings, training, returns, compile_seconds, top)
-    if directory is not None:
+    if directory is not None and is_first():
         write_results(directory, settings, training, summary)
     shown.finished(summary, directory)
     return Result(training.states, training.metrics, returns, summary, training.position.failed)
@@ -403,6 +412,13 @@ def _unless_stopped(
             return None
         wait([future], timeout=0.05)
     return future.result()
+
+
+def _agreed(stop: StopRequest) -> bool:
+    """Whether any process was asked to stop; then each of them takes it as asked of itself."""
+    asked = int(agree(stop.signum or 0).max())
+    stop.signum = stop.signum or asked or None
+    return bool(stop)
 
 
 def _leave(stop: StopRequest, shown: Progress, directory: Path | None) -> NoReturn:
@@ -436,7 +452,7 @@ class _Loop:
         states = start.states if start.states is not None else self.program.begin(hparams)
         found = start.checkpoint
         if self.saver is not None and found is not None and found.eval_return is None:
-            self.saver.evaluate(found, self.program.gather(states))
+            self.saver.evaluate(found, states)
         count = 1
         while self.done < num_updates and self._alive().any():
             count = min(count, num_updates - self.done, CHUNK_CAPACITY, self._until_save())
@@ -446,14 +462,19 @@ class _Loop:
             metrics = {name: np.asarray(rows[name])[:count] for name in COLUMNS}
             seconds = time.perf_counter() - began
             self._take(metrics)
-            if self.stop:
-                break
-            if self.saver is not None:
-                self._save_if_due(self.saver, states)
             fitting = max(1, int(count * CHUNK_SECONDS / seconds))
             count = min(fitting, 2) if first else fitting  # a first call says little
+            # Clocks and signals are each process's own, and none may do what the others do not.
+            count, due = map(int, agree(count, int(self._save_is_due()))[0])
+            if _agreed(self.stop):
+                break
+            if due:
+                self._save(states)
         joined = {name: np.concatenate([part[name] for part in self.parts]).T for name in COLUMNS}
-        return Training(self.program.gather(states), joined, self._position())
+        whole = self.program.gather(states)
+        self.states = states if jax.process_count() > 1 else whole
+        """To be saved: with several processes, each one's part."""
+        return Training(whole, joined, self._position())
 
     def _alive(self) -> np.ndarray:
         alive = np.ones(self.session.settings.num_trainings, bool)
@@ -482,20 +503,25 @@ class _Loop:
             return CHUNK_CAPACITY
         return int(run.checkpoint_every - self.done % run.checkpoint_every)
 
-    def _save_if_due(self, saver: Saver, states: TrainState) -> None:
+    def _save_is_due(self) -> bool:
         """In the background; the last one is left to the end of training."""
-        saver.report()
+        if self.saver is None:
+            return False
+        self.saver.report()
         run = self.session.settings.run
         if self.done == self.session.last:
-            return
-        now = time.perf_counter()
+            return False
         if run.checkpoint_unit == "updates":
-            due = self.done % run.checkpoint_every == 0
-        else:
-            due = not saver.busy and now - self.last_save >= run.checkpoint_every
-        if due:
-            saver.start(self._position(), self.program.gather(states))
-            self.last_save = now
+            return self.done % run.checkpoint_every == 0
+        waited = time.perf_counter() - self.last_save
+        return not self.saver.busy and waited >= run.checkpoint_every
+
+    def _save(self, states: TrainState) -> None:
+        whole = self.program.gather(states)
+        if self.saver is not None:
+            several = jax.process_count() > 1
+            self.saver.start(self._position(), states if several else whole, whole)
+        self.last_save = time.perf_counter()
 
     def _position(self) -> Position:
         start = self.session.start.position

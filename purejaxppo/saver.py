@@ -6,11 +6,13 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from threading import Lock
 
+import jax
 import numpy as np
 
 from purejaxppo import checkpoint
 from purejaxppo.checkpoint import Checkpoint, Position
 from purejaxppo.configfile import Settings
+from purejaxppo.processes import is_first
 from purejaxppo.rundir import RunWarning, StorageError, resume_command
 from purejaxppo.signals import StopRequest
 from purejaxppo.types import TrainState
@@ -47,16 +49,24 @@ class Saver:
     def busy(self) -> bool:
         return any(f is not None and not f.done() for f in (self._saving, self._evaluating))
 
-    def start(self, position: Position, states: TrainState) -> None:
-        """Save and evaluate in the background, once what is under way is done, unless asked to
-        stop before."""
+    def start(self, position: Position, states: TrainState, whole: TrainState) -> None:
+        """Save `states` and evaluate `whole`, the same on this process's device, in the background,
+        once what is under way is done, unless asked to stop before. With several processes, which
+        save in step, only the evaluation is in the background."""
         self.wait()
-        if not self._stop:
-            self._saving = self._saves.submit(self._save, position, states)
+        if jax.process_count() > 1:
+            self._saving = Future()
+            try:
+                self._save(position, states, whole)
+                self._saving.set_result(None)
+            except StorageError as error:
+                self._saving.set_exception(error)
+        elif not self._stop:
+            self._saving = self._saves.submit(self._save, position, states, whole)
 
     def evaluate(self, saved: Checkpoint, states: TrainState) -> None:
         """In the background, and record it."""
-        if not self._stop and self._evaluate is not None:
+        if not self._stop and self._evaluate is not None and is_first():
             self._evaluating = self._evaluations.submit(
                 self._evaluate_saved, self._evaluate, saved, states
             )
@@ -127,9 +137,9 @@ class Saver:
         self._saves.shutdown()
         self._evaluations.shutdown(wait=False, cancel_futures=True)
 
-    def _save(self, position: Position, states: TrainState) -> None:
+    def _save(self, position: Position, states: TrainState, whole: TrainState) -> None:
         self._saved = checkpoint.save(self._run_dir, position, self._settings, states)
-        self.evaluate(self._saved, states)
+        self.evaluate(self._saved, whole)
 
     def _evaluate_saved(
         self,
@@ -140,6 +150,8 @@ class Saver:
         self.record(saved, evaluate(states))
 
     def _prune(self, newest: Checkpoint) -> None:
+        if not is_first():
+            return
         try:
             checkpoint.prune(self._run_dir, newest.position.updates, self._settings.run.keep)
         except OSError as error:

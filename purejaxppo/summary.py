@@ -37,7 +37,8 @@ def summarize(
     best: Checkpoint | None,
 ) -> dict[str, Any]:
     """What `summary.json` holds, for returns `[S, E]` of the final evaluation."""
-    config, position, per_seed = settings.config, training.position, returns.mean(axis=1)
+    config, position = settings.config, training.position
+    per_seed = returns.mean(axis=1) if returns.size else np.full(len(returns), np.nan)
     finished = [s for s in range(settings.num_trainings) if s not in position.failed]
     mean, low, high = (_number(x) for x in mean_interval(per_seed[finished]))
     done = position.updates * config.batch_size

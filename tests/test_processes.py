@@ -1,0 +1,137 @@
+"""Several processes that share a training, on this machine."""
+
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_faults import Process, assert_same_end, one_cache, rows  # noqa: F401  (a fixture)
+
+import purejaxppo as ppo
+from purejaxppo import checkpoint
+from purejaxppo.cli import main
+from purejaxppo.processes import Processes, joined
+
+LONG = "--num-envs=8 --hidden-sizes=16 --normalize-obs --eval-episodes=4 --total-timesteps=150000"
+ENDED_WITHIN = 20.0
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def flags(process_id: int, port: int, num_processes: int = 2) -> list[str]:
+    return [
+        f"--coordinator=127.0.0.1:{port}", f"--num-processes={num_processes}",
+        f"--process-id={process_id}",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def start_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Both processes of a command, each with one device."""
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    started: list[Process] = []
+
+    def begin(*arguments: Any) -> list[Process]:
+        port = free_port()
+        for i in range(2):
+            folder = tmp_path / f"process {len(started)}"
+            folder.mkdir()
+            started.append(Process(folder, *arguments, *flags(i, port)))
+        return started[-2:]
+
+    yield begin
+    for process in started:
+        process.popen.kill()
+        process.popen.wait()
+
+
+def test_two_processes_are_one_with_two_devices_also_after_one_was_killed(
+    start_two: Any, tmp_path: Path
+):
+    """Bit for bit: parameters, statistics, metrics and evaluation."""
+    run, alone = tmp_path / "two", tmp_path / "one"
+    first, second = start_two("train", *LONG.split(), "--run-dir", run, "--checkpoint-every=0.3")
+    first.until(lambda: checkpoint.has_any(run))
+    second.popen.send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    assert first.end() == 1
+    assert time.monotonic() - began < ENDED_WITHIN
+    assert "process 1 is gone, so this one ends" in first.text()
+    before = rows(run)
+    for process in start_two("resume", run):
+        assert process.end() == 0, process.text()
+    assert rows(run) > before
+    assert main(["train", *LONG.split(), "--run-dir", str(alone), "--devices=2"]) == 0
+    assert_same_end(alone, run)
+
+
+def test_a_signal_to_one_process_stops_both(start_two: Any, tmp_path: Path):
+    run = tmp_path / "r"
+    first, second = start_two(
+        "train", *LONG.split(), "--total-timesteps=1000000000", "--run-dir", run
+    )
+    first.until(lambda: rows(run) > 2)
+    second.popen.send_signal(signal.SIGTERM)
+    assert (first.end(), second.end()) == (143, 143), first.text() + second.text()
+    assert "stopped; go on by: purejaxppo resume" in first.text()
+    assert checkpoint.find(run)[0].position.updates == rows(run)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--coordinator=here", "coordinator = 'here': must be HOST:PORT"),
+        ("--coordinator=127.0.0.1:1 --num-processes=1", "num_processes = 1: must be at least 2"),
+        ("--coordinator=127.0.0.1:1 --num-processes=2 --process-id=2", "below num_processes = 2"),
+        ("--num-processes=2", "without coordinator there is one process"),
+        (
+            "--coordinator=127.0.0.1:1 --num-processes=2 --process-id=1 --wait-seconds=0.3",
+            "process 0 does not answer there since 0.3 s",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_before_jax_starts(
+    arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["train", "--run-dir", str(tmp_path / "r"), *arguments.split()]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_process_that_does_not_come_is_waited_for_so_long(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    command = ["train", "--run-dir", str(tmp_path / "r"), *flags(0, free_port())]
+    assert main([*command, "--wait-seconds=0.3"]) == 2
+    assert "only 1 came within 0.3 s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("count", "identity", "task", "message"),
+    [
+        (3, 1, "train", "num_processes: the processes were told [2, 3]"),
+        (2, 1, "something else", "the processes have different settings"),
+    ],
+)
+def test_processes_that_do_not_agree_all_end(count: int, identity: int, task: str, message: str):
+    """In threads, as none of them comes so far as to start JAX."""
+    coordinator, said = f"127.0.0.1:{free_port()}", []
+
+    def meet(count: int, identity: int, task: str) -> None:
+        try:
+            with joined(Processes(coordinator, count, identity, wait_seconds=10.0), task):
+                said.append("joined")
+        except ppo.ConfigError as error:
+            said.append(str(error))
+
+    other = threading.Thread(target=meet, args=(count, identity, task))
+    other.start()
+    meet(2, 0, "train")
+    other.join()
+    assert [message in text for text in said] == [True, True]
