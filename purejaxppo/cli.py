@@ -358,7 +358,7 @@ def _eval(command: Eval) -> int:
         raise ConfigError(f"episodes = {command.episodes}: must be at least 1")
     RunSettings(seed=command.seed)
     found = find_with_warnings(command.run_dir, _which(command.checkpoint))
-    config, num_seeds = found.settings.config, found.settings.run.num_seeds
+    config, num_seeds = found.settings.config, found.settings.num_trainings
     _refuse_custom_env(found.settings.run, "evaluated")
     if command.compilation_cache:
         enable_compilation_cache()

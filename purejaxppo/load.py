@@ -37,8 +37,8 @@ def load(
     Damaged checkpoints are skipped with a warning. No code is ever run from what is read.
 
     Args:
-        seed: which of the trainings that ran side by side, counted from 0; None gives all, leaves
-            `[S, ...]`.
+        seed: which of the trainings that ran side by side, counted from 0 (in a wave of a sweep
+            those of one trial after those of another); None gives all, leaves `[S, ...]`.
         which: the newest checkpoint, the best by evaluation, or the one after so many updates.
         env: the object passed to `run`, if one was.
         env_params: its parameters, if they were passed to `run`.
@@ -49,14 +49,17 @@ def load(
     found = find_with_warnings(Path(run_dir), which)
     settings = found.settings
     check_env(settings, env, env_params)
-    if seed is not None and not 0 <= seed < settings.run.num_seeds:
+    if seed is not None and not 0 <= seed < settings.num_trainings:
         raise ConfigError(
-            f"seed = {seed}: the run has the seeds 0 to {settings.run.num_seeds - 1}, counted "
+            f"seed = {seed}: the run has the seeds 0 to {settings.num_trainings - 1}, counted "
             "from 0 whatever its `seed` setting"
         )
     states = restore_states(found, make_learner(settings.config, env, env_params))
     state = states if seed is None else jax.tree.map(lambda x: x[seed], states)
-    return Loaded(settings.config, settings.hparams, state)
+    hparams = settings.hparams
+    if settings.trials and seed is not None:
+        hparams = settings.trials[seed // settings.run.num_seeds]
+    return Loaded(settings.config, hparams, state)
 
 
 def find_with_warnings(run_dir: Path, which: str | int = "newest") -> Checkpoint:

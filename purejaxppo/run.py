@@ -146,7 +146,7 @@ def run_settings(
     env_params: Any = None,
 ) -> Result:
     """`run`, for settings as a file gives them."""
-    _check_scalars(settings.hparams)
+    check_scalars(settings.hparams)
     if settings.trials:
         raise ConfigError("trials: belong to a sweep, of which this is a part; see its sweep.toml")
     _check_loggers(run_dir, settings.run)
@@ -239,6 +239,11 @@ def resume(
             config = dataclasses.replace(settings.config, total_timesteps=total_timesteps)
             settings = dataclasses.replace(settings, config=config)
         check_env(settings, env, env_params)
+        if settings.trials:
+            raise ConfigError(
+                f"run_dir = {str(directory)!r}: is a part of a sweep; go on with the whole by "
+                f"{resume_command(directory)}"
+            )
         _check_loggers(directory, settings.run)
         choose_spread(settings)
         found = newest_or_none(directory)
@@ -299,7 +304,8 @@ def _go_on_from(
     return _Start(position, restore_states(found, learner), metrics, found, again=True)
 
 
-def _check_scalars(hparams: HParams) -> None:
+def check_scalars(hparams: HParams) -> None:
+    """Raise `ConfigError` if a number is an array: those are for `vmap`."""
     check_fields(hparams)
     for name, value in vars(hparams).items():
         if np.ndim(value):

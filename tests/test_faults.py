@@ -180,7 +180,7 @@ def test_killed_20_times(start: Any, undisturbed: Any, tmp_path: Path, arguments
 # Told to stop
 
 
-STOPPED = "--total-timesteps=80000 --eval-episodes=8 --hidden-sizes 128 128".split()
+STOPPED = "--total-timesteps=40000 --eval-episodes=8 --hidden-sizes 128 128".split()
 MOMENTS: dict[str, Callable[[Path, Process], Any]] = {
     "compiling": lambda run, p: "environment steps each" in p.out.read_text(),
     "chunk": lambda run, p: rows(run) > 20,
@@ -311,7 +311,7 @@ def test_a_full_disk_costs_no_earlier_checkpoint_and_training_goes_on(start: Any
 def test_a_run_ended_by_a_full_disk_goes_on_once_there_is_space(
     start: Any, undisturbed: Any, tmp_path: Path, what: str
 ):
-    arguments = [*WIDE, "--total-timesteps=200000", "--eval-episodes=8"]
+    arguments = [*WIDE, "--total-timesteps=100000", "--eval-episodes=8"]
     run, logged = tmp_path / "r", ["--tensorboard"] if what == "tensorboard" else []
     process = start("train", "--run-dir", run, *arguments, *logged)
     process.until(lambda: rows(run) > 10)

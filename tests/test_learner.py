@@ -1,6 +1,7 @@
 """Updates and whole trainings: what must hold of them, and learning of what is known."""
 
 import dataclasses
+import functools
 import operator
 from typing import Any
 
@@ -224,17 +225,20 @@ def test_replaying_a_rollout_reproduces_what_was_acted_on(memory: str):
 
 
 @pytest.mark.parametrize("memory", ["none", pytest.param("gru", marks=pytest.mark.slow)])
-def test_chunks_equal_the_whole_bit_for_bit(tiny: ppo.Config, memory: str, key: jax.Array):
+def test_chunks_equal_the_whole_bit_for_bit(
+    tiny: ppo.Config, memory: str, key: jax.Array, fused: Any
+):
     config = dataclasses.replace(
         tiny, memory=memory, total_timesteps=21 * 32, normalize_obs=True, normalize_reward=True,
         clip_schedule="cosine",
     )  # fmt: skip
     hparams = ppo.HParams(learning_rate=1e-3, target_kl=0.01)
     learner = ppo.make_learner(config, RandomWalk())
-    whole, metrics = jax.jit(ppo.make_train(config, RandomWalk()))(key, hparams)
-    state, rows = jax.jit(learner.init)(key, hparams), []
+    whole, metrics = fused(ppo.make_train(config, RandomWalk()), key, hparams)
+    state, rows = fused(learner.init, key, hparams), []
     for count in (10, 1, 10):
-        state, part = ppo.train_chunk(learner, state, hparams, num_updates=count)
+        chunk = functools.partial(ppo.train_chunk, learner, num_updates=count)
+        state, part = fused(lambda state, hparams, run=chunk: run(state, hparams), state, hparams)
         rows.append(part)
     assert_equal_trees(whole, state)
     assert_equal_trees(metrics, jax.tree.map(lambda *x: jnp.concatenate(x), *rows))

@@ -45,7 +45,10 @@ def assert_close(a: Any, b: Any, **tolerance: float) -> None:
             np.testing.assert_allclose(x, y, **tolerance)
 
 
-@pytest.mark.parametrize("settings", [{}, {"memory": "gru", "memory_size": 4}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, pytest.param({"memory": "gru", "memory_size": 4}, marks=pytest.mark.slow)],
+)
 def test_a_training_learns_the_same_over_1_2_and_4_devices(settings: dict[str, Any]):
     """Parameters, normalisers and metrics after 5 updates, up to the order of sums. With
     gradients summed where they should be averaged, or statistics of each device's own, they

@@ -1,6 +1,7 @@
 """The page and the pictures of a sweep."""
 
 import base64
+import csv
 import re
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from purejaxppo.configfile import RunSettings, Settings
 from purejaxppo.loggers import COLUMNS
 from purejaxppo.stats import bootstrap_interval, interquartile_mean
 from purejaxppo.sweeps import files
-from purejaxppo.sweeps.report import read_results
+from purejaxppo.sweeps.report import read_results, write_report
 from purejaxppo.sweeps.settings import Definition, SweepSettings
 
 RETURNS = {0: [1.0, 2.0, 3.0], 1: [5.0, 4.0, 9.0], 2: [np.nan, 7.0, 7.0], 3: [0.0, 0.5, 1.0]}
@@ -102,6 +103,15 @@ def test_a_sweep_that_is_not_finished_has_no_page(
     assert "is not finished; go on with it by purejaxppo resume" in capsys.readouterr().err
     assert main(["plot", str(tmp_path)]) == 2
     assert "holds no sweep.toml" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_sweep_of_which_every_trial_failed_has_a_page_too(finished: Path):
+    table = finished / files.RESULTS
+    with table.open(newline="") as file:
+        rows = [row | {"eval_return": ""} for row in csv.DictReader(file)]
+    table.write_text(files.results_text(rows))
+    assert "Every trial failed" in write_report(finished).read_text()
 
 
 def test_the_interquartile_mean_and_its_interval():

@@ -125,7 +125,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(whole: Any, copy:
     assert not (copy / "checkpoints/000000004.saving").exists()
 
 
-@pytest.mark.parametrize("what", ["reward", "obs"])
+@pytest.mark.parametrize("what", ["reward", pytest.param("obs", marks=pytest.mark.slow)])
 def test_a_seed_that_is_given_nan_disturbs_no_other_and_resumes_as_failed(
     tmp_path: Path, what: str
 ):
@@ -157,8 +157,10 @@ def of_seed(states: Any, seed: int) -> Any:
     return jax.tree.map(lambda x: x[seed], states)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "constant"])
-def test_extending_stretches_schedules_over_the_new_length(tmp_path: Path, schedule: Any):
+@pytest.mark.parametrize("schedule", ["linear", pytest.param("constant", marks=pytest.mark.slow)])
+def test_extending_stretches_schedules_over_the_new_length(
+    tmp_path: Path, schedule: Any, fused: Any
+):
     config = dataclasses.replace(CONFIG, lr_schedule=schedule)
     short = run(tmp_path / "a", config=config)
     longer = dataclasses.replace(config, total_timesteps=2 * config.total_timesteps)
@@ -174,7 +176,11 @@ def test_extending_stretches_schedules_over_the_new_length(tmp_path: Path, sched
     learner = ppo.make_learner(longer, RandomWalk())
     for seed in range(3):
         before, there = (of_seed(r.states, seed) for r in (short, result))
-        state, _ = ppo.train_chunk(learner, before, ppo.HParams(), LENGTH)
+        state, _ = fused(
+            lambda state, hparams: ppo.train_chunk(learner, state, hparams, LENGTH),
+            before,
+            ppo.HParams(),
+        )
         jax.tree.map(np.testing.assert_array_equal, state.learner.params, there.learner.params)
     with pytest.raises(ppo.ConfigError, match="768 environment steps are trained already"):
         resume(tmp_path / "a", total_timesteps=767 - 31)

@@ -25,7 +25,7 @@ FILES = {
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[ppo.Config, Any, Path]:
+def finished(tmp_path_factory: pytest.TempPathFactory, fused: Any) -> tuple[ppo.Config, Any, Path]:
     directory = tmp_path_factory.mktemp("runs") / "with space é"
     config = ppo.Config(
         total_timesteps=1000, num_steps=8, hidden_sizes=(8,), normalize_obs=True, num_minibatches=2
@@ -56,15 +56,15 @@ def test_a_run_directory_holds_what_was_promised(finished: Any):
     assert len(list((directory / "tensorboard").glob("seed_*/events*"))) == 2
 
 
-def test_metrics_are_those_of_train_and_read_back_exactly(finished: Any):
+def test_metrics_are_those_of_train_and_read_back_exactly(finished: Any, fused: Any):
     config, result, directory = finished
     table = rows(directory)
     assert [(r["seed"], r["update"]) for r in table[:3]] == [("0", "1"), ("1", "1"), ("0", "2")]
     assert list(table[0])[2:] == list(COLUMNS)
     assert len(table) == 2 * config.num_updates
     keys = jax.random.split(jax.random.key(3), 2)
-    train = jax.jit(ppo.make_train(config))
-    each = [train(key, ppo.HParams(learning_rate=1e-3)) for key in keys]
+    train, hparams = ppo.make_train(config), ppo.HParams(learning_rate=1e-3)
+    each = [fused(train, key, hparams) for key in keys]
     states, metrics = jax.tree.map(lambda *x: jnp.stack(x), *each)
     for name in COLUMNS:
         expected = np.asarray(metrics[name])

@@ -59,6 +59,20 @@ def test_a_trial_is_the_run_that_it_stands_for_bit_for_bit(whole: Path):
     assert found == [float(x) for x in alone.returns.mean(axis=1)]
 
 
+def test_states_of_a_wave_can_be_loaded_and_a_wave_is_not_resumed_alone(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+):
+    wave = whole / "waves/0000"
+    config, hparams, state = ppo.load(wave, seed=2 * 1 + 1, env=RandomWalk())
+    assert (config, hparams.learning_rate) == (CONFIG, RATES[1])
+    alone = ppo.run(CONFIG, hparams, num_seeds=2, eval_episodes=4, env=RandomWalk(), progress=False)
+    np.testing.assert_array_equal(
+        state.learner.opt_state[1].mu, alone.states.learner.opt_state[1].mu[1]
+    )
+    with pytest.raises(ppo.ConfigError, match="is a part of a sweep; go on with the whole by"):
+        ppo.resume(wave, env=RandomWalk())
+
+
 def test_the_winner_is_the_best_and_comes_out_as_a_config_file(whole: Path):
     rows = list(csv.DictReader((whole / "results.csv").open()))
     means = {n: np.mean([float(r["eval_return"]) for r in rows if r["trial"] == n]) for n in "012"}

@@ -20,7 +20,7 @@ from purejaxppo.loggers import binary_metrics
 from purejaxppo.parallel import choose_spread, use_all_cores
 from purejaxppo.population import member_learner
 from purejaxppo.program import enable_compilation_cache
-from purejaxppo.run import Leg, run_wave
+from purejaxppo.run import Leg, check_scalars, run_wave
 from purejaxppo.rundir import SWEEP
 from purejaxppo.sweeps import files
 from purejaxppo.sweeps.files import PlannedBatch, PlannedWave, wave_directory
@@ -132,6 +132,7 @@ def start_sweep(
     """`sweep`, for a definition as a file gives it; None if it is only planned (`dry_run`)."""
     if not definition.sweep.space.names:
         raise ConfigError("the sweep changes nothing: give a grid, or something to sample")
+    check_scalars(definition.settings.hparams)
     if definition.sweep.strategy == "pbt" and definition.settings.run.num_seeds != 1:
         raise ConfigError(
             f"seeds = {definition.settings.run.num_seeds}: the members of a population (strategy = "

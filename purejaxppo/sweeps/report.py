@@ -137,7 +137,8 @@ def learning_curves(results: Results) -> Any:
     bare_axes(axes, "environment steps (per training)", "return of training episodes")
     axes.set_xlim(0, results.steps.max())
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.legend(loc="best", frameon=False)
+    if np.isfinite(results.scores).any():
+        axes.legend(loc="best", frameon=False)
     return figure
 
 
@@ -157,7 +158,7 @@ def final_returns(results: Results) -> Any:
         bare_axes(axes, name, "final return" if axes is panels[0] else "")
         if labels is not None:
             axes.set_xticks(range(len(labels)), labels)
-        elif _is_logarithmic(results, name, values):
+        elif _is_logarithmic(results, name, values) and np.isfinite(results.returns).any():
             axes.set_xscale("log")
     for axes in panels[len(results.values) :]:
         axes.set_axis_off()
@@ -271,13 +272,17 @@ def _title(results: Results) -> str:
 
 def _heading(results: Results) -> str:
     count, seeds = results.returns.shape
-    best = f"The best is trial {results.numbers[0]}" if np.isfinite(results.scores[0]) else "None"
     said = ", ".join(f"{name} = {_label(values[0])}" for name, values in results.values.items())
+    best = "<strong>Every trial failed</strong>: a loss was not finite."
+    if np.isfinite(results.scores[0]):
+        best = (
+            f"<strong>The best is trial {results.numbers[0]}</strong>: return "
+            f"{results.scores[0]:.2f} with {html.escape(said)}. <code>winner.toml</code> has its "
+            "settings."
+        )
     return (
         f"<h1>{_title(results)}</h1>\n<p>{count} trials of {seeds} seeds; "
-        f"{results.definition.sweep.strategy} search.</p>\n<p><strong>{best}</strong>: return "
-        f"{results.scores[0]:.2f} with {html.escape(said)}. <code>winner.toml</code> trains it "
-        "again.</p>"
+        f"{results.definition.sweep.strategy} search.</p>\n<p>{best}</p>"
     )
 
 
