@@ -16,6 +16,9 @@ class Target(NamedTuple):
     at_least: bool = True
 
 
+TRAINING_STEPS = 500_000
+
+
 def over(case: str, peer: str) -> Callable[[dict[str, Any]], list[float]]:
     return lambda cases: cases[case]["contestants"][peer]["ours_over"]
 
@@ -119,6 +122,15 @@ def extras(cases: dict[str, Any]) -> str:
             f"{one['random_steps_per_second']:,.0f} random steps/s, {one['gflops']:.0f} GFLOP/s, "
             f"and {one['flops_per_step']:,} operations a step."
         )
+    for case in (c for name, c in cases.items() if name.startswith("seeds")):
+        rates = [
+            f"{r['steps_per_second'][0] * 60 / TRAINING_STEPS:.1f} by {who}"
+            for who, r in case["contestants"].items()
+        ]
+        lines.append(
+            f"- Trainings of {TRAINING_STEPS:,} steps a minute, {case['seeds']} side by side: "
+            f"{', '.join(rates)}."
+        )
     for who, r in cases.get("solve", {}).get("contestants", {}).items():
         steps = [f"{x:,}" if (x := run["solved_after_steps"]) else "never" for run in r["runs"]]
         lines.append(
@@ -141,13 +153,20 @@ def footnote(results: dict[str, Any]) -> str:
         for package, number in r["versions"].items()
         if package in ("purejaxppo", "rejax", "sbx-rl", "stable-baselines3", "torch", "jax")
     }
-    rounds = len(races[0]["contestants"]["ours"]["runs"]) if races else 0
+    counts = {
+        name: len(c["contestants"]["ours"]["runs"])
+        for name, c in results["cases"].items()
+        if name not in ("solve", "memory")
+    }
+    rounds = max(counts.values(), default=0)
+    fewer = [f"{name}: {count}" for name, count in counts.items() if count < rounds]
+    noted = f" ({', '.join(fewer)})" if fewer else ""
     devices = sorted({c["contestants"]["ours"]["device"] for c in races})
     return (
-        f"Median [lowest, highest] of {rounds} rounds in which the contestants train in turn; "
-        "ratios are taken round by round. Seeds train side by side and their steps are summed. "
-        f"Compiling counts from tracing on. On {', '.join(devices)}, {hardware['cores']} CPU cores "
-        f"({hardware['cpu']}), with {', '.join(versions)}."
+        f"Median [lowest, highest] of {rounds} rounds{noted} in which the contestants train in "
+        "turn; ratios are taken round by round. Seeds train side by side and their steps are "
+        f"summed. Compiling counts from tracing on. On {', '.join(devices)}, "
+        f"{hardware['cores']} CPU cores ({hardware['cpu']}), with {', '.join(versions)}."
     )
 
 
