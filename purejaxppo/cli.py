@@ -212,18 +212,18 @@ def _plain_warnings() -> Iterator[None]:
 
 
 def _parse(args: list[str]) -> Any:
-    definition, file = Definition(Settings(), SweepSettings()), None
+    settings, searched, file = Settings(), SweepSettings(), None
     if args[:1] in (["train"], ["sweep"]) and len(args) > 1 and not args[1].startswith("-"):
         file = Path(args[1])
         if args[0] == "sweep":
             definition = load_definition(file)
+            settings, searched = definition.settings, definition.sweep
         else:
-            definition = Definition(load_settings(file), SweepSettings())
-    settings = definition.settings
+            settings = load_settings(file)
     train = Train(None, settings.config, settings.hparams, settings.run)
     host = settings.run
     sweep = Sweep(
-        None, definition.sweep, host.num_seeds, host.seed, host.devices, host.eval_episodes,
+        None, searched, host.num_seeds, host.seed, host.devices, host.eval_episodes,
         host.checkpoint_every, settings.config, settings.hparams,
     )  # fmt: skip
     commands: Any = (

@@ -272,6 +272,14 @@ def test_bad_input_ends_with_one_message_and_nothing_written(
     assert not directory.exists()
 
 
+def test_loggers_of_runs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "my.toml"
+    file.write_text('[run]\ntensorboard = true\n[sweep]\ngrid = ["gamma=0.9"]\n')
+    assert main(["sweep", str(file), "--run-dir", str(tmp_path / "s")]) == 2
+    assert "run.tensorboard = true: a sweep writes" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+
+
 def test_what_does_not_fit_is_refused_and_a_dry_run_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -72,11 +72,19 @@ def _check_population(space: Space, trials: int) -> None:
 
 @dataclass(frozen=True)
 class Definition:
-    """All that determines a sweep."""
+    """All that determines a sweep. Raises `ConfigError` for loggers that only runs have."""
 
     settings: Settings
     """What trials have in common; `settings.run` says with how many seeds each is trained."""
     sweep: SweepSettings
+
+    def __post_init__(self) -> None:
+        for name in ("tensorboard", "wandb"):
+            if getattr(self.settings.run, name):
+                raise ConfigError(
+                    f"run.{name} = true: a sweep writes results.csv and curves.npz alone; leave it "
+                    "out, and log the winner's training"
+                )
 
 
 def dump_definition(definition: Definition) -> str:
