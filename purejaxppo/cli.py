@@ -218,6 +218,7 @@ def _parse(args: list[str]) -> Any:
         if args[0] == "sweep":
             definition = load_definition(file)
             settings, searched = definition.settings, definition.sweep
+            _refuse_custom_env(settings.run, "swept")
         else:
             settings = load_settings(file)
     train = Train(None, settings.config, settings.hparams, settings.run)

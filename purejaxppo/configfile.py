@@ -30,8 +30,9 @@ class RunSettings:
     num_seeds: int = field(default=1, metadata={"low": 1, "high": 2**20, "open_low": False})
     """S, trainings that differ in their random numbers alone."""
     devices: int = field(default=0, metadata={"low": 0, "high": 2**20, "open_low": False})
-    """Devices to spread over: seeds, or the environments of a single one, which then learns from
-    minibatches of equal parts. 0 takes as many as divide several seeds, one for a single one."""
+    """Devices to spread over: seeds, and where there are more devices than seeds the environments
+    of each, which then learns from minibatches of equal parts. 0 takes as many as divide several
+    seeds, one for a single one, and all of several processes."""
     eval_episodes: int = field(default=128, metadata={"low": 1, "high": 2**20, "open_low": False})
     """Episodes of the evaluation of each checkpoint and of the final one, per seed."""
     checkpoint_every: float = field(

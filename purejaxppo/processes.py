@@ -29,6 +29,7 @@ _RETRY_SECONDS = 0.2
 _HEARTBEAT_SECONDS = 20
 _PATIENCE_SECONDS = 24 * 3600
 """How long processes wait for each other at the end, where the first still evaluates."""
+_TELLING_SECONDS = 5.0
 _GOODBYE = b"."
 
 
@@ -95,6 +96,10 @@ def joined(processes: Processes | None, task: str) -> Iterator[None]:
             yield
         except (SystemExit, KeyboardInterrupt):  # to which all processes have agreed
             _part(peers)
+            raise
+        except jax.errors.JaxRuntimeError:
+            # An exchange fails where a process has died, maybe before its connection has told.
+            time.sleep(_TELLING_SECONDS if peers else 0.0)
             raise
         _part(peers)
 

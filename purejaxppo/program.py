@@ -111,8 +111,7 @@ def compile_program(
         learner = member_learner(learner)
     capacity = min(settings.config.num_updates, CHUNK_CAPACITY)
     root = np.asarray(jax.random.key_data(jax.random.key(settings.run.seed)))
-    num_seeds = settings.run.num_seeds
-    num_keys = num_seeds if population is None else settings.num_trainings
+    num_keys = settings.run.num_seeds if population is None else settings.num_trainings
 
     def init(root: jax.Array, hparams: HParams) -> TrainState:
         keys = jax.random.split(jax.random.wrap_key_data(root), num_keys)

@@ -104,9 +104,9 @@ def run(
     Args:
         run_dir: takes `config.toml`, `metrics.csv`, `summary.json`, `learning_curve.png` and
             `checkpoints/`; None writes nothing.
-        devices: how many to spread over: the seeds, each of which comes out as it would alone, or
-            the environments of a single one, which then learns from minibatches made of equal
-            parts. 0 takes as many as divide the seeds, and one for a single seed.
+        devices: how many to spread over: the seeds, each of which comes out as it would alone, and
+            where there are more devices than seeds the environments of each, which then learns
+            from minibatches made of equal parts. 0 takes as many as divide several seeds.
         eval_episodes: episodes of the evaluation of each checkpoint and of the final one, per seed.
         checkpoint_every: how often the whole state is saved, in `checkpoint_unit`s; inf saves only
             where the run ends or is stopped.

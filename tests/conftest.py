@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -56,3 +57,10 @@ def tiny() -> ppo.Config:
         hidden_sizes=(8,),
         memory_size=8,
     )
+
+
+@pytest.fixture
+def one_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this process has compiled need not be compiled by those it starts."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(Path(".pytest_cache/xla").absolute()))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")

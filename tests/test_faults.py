@@ -1,6 +1,5 @@
 """What a run survives, each fault done for real to a process of its own."""
 
-import json
 import os
 import random
 import re
@@ -13,15 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 import pytest
+from commands import Process, assert_same_end, rows
 
 import purejaxppo as ppo
 from purejaxppo import checkpoint
 from purejaxppo.cli import main
 
-PATIENCE = 120.0
+pytestmark = pytest.mark.usefixtures("one_cache")
+
 SIMPLE = "--total-timesteps=1500000 --checkpoint-every=0.2 --eval-episodes=8".split()
 STATEFUL = (
     "--num-seeds=8 --memory=gru --memory-size=8 --hidden-sizes=16 --total-timesteps=150000 "
@@ -43,43 +42,6 @@ def hear_sigint() -> None:
 
 # Root may write everywhere, but for what a process without these capabilities may.
 POWERLESS = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all")
-
-
-class Process:
-    """`purejaxppo ARGUMENTS`, with its output in files."""
-
-    def __init__(self, folder: Path, *arguments: Any, prefix: tuple[str, ...] = ()):
-        self.out, self.err = folder / "stdout", folder / "stderr"
-        with self.out.open("w") as out, self.err.open("w") as err:
-            self.popen = subprocess.Popen(
-                [*prefix, sys.executable, "-u", "-m", "purejaxppo.cli", *map(str, arguments)],
-                stdout=out, stderr=err, cwd=folder
-            )  # fmt: skip
-
-    def until(self, condition: Callable[[], Any]) -> Any:
-        """Wait for it, while the process lives."""
-        give_up = time.monotonic() + PATIENCE
-        while not (value := condition()):
-            assert self.popen.poll() is None, self.text()
-            assert time.monotonic() < give_up, self.text()
-            time.sleep(0.005)
-        return value
-
-    def end(self) -> int:
-        return self.popen.wait(PATIENCE)
-
-    def text(self) -> str:
-        """What it said; never a traceback."""
-        text = self.out.read_text() + self.err.read_text()
-        assert "Traceback" not in text, text
-        return text
-
-
-@pytest.fixture(autouse=True)
-def one_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What this process has compiled need not be compiled by those it starts."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(Path(".pytest_cache/xla").absolute()))
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 
 @pytest.fixture(scope="session")
@@ -108,23 +70,6 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
     for process in started:
         process.popen.kill()
         process.popen.wait()
-
-
-def rows(directory: Path) -> int:
-    path = directory / "metrics.csv"
-    return path.read_bytes().count(b"\n") - 1 if path.exists() else 0
-
-
-def assert_same_end(one: Path, other: Path) -> None:
-    """Parameters, everything else of the state, metrics and evaluation, bit for bit."""
-    assert (one / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
-    states = [ppo.load(directory, seed=None).state for directory in (one, other)]
-    for x, y in zip(*map(jax.tree.leaves, states), strict=True):
-        assert x.dtype == y.dtype
-        assert bool(np.all(np.asarray(x == y)))
-    summaries = [json.loads((d / "summary.json").read_text()) for d in (one, other)]
-    for name in ("eval_return_per_seed", "failed_seeds", "env_steps", "extended"):
-        assert summaries[0][name] == summaries[1][name]
 
 
 # Killed

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_faults import Process, assert_same_end, one_cache, rows  # noqa: F401  (a fixture)
+from commands import Process, assert_same_end, rows
 
 import purejaxppo as ppo
 from purejaxppo import checkpoint
 from purejaxppo.cli import main
 from purejaxppo.processes import Processes, joined
 
+pytestmark = pytest.mark.usefixtures("one_cache")
 LONG = "--num-envs=8 --hidden-sizes=16 --normalize-obs --eval-episodes=4 --total-timesteps=150000"
 ENDED_WITHIN = 20.0
 

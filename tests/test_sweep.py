@@ -13,8 +13,9 @@ from envs import RandomWalk
 
 import purejaxppo as ppo
 from purejaxppo.cli import main
-from purejaxppo.configfile import Settings, load_settings
-from purejaxppo.sweeps.plan import make_groups
+from purejaxppo.configfile import RunSettings, Settings, load_settings
+from purejaxppo.parallel import choose_spread
+from purejaxppo.sweeps.plan import filled, make_groups
 from purejaxppo.sweeps.settings import Definition, SweepSettings, dump_definition, load_definition
 from purejaxppo.sweeps.strategies import Batch, Halving, Optuna, Trial, all_trials
 
@@ -156,6 +157,21 @@ def test_halving_trains_the_best_on_as_if_they_had_never_stopped(tmp_path: Path)
     assert halved.best.trial.number == last
 
 
+@pytest.mark.parametrize(
+    ("count", "seeds", "devices", "size"),
+    [(3, 1, 0, 3), (5, 1, 0, 8), (3, 1, 2, 4), (3, 2, 2, 3), (3, 1, 4, 4), (2, 1, 4, 2)],
+)
+def test_waves_are_filled_up_to_what_devices_can_share(
+    count: int, seeds: int, devices: int, size: int
+):
+    """There are 4; a size that cannot be dealt out would be refused by the mesh."""
+    run = RunSettings(num_seeds=seeds, devices=devices)
+    settings = Settings(CONFIG, run=run)
+    assert filled(count, settings) == size
+    spread = choose_spread(dataclasses.replace(settings, trials=(ppo.HParams(),) * size))
+    assert spread.mesh.size == (devices or (4 if size * seeds % 4 == 0 else 3))
+
+
 def test_static_settings_are_grouped_and_each_combination_is_tried():
     definition = SweepSettings(
         grid=("num_envs=4,8", "hidden_sizes=[8],[16,16]"),
@@ -290,7 +306,7 @@ def test_what_does_not_fit_is_refused_and_a_dry_run_writes_nothing(
     assert "2 trials x 1 seed = 2 trainings" in capsys.readouterr().out
     assert not directory.exists()
     assert main([*command, "--memory-gb", "1e-9"]) == 2
-    assert "one trial of num_seeds = 1 takes" in capsys.readouterr().err
+    assert "of num_seeds = 1 take" in capsys.readouterr().err
 
 
 def test_settings_of_a_sweep_change_what_it_does():

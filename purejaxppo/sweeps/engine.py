@@ -25,7 +25,7 @@ from purejaxppo.rundir import SWEEP
 from purejaxppo.sweeps import files
 from purejaxppo.sweeps.files import PlannedBatch, PlannedWave, wave_directory
 from purejaxppo.sweeps.outcomes import Outcome, curve_columns, ranked, result_rows
-from purejaxppo.sweeps.plan import Programs, Wave, make_groups, population_of
+from purejaxppo.sweeps.plan import Programs, Wave, filled, make_groups, population_of
 from purejaxppo.sweeps.progress import SweepProgress, WaveProgress
 from purejaxppo.sweeps.report import write_report
 from purejaxppo.sweeps.settings import Definition, SweepSettings, load_definition
@@ -51,10 +51,6 @@ class SweepResult:
     def returns(self) -> np.ndarray:
         """`[K, S]`."""
         return np.stack([outcome.returns for outcome in self.outcomes])
-
-    def values(self, name: str) -> list[Any]:
-        """Of one swept setting, in each of the K trials."""
-        return [outcome.trial.values[name] for outcome in self.outcomes]
 
 
 def sweep(
@@ -139,7 +135,6 @@ def start_sweep(
             "pbt) have random numbers of their own; leave seeds at 1, and choose trials"
         )
     use_all_cores()
-    make_strategy(definition.sweep, definition.settings.run.seed, None)
     _check_first_batch(definition, env, env_params)
     if compilation_cache:
         enable_compilation_cache()
@@ -183,7 +178,7 @@ def _check_first_batch(definition: Definition, env: Any, env_params: Any) -> Non
     batch = make_strategy(definition.sweep, definition.settings.run.seed, None).ask()
     for group in make_groups(definition.settings, batch.trials if batch else []):
         make_learner(group.settings.config, env, env_params)
-        choose_spread(group.waves(len(group.members))[0].settings)
+        choose_spread(group.waves(filled(len(group.members), group.settings))[0].settings)
 
 
 @dataclass
@@ -251,7 +246,6 @@ class _Engine:
             self._train_wave(wave, group.waves(wave.size)[0])
         scores = [self.outcomes[trial.number].score for trial in planned.batch.trials]
         self.strategy.tell(planned.batch, np.asarray(scores))
-        self._write_results()
 
     def _train_wave(self, planned: PlannedWave, wave: Wave) -> None:
         index = len(self.waves)
@@ -274,6 +268,7 @@ class _Engine:
                 self.kept[index] = found.states
         self.legs[index], self.waves[index] = planned, wave
         self._take(index, wave, planned, summary)
+        self._write_results()
 
     def _take(self, index: int, wave: Wave, planned: PlannedWave, summary: dict[str, Any]) -> None:
         seeds = self.definition.settings.run.num_seeds

@@ -21,6 +21,7 @@ from purejaxppo.rundir import (
     StorageError,
     holds,
     locked,
+    resume_command,
     write_whole,
 )
 from purejaxppo.sweeps.settings import Definition, dump_definition
@@ -84,8 +85,8 @@ def write(path: Path, content: str | bytes) -> None:
         write_whole(path, content)
     except OSError as error:
         raise StorageError(
-            f"{str(path)!r}: cannot be written: {error.strerror}; free space, then: purejaxppo "
-            f"resume {path.parent}"
+            f"{str(path)!r}: cannot be written: {error.strerror}; free space, then: "
+            f"{resume_command(path.parent)}"
         ) from error
 
 

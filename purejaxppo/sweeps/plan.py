@@ -1,6 +1,7 @@
 """How trials become waves: trainings that are compiled as one program and run side by side."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,7 +95,8 @@ class Programs:
             ConfigError: if not even one trial fits.
         """
         most = self._max_bytes or free_bytes()
-        size = _filled(len(group.members), group.settings)
+        size = filled(len(group.members), group.settings)
+        least = min(size, filled(1, group.settings))
         while True:
             waves = group.waves(size)
             needed = self.of(waves[0].settings).program.device_bytes
@@ -105,15 +107,14 @@ class Programs:
                     f"a population of trials = {len(group.members)} takes {needed / 1e9:.2f} GB on "
                     f"each device, and there are {most / 1e9:.2f} GB to use; choose fewer trials"
                 )
-            if size == 1:
+            if size == least:
                 raise ConfigError(
-                    f"one trial of num_seeds = {group.settings.run.num_seeds} takes "
-                    f"{needed / 1e9:.2f} GB, and there are {most / 1e9:.2f} GB to use; choose "
-                    "fewer seeds, environments or steps, or another memory_gb"
+                    f"trials = {least} of num_seeds = {group.settings.run.num_seeds} take "
+                    f"{needed / 1e9:.2f} GB on each device, and there are {most / 1e9:.2f} GB to "
+                    "use; choose fewer seeds, environments or steps, or another memory_gb"
                 )
-            count = -(-len(group.members) // max(1, int(size * most / needed)))
-            smaller = -(-len(group.members) // count)
-            size = max(1, min(size - 1, smaller))
+            fitting = min(size - least, int(size * most / needed))
+            size = max(least, fitting // _even(group.settings) * _even(group.settings) or fitting)
 
 
 def population_of(settings: Settings, sweep: SweepSettings) -> Population | None:
@@ -126,12 +127,20 @@ def population_of(settings: Settings, sweep: SweepSettings) -> Population | None
     )
 
 
-def _filled(count: int, settings: Settings) -> int:
-    """As many trials as keep all devices busy to the end, `count` or a few more."""
-    devices, seeds = settings.run.devices or jax.device_count(), settings.run.num_seeds
-    if count * seeds < devices:
+def _even(settings: Settings) -> int:
+    """The fewest trials whose trainings can be dealt out to all devices."""
+    devices = settings.run.devices or jax.device_count()
+    return devices // math.gcd(devices, settings.run.num_seeds)
+
+
+def filled(count: int, settings: Settings) -> int:
+    """As many trials as keep all devices busy to the end, `count` or a few more; `count` where
+    there are more devices than trainings, which then share them evenly or leave some idle."""
+    wanted, seeds = settings.run.devices, settings.run.num_seeds
+    devices = wanted or jax.device_count()
+    if count * seeds < devices and (not wanted or devices % (count * seeds) == 0):
         return count
-    return next(n for n in range(count, count + devices) if n * seeds % devices == 0)
+    return -(-count // _even(settings)) * _even(settings)
 
 
 def free_bytes() -> int:

@@ -12,7 +12,7 @@ import numpy as np
 
 from purejaxppo.config import ConfigError
 from purejaxppo.plots import bare_axes, smooth
-from purejaxppo.rundir import SWEEP, StorageError, holds
+from purejaxppo.rundir import SWEEP, StorageError, holds, resume_command
 from purejaxppo.stats import bootstrap_interval, interquartile_mean, mean_interval
 from purejaxppo.sweeps import files
 from purejaxppo.sweeps.settings import Definition, load_definition
@@ -59,7 +59,7 @@ def read_results(directory: Path) -> Results:
     if not (directory / files.CURVES).is_file():
         raise ConfigError(
             f"run_dir = {str(directory)!r}: the sweep is not finished; go on with it by "
-            f"purejaxppo resume {directory}"
+            f"{resume_command(directory)}"
         )
     definition = load_definition(directory / SWEEP)
     names, seeds = definition.sweep.space.names, definition.settings.run.num_seeds

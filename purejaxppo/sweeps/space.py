@@ -43,12 +43,6 @@ class Range:
             return self.low + u * (self.high - self.low)
         return min(max(self.low * (self.high / self.low) ** u, self.low), self.high)
 
-    def share(self, value: float) -> float:
-        """Where a number lies: the inverse of `at`."""
-        if self.kind == "uniform":
-            return (value - self.low) / (self.high - self.low)
-        return math.log(value / self.low) / math.log(self.high / self.low)
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -165,11 +159,6 @@ def apply(values: Values, config: Config, hparams: HParams) -> tuple[Config, HPa
     static = {name: value for name, value in values.items() if name in _CONFIG}
     traced = {name: value for name, value in values.items() if name in _HPARAMS}
     return dataclasses.replace(config, **static), dataclasses.replace(hparams, **traced)
-
-
-def is_static(name: str) -> bool:
-    """Whether each value of a setting is compiled anew."""
-    return name in _CONFIG
 
 
 def _word(name: str, text: str) -> Any:

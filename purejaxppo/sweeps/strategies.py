@@ -120,7 +120,6 @@ class Optuna:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space, self._count, self._batch, self._told = space, count, batch, 0
         self._failed = optuna.trial.TrialState.FAIL
-        self._numbers: dict[int, int] = {}
         self._study = optuna.create_study(
             study_name="sweep",
             storage=None if file is None else f"sqlite:///{file.absolute()}",

@@ -1,0 +1,63 @@
+"""The command line in processes of its own, and what it leaves."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import purejaxppo as ppo
+
+PATIENCE = 120.0
+
+
+class Process:
+    """`purejaxppo ARGUMENTS`, with its output in files."""
+
+    def __init__(self, folder: Path, *arguments: Any, prefix: tuple[str, ...] = ()):
+        self.out, self.err = folder / "stdout", folder / "stderr"
+        with self.out.open("w") as out, self.err.open("w") as err:
+            self.popen = subprocess.Popen(
+                [*prefix, sys.executable, "-u", "-m", "purejaxppo.cli", *map(str, arguments)],
+                stdout=out, stderr=err, cwd=folder
+            )  # fmt: skip
+
+    def until(self, condition: Callable[[], Any]) -> Any:
+        """Wait for it, while the process lives."""
+        give_up = time.monotonic() + PATIENCE
+        while not (value := condition()):
+            assert self.popen.poll() is None, self.text()
+            assert time.monotonic() < give_up, self.text()
+            time.sleep(0.005)
+        return value
+
+    def end(self) -> int:
+        return self.popen.wait(PATIENCE)
+
+    def text(self) -> str:
+        """What it said; never a traceback."""
+        text = self.out.read_text() + self.err.read_text()
+        assert "Traceback" not in text, text
+        return text
+
+
+def rows(directory: Path) -> int:
+    path = directory / "metrics.csv"
+    return path.read_bytes().count(b"\n") - 1 if path.exists() else 0
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """Parameters, everything else of the state, metrics and evaluation, bit for bit."""
+    assert (one / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
+    states = [ppo.load(directory, seed=None).state for directory in (one, other)]
+    for x, y in zip(*map(jax.tree.leaves, states), strict=True):
+        assert x.dtype == y.dtype
+        assert bool(np.all(np.asarray(x == y)))
+    summaries = [json.loads((d / "summary.json").read_text()) for d in (one, other)]
+    for name in ("eval_return_per_seed", "failed_seeds", "env_steps", "extended"):
+        assert summaries[0][name] == summaries[1][name]
