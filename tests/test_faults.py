@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Process, assert_same_end, rows
+from commands import PATIENCE, Process, assert_same_end, rows
 
 import purejaxppo as ppo
 from purejaxppo import checkpoint
