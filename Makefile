@@ -55,7 +55,7 @@ parity: ## write the numbers of PyTorch's autograd that the tests compare with
 	.venv-torch/bin/python tests/parity/make_fixture.py
 
 lock: $(INSTALLED) ## write requirements.lock anew from pyproject.toml
-	$(BIN)/pip-compile --quiet --upgrade --extra dev --extra notebooks --extra tensorboard --extra optuna \
+	$(BIN)/pip-compile --quiet --upgrade --extra dev --extra notebooks --extra tensorboard --extra optuna --extra ray \
 		--strip-extras --no-emit-index-url --no-emit-find-links --no-header --output-file requirements.lock pyproject.toml
 
 clean: ## remove the environments and caches, not the runs

@@ -17,7 +17,7 @@ import tyro
 
 from purejaxppo.config import Config, ConfigError, HParams
 from purejaxppo.configfile import RunSettings, Settings, dump_settings, load_settings
-from purejaxppo.rundir import SWEEP, RunWarning, StorageError, holds, write_whole
+from purejaxppo.rundir import SWEEP, LostError, RunWarning, StorageError, holds, write_whole
 from purejaxppo.signals import exit_at_second_signal
 from purejaxppo.sweeps.settings import Definition, SweepSettings, load_definition
 
@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"purejaxppo: {error}", file=sys.stderr)
         return 2
-    except StorageError as error:
+    except (StorageError, LostError) as error:
         print(f"purejaxppo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -243,7 +243,7 @@ def _finite(values: dict[str, Any]) -> dict[str, float]:
 
 
 def require(extra: str, package: str) -> None:
-    """Raise `ConfigError` if the package of an optional logger is not installed."""
+    """Raise `ConfigError` if the package of an extra is not installed."""
     if importlib.util.find_spec(package) is None:
         raise ConfigError(f"{extra} needs the package {package}; pip install 'purejaxppo[{extra}]'")
 

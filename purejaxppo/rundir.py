@@ -27,6 +27,14 @@ class StorageError(Exception):
     """Something could not be written: the message says what, why, and how to go on."""
 
 
+class LostError(Exception):
+    """Machines were lost too often: the message says which, and how to go on."""
+
+
+class BusyError(ConfigError):
+    """Another process writes there."""
+
+
 @contextmanager
 def new_run(directory: Path, settings: Settings) -> Iterator[Path]:
     """Make a run directory, hold its lock, and write the settings there.
@@ -109,7 +117,8 @@ def locked(directory: Path, *, make: bool = False) -> Iterator[None]:
     """Held until the block, or the process, ends; the file stays, and means nothing by itself.
 
     Raises:
-        ConfigError: if another process holds it, or the directory cannot be written.
+        BusyError: if another process holds it.
+        ConfigError: if the directory cannot be written.
     """
     try:
         if make:
@@ -130,7 +139,7 @@ def locked(directory: Path, *, make: bool = False) -> Iterator[None]:
         except BlockingIOError as error:
             file.seek(0)
             owner = file.read().decode(errors="replace").strip() or "another process"
-            raise ConfigError(
+            raise BusyError(
                 f"run_dir = {str(directory)!r}: {owner} is writing there; wait for it, stop it, or "
                 "choose another directory"
             ) from error

@@ -110,7 +110,7 @@ def test_an_interrupted_sweep_goes_on_as_if_nothing_had_happened(
         program = prepared.program._replace(chunk=chunk)
         return prepared_run(settings, where, prepared._replace(program=program), *rest, **more)
 
-    monkeypatch.setattr("purejaxppo.sweeps.engine.run_wave", run_wave)
+    monkeypatch.setattr("purejaxppo.sweeps.waves.run_wave", run_wave)
     monkeypatch.setattr(run_module, "CHUNK_SECONDS", 1e-9)
     directory = tmp_path / "s"
     with pytest.raises(SystemExit if stopped else Killed):

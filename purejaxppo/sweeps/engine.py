@@ -7,31 +7,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from purejaxppo import checkpoint
 from purejaxppo.config import Config, ConfigError, HParams
 from purejaxppo.configfile import RunSettings, Settings, dump_settings
 from purejaxppo.learner import make_learner
-from purejaxppo.load import check_env, restore_states
+from purejaxppo.load import check_env
 from purejaxppo.loggers import binary_metrics
 from purejaxppo.parallel import choose_spread, use_all_cores
-from purejaxppo.population import member_learner
 from purejaxppo.program import enable_compilation_cache
-from purejaxppo.run import Leg, check_scalars, run_wave
+from purejaxppo.run import check_scalars
 from purejaxppo.rundir import SWEEP
 from purejaxppo.sweeps import files
 from purejaxppo.sweeps.files import PlannedBatch, PlannedWave, wave_directory
+from purejaxppo.sweeps.onray import OnRay, cluster
 from purejaxppo.sweeps.outcomes import Outcome, curve_columns, ranked, result_rows
-from purejaxppo.sweeps.plan import Programs, Wave, filled, make_groups, population_of
-from purejaxppo.sweeps.progress import SweepProgress, WaveProgress
+from purejaxppo.sweeps.plan import Wave, filled, make_groups, population_of
+from purejaxppo.sweeps.progress import SweepProgress
 from purejaxppo.sweeps.report import write_report
 from purejaxppo.sweeps.settings import Definition, SweepSettings, load_definition
 from purejaxppo.sweeps.space import apply, space_texts
 from purejaxppo.sweeps.strategies import Batch, Strategy, Trial, make_strategy
-from purejaxppo.types import TrainState
+from purejaxppo.sweeps.waves import Job, Local, Workers
 
 
 @dataclass(frozen=True)
@@ -61,11 +58,15 @@ def sweep(
     seeds: int = 1,
     seed: int = 0,
     strategy: Literal["random", "sobol", "optuna", "halving", "pbt"] = "random",
+    engine: Literal["local", "ray"] = "local",
     trials: int = 16,
     batch: int = 16,
     eta: int = 3,
     rungs: int = 3,
     interval: int = 10,
+    wave_cpus: int = 1,
+    wave_gpus: int = 0,
+    wave_tpus: int = 0,
     devices: int = 0,
     run_dir: str | Path | None = None,
     eval_episodes: int = 128,
@@ -85,7 +86,8 @@ def sweep(
         space: settings by name. A list holds values of which each is tried, in every combination;
             `uniform`, `loguniform` and `choice` are drawn from.
         hparams: of what is not swept.
-        strategy, trials, batch, eta, rungs, interval: as `SweepSettings` describes them.
+        strategy, engine, trials, batch, eta, rungs, interval, wave_cpus, wave_gpus, wave_tpus: as
+            `SweepSettings` describes them.
         devices: how many to spread over; 0 takes all, where there are enough trainings.
         run_dir: takes `sweep.toml`, `results.csv`, `curves.npz`, `winner.toml`, `report.html` and
             the waves; None writes nothing.
@@ -104,7 +106,21 @@ def sweep(
     grid, sample = space_texts(space)
     definition = Definition(
         Settings(config, hparams or HParams(), host),
-        SweepSettings(grid, sample, strategy, trials, batch, eta, rungs, interval, memory_gb),
+        SweepSettings(
+            grid,
+            sample,
+            strategy,
+            trials,
+            batch,
+            eta,
+            rungs,
+            interval,
+            memory_gb,
+            engine,
+            wave_cpus,
+            wave_gpus,
+            wave_tpus,
+        ),
     )
     directory = None if run_dir is None else Path(run_dir)
     found = start_sweep(
@@ -134,11 +150,17 @@ def start_sweep(
             f"seeds = {definition.settings.run.num_seeds}: the members of a population (strategy = "
             "pbt) have random numbers of their own; leave seeds at 1, and choose trials"
         )
+    if definition.sweep.engine == "ray" and directory is None and not dry_run:
+        raise ConfigError(
+            "engine = ray: waves hand over their results in the run directory; give run_dir, on a "
+            "disk that all machines share"
+        )
     use_all_cores()
     _check_first_batch(definition, env, env_params)
     if compilation_cache:
         enable_compilation_cache()
     with ExitStack() as stack:
+        stack.enter_context(cluster(definition.sweep))
         if directory is not None and not dry_run:
             stack.enter_context(files.new_sweep(directory, definition))
         where = None if dry_run else directory
@@ -166,9 +188,10 @@ def resume_sweep(
     use_all_cores()
     if compilation_cache:
         enable_compilation_cache()
-    with files.old_sweep(directory):
+    with files.old_sweep(directory), ExitStack() as stack:
         definition = load_definition(directory / SWEEP)
         check_env(definition.settings, env, env_params)
+        stack.enter_context(cluster(definition.sweep))
         shown = SweepProgress(definition, progress)
         return _Engine(definition, directory, shown, env, env_params).run()
 
@@ -178,7 +201,8 @@ def _check_first_batch(definition: Definition, env: Any, env_params: Any) -> Non
     batch = make_strategy(definition.sweep, definition.settings.run.seed, None).ask()
     for group in make_groups(definition.settings, batch.trials if batch else []):
         make_learner(group.settings.config, env, env_params)
-        choose_spread(group.waves(filled(len(group.members), group.settings))[0].settings)
+        if definition.sweep.engine == "local":
+            choose_spread(group.waves(filled(len(group.members), group.settings))[0].settings)
 
 
 @dataclass
@@ -188,17 +212,17 @@ class _Engine:
     shown: SweepProgress
     env: Any
     env_params: Any
+    jobs: list[Job] = field(default_factory=list)
+    """Waves begun, by their index."""
     latest: dict[int, tuple[Wave, int]] = field(default_factory=dict)
-    """Of each trial, the wave that trained it last, and that wave's number."""
+    """Of each trial, the wave that trained it last, and that wave's index."""
     outcomes: dict[int, Outcome] = field(default_factory=dict)
-    kept: dict[int, TrainState] = field(default_factory=dict)
-    """What waves came to, by number, where nothing is written."""
-    legs: dict[int, PlannedWave] = field(default_factory=dict)
-    waves: dict[int, Wave] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         sweep, run = self.definition.sweep, self.definition.settings.run
-        self.programs = Programs(sweep, self.env, self.env_params)
+        given = (self.definition, self.directory, self.shown, self.env, self.env_params)
+        self.here = Local(*given)
+        self.workers: Workers = OnRay(*given) if sweep.engine == "ray" else self.here
         self.strategy: Strategy = make_strategy(sweep, run.seed, self.directory)
 
     def plan_only(self) -> None:
@@ -223,8 +247,7 @@ class _Engine:
         waves, rows = [], []
         groups = make_groups(self.definition.settings, batch.trials)
         for group in groups:
-            with self.shown.compiling():
-                cut, size = self.programs.cut(group)
+            cut, size = self.workers.cut(group)
             rows.append((group, len(cut), size))
             waves += [self._planned(wave, batch) for wave in cut]
         self.shown.batch(len(batch.trials), batch.share, rows)
@@ -239,89 +262,58 @@ class _Engine:
 
     def _train(self, planned: PlannedBatch) -> None:
         """All waves of a batch that are not finished; then tell the strategy."""
-        trials = {trial.number: trial for trial in planned.batch.trials}
-        for wave in planned.waves:
-            members = [trials[number] for number in wave.numbers]
-            (group,) = make_groups(self.definition.settings, members)
-            self._train_wave(wave, group.waves(wave.size)[0])
+        left = []
+        for job in self._jobs_of(planned):
+            self.jobs.append(job)
+            summary = self._finished(job)
+            if summary is None:
+                left.append(job)
+            else:
+                self._take(job, summary)
+        for job, summary in self.workers.train(left):
+            self._take(job, summary)
+            self._write_results()
         scores = [self.outcomes[trial.number].score for trial in planned.batch.trials]
         self.strategy.tell(planned.batch, np.asarray(scores))
 
-    def _train_wave(self, planned: PlannedWave, wave: Wave) -> None:
-        index = len(self.waves)
-        where = None if self.directory is None else wave_directory(self.directory, index)
-        summary = None if where is None else files.wave_outcome(where)
-        if summary is None:
-            with self.shown.compiling():
-                prepared = self.programs.of(wave.settings)
-            shown = WaveProgress(
-                wave.settings, planned, wave.trials, f"wave {index}", self.shown.enabled
-            )
-            leg = Leg(planned.first, planned.last, self._states_before(wave, planned))
-            if where is not None:
-                where.parent.mkdir(exist_ok=True)
-            found = run_wave(
-                wave.settings, where, prepared, leg, shown, env=self.env, env_params=self.env_params
-            )
-            summary = found.summary
-            if where is None:
-                self.kept[index] = found.states
-        self.legs[index], self.waves[index] = planned, wave
-        self._take(index, wave, planned, summary)
-        self._write_results()
+    def _jobs_of(self, planned: PlannedBatch) -> list[Job]:
+        trials, jobs = {trial.number: trial for trial in planned.batch.trials}, []
+        for index, wave in enumerate(planned.waves, len(self.jobs)):
+            members = [trials[number] for number in wave.numbers]
+            (group,) = make_groups(self.definition.settings, members)
+            before = {n: self.latest[n] for n in wave.numbers if n in self.latest}
+            jobs.append(Job(index, wave, group.waves(wave.size)[0], before))
+        return jobs
 
-    def _take(self, index: int, wave: Wave, planned: PlannedWave, summary: dict[str, Any]) -> None:
+    def _finished(self, job: Job) -> dict[str, Any] | None:
+        """The summary of a wave that an earlier process trained to its end."""
+        if self.directory is None:
+            return None
+        return files.wave_outcome(wave_directory(self.directory, job.index))
+
+    def _take(self, job: Job, summary: dict[str, Any]) -> None:
         seeds = self.definition.settings.run.num_seeds
         failed = {int(row): entry["update"] for row, entry in summary["failed_seeds"].items()}
         means = np.array([np.nan if x is None else x for x in summary["eval_return_per_seed"]])
         means[list(failed)] = np.nan
-        trials = self._with_last_values(wave, index)
-        for i, trial in enumerate(trials):
+        for i, trial in enumerate(self._with_last_values(job.wave, job.index)):
             rows = range(i * seeds, (i + 1) * seeds)
             own = {row - rows.start: failed[row] for row in rows if row in failed}
             returns = means[rows.start : rows.stop]
-            self.outcomes[trial.number] = Outcome(trial, returns, own, planned.last, index)
-            self.latest[trial.number] = (wave, index)
+            self.outcomes[trial.number] = Outcome(trial, returns, own, job.planned.last, job.index)
+            self.latest[trial.number] = (job.wave, job.index)
 
     def _with_last_values(self, wave: Wave, index: int) -> list[Trial]:
         """The wave's trials with the numbers that they ended with: a population's have changed."""
         population = population_of(wave.settings, self.definition.sweep)
         if population is None:
             return wave.trials
-        member: Any = self._states_after(wave, index).learner
+        member: Any = self.here.states_after(wave, index).learner
         names = [name for name, _, _ in population.ranges]
         return [
             Trial(trial.number, {n: float(getattr(member.hparams, n)[i]) for n in names})
             for i, trial in enumerate(wave.trials)
         ]
-
-    def _states_before(self, wave: Wave, planned: PlannedWave) -> Any:
-        """Where the trials of a wave were left by earlier ones; None if they begin with it."""
-        if planned.first == 0:
-            return None
-        seeds = self.definition.settings.run.num_seeds
-
-        def states() -> TrainState:
-            parts, cache = [], {}
-            for trial in wave.trials:
-                before, index = self.latest[trial.number]
-                if index not in cache:
-                    cache[index] = self._states_after(before, index)
-                at = [t.number for t in before.trials].index(trial.number) * seeds
-                parts.append(jax.tree.map(lambda x, at=at: x[at : at + seeds], cache[index]))
-            parts += [parts[-1]] * (len(wave.settings.trials) - len(parts))
-            return jax.tree.map(lambda *rows: jnp.concatenate(rows), *parts)
-
-        return states
-
-    def _states_after(self, wave: Wave, index: int) -> TrainState:
-        if self.directory is None:
-            return self.kept[index]
-        found, _ = checkpoint.find(wave_directory(self.directory, index))
-        learner = make_learner(wave.settings.config, self.env, self.env_params)
-        if population_of(wave.settings, self.definition.sweep) is not None:
-            learner = member_learner(learner)
-        return restore_states(found, learner)
 
     def _write_results(self) -> None:
         if self.directory is not None:
@@ -349,9 +341,8 @@ class _Engine:
     def _curves(self, directory: Path) -> list[dict[str, np.ndarray]]:
         seeds = self.definition.settings.run.num_seeds
         parts = []
-        for index, wave in self.waves.items():
-            content = files.binary_content(wave_directory(directory, index))
-            metrics = binary_metrics(content, wave.settings.num_trainings)
-            numbers = [trial.number for trial in wave.trials]
-            parts.append(curve_columns(metrics, numbers, seeds, self.legs[index].first))
+        for job in self.jobs:
+            content = files.binary_content(wave_directory(directory, job.index))
+            metrics = binary_metrics(content, job.wave.settings.num_trainings)
+            parts.append(curve_columns(metrics, job.planned.numbers, seeds, job.planned.first))
         return parts

@@ -88,20 +88,24 @@ class Programs:
             self._compiled[key] = prepare(settings, self._env, self._env_params, population)
         return self._compiled[key]
 
-    def cut(self, group: Group) -> tuple[list[Wave], int]:
-        """The group's waves, as few as fit, and the bytes that one takes on each device.
+    def cut(
+        self, group: Group, waves: int = 1, share_of_memory: float = 1.0
+    ) -> tuple[list[Wave], int]:
+        """The group's waves, as few as fit but `waves` at least, where there are trials enough and
+        they do not learn from each other; and the bytes that one takes on each device.
 
         Raises:
             ConfigError: if not even one trial fits.
         """
-        most = self._max_bytes or free_bytes()
-        size = filled(len(group.members), group.settings)
+        most = self._max_bytes or int(share_of_memory * free_bytes())
+        parts = 1 if self._sweep.strategy == "pbt" else waves
+        size = filled(-(-len(group.members) // parts), group.settings)
         least = min(size, filled(1, group.settings))
         while True:
-            waves = group.waves(size)
-            needed = self.of(waves[0].settings).program.device_bytes
+            cut = group.waves(size)
+            needed = self.of(cut[0].settings).program.device_bytes
             if needed <= most:
-                return waves, needed
+                return cut, needed
             if self._sweep.strategy == "pbt":
                 raise ConfigError(
                     f"a population of trials = {len(group.members)} takes {needed / 1e9:.2f} GB on "

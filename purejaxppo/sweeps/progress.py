@@ -9,7 +9,7 @@ import numpy as np
 from purejaxppo.checkpoint import Checkpoint
 from purejaxppo.progress import Progress, make_console
 from purejaxppo.sweeps.files import PlannedWave
-from purejaxppo.sweeps.plan import Group
+from purejaxppo.sweeps.plan import Group, Wave
 from purejaxppo.sweeps.settings import Definition
 from purejaxppo.sweeps.strategies import Trial
 
@@ -44,6 +44,33 @@ class SweepProgress:
     def compiling(self) -> Any:
         return self._console.status("compiling")
 
+    def wave(self, index: int, planned: PlannedWave, wave: Wave) -> "WaveProgress":
+        return WaveProgress(wave, planned, f"wave {index}", self.enabled)
+
+    def waves(self) -> Any:
+        """A sign of life while machines train."""
+        return self._console.status("training")
+
+    def waves_left(self, status: Any, left: int) -> None:
+        status.update(f"training; {_count(left, 'wave')} left")
+
+    def trained(
+        self, index: int, planned: PlannedWave, wave: Wave, summary: dict[str, Any], machine: str
+    ) -> None:
+        """A wave that another process trained, from the summary of its run."""
+        trials = _count(len(wave.trials), "trial")
+        self._console.print(f"wave {index}: {trials}, on {machine}")
+        shown = self.wave(index, planned, wave)
+        for row, entry in summary["failed_seeds"].items():
+            shown.failed(int(row), entry["update"])
+        shown.finished(summary, None)
+
+    def begun_again(self, index: int, why: str) -> None:
+        self._console.print(f"wave {index}: its machine was lost ({why}); going on elsewhere")
+
+    def stopped(self, how: str) -> None:
+        self._console.print(f"stopped; go on by: {how}")
+
     def best(self, rows: Sequence[tuple[Trial, float, float]]) -> None:
         """The best trials, with mean and lowest return of their seeds."""
         self._console.print("best trials:" if rows else "every trial failed")
@@ -63,11 +90,10 @@ class SweepProgress:
 class WaveProgress(Progress):
     """Reports of one wave."""
 
-    def __init__(
-        self, settings: Any, wave: PlannedWave, trials: list[Trial], title: str, enabled: bool
-    ):
-        super().__init__(settings, wave.first, enabled, wave.last)
-        self._trials, self._title, self._seeds = trials, title, settings.run.num_seeds
+    def __init__(self, wave: Wave, planned: PlannedWave, title: str, enabled: bool):
+        super().__init__(wave.settings, planned.first, enabled, planned.last)
+        self._trials, self._title = wave.trials, title
+        self._seeds = wave.settings.run.num_seeds
 
     def starting(self, checkpoint: Checkpoint | None, again: bool) -> None:
         where = f", going on after update {checkpoint.position.updates:,}" if checkpoint else ""

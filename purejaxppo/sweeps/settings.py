@@ -43,6 +43,16 @@ class SweepSettings:
     memory_gb: float = field(default=0.0, metadata={"low": 0, "high": math.inf, "open_low": False})
     """Memory that trainings may take on each device; what does not fit runs in waves, one after
     the other. 0 takes half of what is free."""
+    engine: Literal["local", "ray"] = "local"
+    """Where waves run: here, or on the machines of a Ray cluster, several at a time. That is the
+    one RAY_ADDRESS names, or that of this machine, or one begun here; the run directory must lie
+    on a disk that all of them share."""
+    wave_cpus: int = field(default=1, metadata={"low": 1, "high": 2**20, "open_low": False})
+    """With ray: the CPU cores that a wave takes, which are its devices if it has no others."""
+    wave_gpus: int = field(default=0, metadata={"low": 0, "high": 2**20, "open_low": False})
+    """With ray: the GPUs that a wave takes."""
+    wave_tpus: int = field(default=0, metadata={"low": 0, "high": 2**20, "open_low": False})
+    """With ray: the TPU chips that a wave takes."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -72,7 +82,8 @@ def _check_population(space: Space, trials: int) -> None:
 
 @dataclass(frozen=True)
 class Definition:
-    """All that determines a sweep. Raises `ConfigError` for loggers that only runs have."""
+    """All that determines a sweep. Raises `ConfigError` for loggers that only runs have, and for
+    more devices than a wave has."""
 
     settings: Settings
     """What trials have in common; `settings.run` says with how many seeds each is trained."""
@@ -85,6 +96,13 @@ class Definition:
                     f"run.{name} = true: a sweep writes results.csv and curves.npz alone; leave it "
                     "out, and log the winner's training"
                 )
+        sweep, devices = self.sweep, self.settings.run.devices
+        own = sweep.wave_gpus or sweep.wave_tpus or sweep.wave_cpus
+        if sweep.engine == "ray" and devices > own:
+            raise ConfigError(
+                f"devices = {devices}: with engine = ray a wave has {own}, by wave_cpus, wave_gpus "
+                "and wave_tpus; ask for more of those, or for devices = 0, which takes them all"
+            )
 
 
 def dump_definition(definition: Definition) -> str:

@@ -1,0 +1,119 @@
+"""Trains the waves of a sweep in this process."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from purejaxppo import checkpoint
+from purejaxppo.learner import make_learner
+from purejaxppo.load import restore_states
+from purejaxppo.population import member_learner
+from purejaxppo.run import Leg, run_wave
+from purejaxppo.sweeps.files import PlannedWave, wave_directory
+from purejaxppo.sweeps.plan import Group, Programs, Wave, population_of
+from purejaxppo.sweeps.progress import SweepProgress
+from purejaxppo.sweeps.settings import Definition
+from purejaxppo.types import TrainState
+
+
+@dataclass(frozen=True)
+class Job:
+    """A wave to be trained."""
+
+    index: int
+    planned: PlannedWave
+    wave: Wave
+    before: dict[int, tuple[Wave, int]]
+    """Of each of its trials that was trained already: the wave that did it last, and that one's
+    index."""
+
+
+class Workers(Protocol):
+    """Whoever trains waves."""
+
+    def cut(self, group: Group) -> tuple[list[Wave], int]:
+        """The group's waves, and the bytes that one takes on each device; `ConfigError` if not
+        even one trial fits."""
+        ...
+
+    def train(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
+        """Each job with the summary of its run, in any order, as they are finished. Only what
+        lies in the sweep's directory is gone on with."""
+        ...
+
+
+class Local:
+    """Trains waves one after the other, in this process and on its devices."""
+
+    def __init__(
+        self,
+        definition: Definition,
+        directory: Path | None,
+        shown: SweepProgress,
+        env: Any,
+        env_params: Any,
+    ):
+        self._definition, self._directory, self._shown = definition, directory, shown
+        self._env, self._env_params = env, env_params
+        self._programs = Programs(definition.sweep, env, env_params)
+        self._kept: dict[int, TrainState] = {}
+
+    def cut(
+        self, group: Group, waves: int = 1, share_of_memory: float = 1.0
+    ) -> tuple[list[Wave], int]:
+        """Into `waves` at least; each may take a share of the memory that there is for all."""
+        with self._shown.compiling():
+            return self._programs.cut(group, waves, share_of_memory)
+
+    def train(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
+        for job in jobs:
+            yield job, self.train_one(job)
+
+    def train_one(self, job: Job) -> dict[str, Any]:
+        settings = job.wave.settings
+        where = None if self._directory is None else wave_directory(self._directory, job.index)
+        with self._shown.compiling():
+            prepared = self._programs.of(settings)
+        leg = Leg(job.planned.first, job.planned.last, self._states_before(job))
+        if where is not None:
+            where.parent.mkdir(exist_ok=True)
+        found = run_wave(
+            settings, where, prepared, leg, self._shown.wave(job.index, job.planned, job.wave),
+            env=self._env, env_params=self._env_params,
+        )  # fmt: skip
+        if where is None:
+            self._kept[job.index] = found.states
+        return found.summary
+
+    def states_after(self, wave: Wave, index: int) -> TrainState:
+        """What a finished wave came to."""
+        if self._directory is None:
+            return self._kept[index]
+        found, _ = checkpoint.find(wave_directory(self._directory, index))
+        learner = make_learner(wave.settings.config, self._env, self._env_params)
+        if population_of(wave.settings, self._definition.sweep) is not None:
+            learner = member_learner(learner)
+        return restore_states(found, learner)
+
+    def _states_before(self, job: Job) -> Any:
+        """Where the trials of a wave were left by earlier ones; None if they begin with it."""
+        if job.planned.first == 0:
+            return None
+        seeds = self._definition.settings.run.num_seeds
+
+        def states() -> TrainState:
+            parts, cache = [], {}
+            for trial in job.wave.trials:
+                before, index = job.before[trial.number]
+                if index not in cache:
+                    cache[index] = self.states_after(before, index)
+                at = [t.number for t in before.trials].index(trial.number) * seeds
+                parts.append(jax.tree.map(lambda x, at=at: x[at : at + seeds], cache[index]))
+            parts += [parts[-1]] * (len(job.wave.settings.trials) - len(parts))
+            return jax.tree.map(lambda *rows: jnp.concatenate(rows), *parts)
+
+        return states

@@ -1,0 +1,146 @@
+"""Sweeps on a Ray cluster of two nodes, which the test starts, and one of which it kills."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from commands import Process
+from ray.cluster_utils import Cluster
+
+import purejaxppo as ppo
+from purejaxppo.cli import main
+from purejaxppo.sweeps.onray import Places, needs, places_of
+from purejaxppo.sweeps.settings import SweepSettings
+
+# Of JAX, since nodes are started by a process that has begun to use it.
+pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
+SWEEP = (
+    "sweep --hidden-sizes 16 --num-steps 32 --update-epochs 2 --total-timesteps 800000 "
+    "--sample learning_rate=loguniform:1e-4,1e-2 --trials 4 --strategy halving --eta 2 --rungs 1 "
+    "--checkpoint-every 0.2 --eval-episodes 8"
+).split()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two nodes of one core each; the commands that a test starts join it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(Path(".pytest_cache/xla").absolute()))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+        head = {"num_cpus": 1, "include_dashboard": False}
+        started = Cluster(initialize_head=True, head_node_args=head)
+        try:
+            started.add_node(num_cpus=1)
+            patch.setenv("RAY_ADDRESS", started.address)
+            yield started
+        finally:
+            started.shutdown()
+
+
+def trainers(directory: Path, before: set[Path]) -> dict[int, int]:
+    """Processes that train, and have saved since, by that which started them."""
+    found = {}
+    for wave in directory.glob("waves/*"):
+        new = set(wave.glob("checkpoints/*/manifest.json")) - before
+        if new and not (wave / "summary.json").exists():
+            number = (wave / ".lock").read_text().split()[1]
+            with suppress(OSError):
+                status = Path("/proc", number, "status").read_text()
+                found[int(status.partition("PPid:")[2].split()[0])] = int(number)
+    return found
+
+
+def without_waves(directory: Path) -> list[str]:
+    lines = (directory / "results.csv").read_text().splitlines()
+    return [line.rpartition(",")[0] for line in lines]
+
+
+def test_a_sweep_that_is_stopped_and_loses_a_node_ends_like_a_local_one(
+    cluster: Any, tmp_path: Path
+):
+    """Two waves at a time, first told to stop, and when resumed left without one node."""
+    shared, alone = tmp_path / "shared", tmp_path / "alone"
+    process = Process(tmp_path, *SWEEP, "--engine", "ray", "--run-dir", shared)
+    process.until(lambda: trainers(shared, set()))
+    process.popen.send_signal(signal.SIGTERM)
+    assert process.end() == 143
+    assert "stopped; go on by: purejaxppo resume" in process.text()
+
+    before = set(shared.glob("waves/*/checkpoints/*/manifest.json"))
+    (started,) = cluster.list_all_nodes()[1].all_processes["raylet"]
+    raylet = started.process.pid
+    process = Process(tmp_path, "resume", shared)
+    worker = process.until(lambda: trainers(shared, before).get(raylet))
+    os.kill(raylet, signal.SIGKILL)
+    os.kill(worker, signal.SIGKILL)
+    assert process.end() == 0, process.text()
+    assert "its machine was lost" in process.text()
+
+    assert main([*SWEEP, "--run-dir", str(alone)]) == 0
+    assert without_waves(shared) == without_waves(alone)
+    with np.load(shared / "curves.npz") as one, np.load(alone / "curves.npz") as other:
+        for name in other:
+            np.testing.assert_array_equal(one[name], other[name])
+    assert (shared / "winner.toml").read_text() == (alone / "winner.toml").read_text()
+
+
+def test_as_many_waves_run_at_a_time_as_machines_have_room_for():
+    def node(alive: bool = True, **resources: float) -> dict[str, Any]:
+        return {"Alive": alive, "Resources": resources | {"memory": 1e9}}
+
+    wanted = needs(SweepSettings(engine="ray", wave_cpus=2, wave_gpus=1))
+    nodes = [node(CPU=16.0, GPU=3.0), node(CPU=5.0, GPU=8.0), node(CPU=64.0)]
+    assert places_of(nodes, wanted) == Places(total=3 + 2, most_on_one=3)
+    assert places_of([*nodes, node(alive=False, CPU=8.0, GPU=8.0)], wanted).total == 5
+    with pytest.raises(ppo.ConfigError, match=r"ask for 2 CPU, 1 GPU, .* are 64 CPU, 0 GPU"):
+        places_of([nodes[2]], wanted)
+    chips = needs(SweepSettings(engine="ray", wave_tpus=4))
+    assert places_of([node(CPU=96.0, TPU=8.0)], chips) == Places(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--wave-cpus", "7"], "ask for 7 CPU, and no machine of the cluster has that"),
+        (["--wave-gpus", "1"], "ask for 1 CPU, 1 GPU, and no machine of the cluster has that"),
+        (["--wave-cpus", "0"], "wave_cpus = 0: must be at least 1"),
+        (["--devices", "3"], "devices = 3: with engine = ray a wave has 1"),
+    ],
+)
+def test_what_a_cluster_cannot_do_is_said_with_nothing_written(
+    cluster: Any,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+):
+    where = ["--engine", "ray", "--run-dir", str(tmp_path / "s")]
+    assert main([*SWEEP, *where, *arguments]) == 2
+    assert message in capfd.readouterr().err
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_cluster_that_does_not_answer_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert main([*SWEEP, "--engine", "ray", "--run-dir", str(tmp_path / "s")]) == 2
+    assert "RAY_ADDRESS = '127.0.0.1:1' cannot be joined" in capfd.readouterr().err
+    assert not (tmp_path / "s").exists()
+
+
+def test_results_need_a_place_and_ray_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(ppo.ConfigError, match="give run_dir, on a disk that all machines share"):
+        ppo.sweep(ppo.Config(), {"gamma": [0.9, 0.99]}, engine="ray")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main([*SWEEP, "--engine", "ray", "--run-dir", str(tmp_path / "s")]) == 2
+    assert "pip install 'purejaxppo[ray]'" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
