@@ -1,22 +1,29 @@
-"""Advantage estimators: `(rollout, hparams) -> (advantage[T, N], target[T, N])`."""
+"""Advantage estimators: `(rollout, hparams) -> (advantage[T, N], target[T, N])`.
+
+All of them take the value of the true successor, so a truncated episode bootstraps from the value
+of its last observation: only `terminated` cuts the bootstrap, while sums end where either flag is
+set, or the rollout. The papers have no truncation.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from purejaxppo.config import HParams
-from purejaxppo.types import Rollout
+from purejaxppo.config import Config, HParams
+from purejaxppo.types import Advantage, Rollout
+
+Steps = Float[Array, "T N"]
 
 
-def gae(rollout: Rollout, hparams: HParams) -> tuple[Float[Array, "T N"], Float[Array, "T N"]]:
+def gae(rollout: Rollout, hparams: HParams) -> tuple[Steps, Steps]:
     """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438, eq. 16).
 
         delta_t = r_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)
         A_t     = delta_t + gamma lambda (1 - done_t) A_{t+1}
-
-    `s'_t` is the true successor, so a truncated episode bootstraps from the value of its last
-    observation: only `terminated` cuts the bootstrap, while the sum ends where either flag is
-    set. The paper has no truncation.
 
     Returns:
         `advantage[T, N]`, and `target[T, N] = advantage + value`, the lambda-return.
@@ -33,3 +40,61 @@ def gae(rollout: Rollout, hparams: HParams) -> tuple[Float[Array, "T N"], Float[
 
     _, advantage = jax.lax.scan(step, jnp.zeros_like(delta[0]), (delta, decay), reverse=True)
     return advantage, advantage + rollout.value
+
+
+def td0(rollout: Rollout, hparams: HParams) -> tuple[Steps, Steps]:
+    """One reward and the value after it: A_t = r_t + gamma V(s'_t) - V(s_t)."""
+    return gae(rollout, dataclasses.replace(hparams, gae_lambda=0.0))
+
+
+def monte_carlo(rollout: Rollout, hparams: HParams) -> tuple[Steps, Steps]:
+    """All rewards up to where the episode, or the rollout, ends: A_t = G_t - V(s_t). A value stands
+    for the rest only where either was cut off."""
+    return gae(rollout, dataclasses.replace(hparams, gae_lambda=1.0))
+
+
+def n_step(rollout: Rollout, hparams: HParams, steps: int) -> tuple[Steps, Steps]:
+    """`steps` rewards and the value after them, or fewer where the episode ends sooner.
+
+    A_t = r_t + ... + gamma^(n-1) r_{t+n-1} + gamma^n V(s_{t+n}) - V(s_t)
+    (Mnih et al. 2016, arXiv:1602.01783, section 4).
+    """
+    continues = 1.0 - rollout.terminated
+    one = rollout.reward + hparams.gamma * continues * rollout.next_value
+    done = rollout.terminated | rollout.truncated
+    ends = done.at[-1].set(True)
+
+    def longer(_: Any, target: Array) -> Array:
+        following = jnp.concatenate([target[1:], target[-1:]])
+        return jnp.where(ends, one, rollout.reward + hparams.gamma * following)
+
+    target = jax.lax.fori_loop(1, steps, longer, one)
+    return target - rollout.value, target
+
+
+def lambda_return(rollout: Rollout, hparams: HParams) -> tuple[Steps, Steps]:
+    """One reward and the lambda-return after it: A_t = r_t + gamma G_{t+1} - V(s_t).
+
+    Where `gae` has G_t - V(s_t), this has the lambda-return in place of the next value too, as
+    V-trace does (Espeholt et al. 2018, arXiv:1802.01561, section 4.2): at lambda 0 two rewards are
+    seen rather than one, at lambda 1 both are `monte_carlo`.
+    """
+    _, target = gae(rollout, hparams)
+    done = rollout.terminated | rollout.truncated
+    ends = done.at[-1].set(True)
+    following = jnp.where(ends, rollout.next_value, jnp.roll(target, -1, axis=0))
+    continues = 1.0 - rollout.terminated
+    advantage = rollout.reward + hparams.gamma * continues * following - rollout.value
+    return advantage, target
+
+
+def make_advantage(config: Config) -> Advantage:
+    """The estimator that the config names, for rollouts with a value."""
+    estimators: dict[str, Advantage] = {
+        "monte_carlo": monte_carlo,
+        "td0": td0,
+        "n_step": partial(n_step, steps=config.bootstrap_steps),
+        "gae": gae,
+        "lambda_return": lambda_return,
+    }
+    return estimators[config.estimator]

@@ -34,7 +34,12 @@ def init_actors(
 ) -> ActorState:
     """N environments at the start of their first episodes; over several devices, each one's own."""
     own = own_rows(jax.random.split(key, config.num_envs), axis)
-    keys, reset_keys = split_each(own)
+    return first_steps(env, network, own)
+
+
+def first_steps(env: Environment, network: Network, keys: Key[Array, " N"]) -> ActorState:
+    """Environments at the start of an episode, each from its own key."""
+    keys, reset_keys = split_each(keys)
     env_state, obs = env.reset(reset_keys)
     zeros = jnp.zeros(keys.shape)
     return ActorState(
@@ -79,13 +84,14 @@ def make_collect(config: Config, env: Environment, network: Network, policy: Pol
         done = result.terminated | result.truncated
         start = jnp.concatenate([actors.start[None], done[:-1]])
 
-        def look_back(steps: tuple[Array, ...]) -> tuple[Array, Array]:
+        def look_back(steps: tuple[Array, ...]) -> tuple[Array, Array, Any]:
             obs, start, action = steps
             _, outputs, value = network.apply(learner.params, actors.carry, obs, start)
-            return jnp.asarray(policy.distribution(outputs).log_prob(action)), value
+            log_prob = jnp.asarray(policy.distribution(outputs).log_prob(action))
+            return log_prob, value, outputs if config.needs_outputs else ()
 
         num_parts = 1 if whole else parts_in_cache(network, start.size, config.num_steps)
-        log_prob, value = _in_parts(look_back, (obs, start, action), num_parts)
+        log_prob, value, outputs = _in_parts(look_back, (obs, start, action), num_parts)
         _, _, last_value = network.apply(
             learner.params,
             moved.carry,
@@ -105,6 +111,7 @@ def make_collect(config: Config, env: Environment, network: Network, policy: Pol
             truncated=result.truncated,
             mask=jnp.ones_like(value),
             carry=actors.carry,
+            outputs=outputs,
         )
         return moved._replace(keys=keys), rollout, raw_obs
 
@@ -124,11 +131,9 @@ def _draw(config: Config, policy: Policy, keys: Key[Array, " N"]) -> tuple[Array
 
 
 def _in_parts(
-    function: Callable[[tuple[Array, ...]], tuple[Array, ...]],
-    steps: tuple[Array, ...],
-    num_parts: int,
-) -> tuple[Array, ...]:
-    """`function` of steps `[T, N, ...]`, which gives `[T, N]`, in equal parts along time."""
+    function: Callable[[tuple[Array, ...]], Any], steps: tuple[Array, ...], num_parts: int
+) -> Any:
+    """`function` of steps `[T, N, ...]`, which gives `[T, N, ...]`, in equal parts along time."""
     if num_parts == 1:
         return function(steps)
     parts = jax.tree.map(lambda x: x.reshape((num_parts, -1, *x.shape[1:])), steps)

@@ -55,8 +55,27 @@ class Config:
     """N, environments stepped side by side."""
     num_steps: int = _bounded(128, 1)
     """T, steps of each environment in one rollout."""
+    objective: Literal[
+        "reinforce", "reinforce_baseline", "a2c", "trpo", "ppo_kl", "ppo_kl_adaptive", "ppo_clip"
+    ] = "ppo_clip"
+    """What improves the policy. reinforce, reinforce_baseline: the Monte Carlo policy gradient, of
+    whole episodes; a2c: that of an actor-critic; trpo: the natural gradient within trpo_delta;
+    ppo_kl: the surrogate less kl_beta times the KL divergence; ppo_kl_adaptive: the same, with
+    kl_beta steered so that the divergence comes to target_kl; ppo_clip: the clipped surrogate."""
+    advantage: Literal["auto", "monte_carlo", "td0", "n_step", "gae", "lambda_return"] = "auto"
+    """How advantages are estimated; auto takes monte_carlo for the two reinforce, else gae."""
+    bootstrap_steps: int = _bounded(5, 1)
+    """n of n_step: rewards that are summed before the value stands for the rest."""
+    baseline: Literal["none", "mean", "value", "optimal"] = "value"
+    """What reinforce_baseline subtracts: nothing, the mean return of the other environments, the
+    critic's value, or what leaves the least variance (for discrete observations)."""
+    causality: bool = True
+    """With reinforce: an action is weighed by the rewards after it; else by the whole episode's."""
+    discount_weight: bool = False
+    """With reinforce: step t is weighed by gamma^t, which the gradient of the discounted return has
+    and most programs leave out."""
     update_epochs: int = _bounded(4, 1)
-    """Passes over each rollout."""
+    """Passes over each rollout; with trpo of the critic alone."""
     num_minibatches: int = _bounded(4, 1)
     """Gradient steps per pass. Divides num_envs * num_steps, or num_envs with a memory."""
     encoder: Literal["auto", "mlp", "cnn"] = "auto"
@@ -81,6 +100,10 @@ class Config:
     """Whether observations are normalised by running statistics; discrete ones are one-hot."""
     normalize_reward: bool = False
     """Whether rewards are divided by the running deviation of the discounted return."""
+    cg_iterations: int = _bounded(10, 1)
+    """With trpo: steps of conjugate gradient."""
+    line_search_steps: int = _bounded(10, 1)
+    """With trpo: how often the step is halved, at most, before it is given up."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rates go from their value to 0 over the training."""
     clip_schedule: Literal["linear", "cosine", "constant"] = "constant"
@@ -95,11 +118,36 @@ class Config:
             )
         _check_sizes(self)
         _check_minibatches(self)
+        _check_objective(self)
 
     @property
     def batch_size(self) -> int:
         """Environment steps of one update, N * T."""
         return self.num_envs * self.num_steps
+
+    @property
+    def estimator(self) -> str:
+        """The advantage estimator that `auto` stands for, or the one that was named."""
+        if self.advantage != "auto":
+            return self.advantage
+        return "monte_carlo" if self.whole_episodes else "gae"
+
+    @property
+    def whole_episodes(self) -> bool:
+        """Whether rollouts begin with new episodes, and only whole ones count."""
+        return self.objective in ("reinforce", "reinforce_baseline")
+
+    @property
+    def needs_outputs(self) -> bool:
+        """Whether the objective reads what the policy's head said when it acted."""
+        optimal = self.objective == "reinforce_baseline" and self.baseline == "optimal"
+        return optimal or self.objective in ("trpo", "ppo_kl", "ppo_kl_adaptive")
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether the value is learned."""
+        by_mean = self.objective == "reinforce_baseline" and self.baseline != "value"
+        return self.objective != "reinforce" and not by_mean
 
     @property
     def num_updates(self) -> int:
@@ -125,6 +173,11 @@ class HParams:
     """Generalised advantage estimation: 0 is one-step TD, 1 is Monte Carlo."""
     clip_eps: Scalar = _bounded(0.2, 0, open_low=True)
     """The probability ratio is clipped to [1 - clip_eps, 1 + clip_eps]."""
+    clip_higher: Scalar | None = _bounded(None, 0, open_low=True)
+    """Another upper end of the ratio's range, 1 + clip_higher; None takes clip_eps."""
+    dual_clip: Scalar | None = _bounded(None, 1, open_low=True)
+    """Where the advantage A is negative, the objective is at least dual_clip A, so that no ratio
+    however large counts for more; None sets no such bound."""
     vf_clip_eps: Scalar | None = _bounded(None, 0, open_low=True)
     """How far a value may move from the rollout's in the value loss; None does not clip."""
     ent_coef: Scalar = _bounded(0.01, 0, FLOAT_MAX)
@@ -135,7 +188,14 @@ class HParams:
     """Gradients are scaled down to this global norm; inf does not clip."""
     target_kl: Scalar | None = _bounded(None, 0, open_low=True)
     """After an epoch whose mean approximate KL exceeds this, the update's other epochs are
-    left out; None never stops."""
+    left out; None never stops. With ppo_kl_adaptive what the divergence is steered to, 0.01 if
+    None; without effect on trpo."""
+    kl_beta: Scalar = _bounded(1.0, 0, FLOAT_MAX)
+    """With ppo_kl: weight of the KL penalty; with ppo_kl_adaptive the weight to begin with."""
+    trpo_delta: Scalar = _bounded(0.01, 0, open_low=True)
+    """With trpo: the KL divergence that one update may have."""
+    cg_damping: Scalar = _bounded(0.1, 0, FLOAT_MAX)
+    """With trpo: added to the diagonal of the Fisher matrix."""
     adam_eps: Scalar = _bounded(1e-5, 0, FLOAT_MAX, open_low=True)
     """Adam's epsilon."""
 
@@ -256,6 +316,39 @@ def _check_sizes(config: Config) -> None:
             f"total_timesteps / (num_envs * num_steps) = {config.total_timesteps} / "
             f"{config.batch_size} = {config.num_updates} updates: must be below 2^31; choose a "
             "smaller total_timesteps, or more num_envs or num_steps"
+        )
+
+
+def _check_objective(config: Config) -> None:
+    """Combinations that make no sense."""
+    objective = f"objective = {config.objective}"
+    passes = (config.update_epochs, config.num_minibatches)
+    if config.objective in ("reinforce", "reinforce_baseline", "a2c") and passes != (1, 1):
+        raise ConfigError(
+            f"{objective} with update_epochs, num_minibatches = {passes[0]}, {passes[1]}: its "
+            "gradient is that of the policy that acted, for one step; choose 1 and 1, or an "
+            "objective with a ratio of policies (ppo_kl, ppo_clip)"
+        )
+    if config.whole_episodes and config.estimator != "monte_carlo":
+        raise ConfigError(
+            f"{objective} with advantage = {config.advantage}: it weighs actions by whole returns, "
+            "without a value in place of rewards; choose monte_carlo, or objective = a2c"
+        )
+    if config.whole_episodes and config.discount_weight and not config.causality:
+        raise ConfigError(
+            "discount_weight = true with causality = false: rewards of a whole episode are "
+            "discounted from its first step on already; choose one of the two"
+        )
+    by_baseline = config.objective == "reinforce_baseline"
+    if by_baseline and config.baseline == "mean" and config.num_envs == 1:
+        raise ConfigError(
+            "baseline = mean with num_envs = 1: the mean is over the other environments' returns; "
+            "choose more environments"
+        )
+    if config.objective == "trpo" and config.shared_trunk:
+        raise ConfigError(
+            "objective = trpo with shared_trunk = true: its critic is fitted after the policy's "
+            "step, which it would undo through layers that both share; choose shared_trunk = false"
         )
 
 

@@ -77,6 +77,10 @@ class IndependentCategoricals(NamedTuple):
     def entropy(self) -> Float[Array, "*batch"]:
         return jnp.sum(jnp.stack([part.entropy() for part in self.parts]), axis=0)
 
+    def kl_divergence(self, other: "IndependentCategoricals") -> Float[Array, "*batch"]:
+        pairs = zip(self.parts, other.parts, strict=True)
+        return jnp.sum(jnp.stack([jnp.asarray(a.kl_divergence(b)) for a, b in pairs]), axis=0)
+
     def mode(self) -> Int[Array, "*batch A"]:
         return jnp.stack([part.mode() for part in self.parts], axis=-1)
 
@@ -168,6 +172,10 @@ class TanhNormal(NamedTuple):
         return jnp.asarray(self.base.entropy()) + jnp.sum(
             slopes * jnp.asarray(_WEIGHTS, self.mean.dtype), axis=-1
         )
+
+    def kl_divergence(self, other: "TanhNormal") -> Float[Array, "*batch"]:
+        """That of the Gaussians: one and the same squashing of both does not change it."""
+        return jnp.asarray(self.base.kl_divergence(other.base))
 
     def mode(self) -> Float[Array, "*batch A"]:
         """The median rather than the mode, whose squashed form may lie at the bounds."""

@@ -15,8 +15,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from purejaxppo.collectives import all_sum, own_key
 from purejaxppo.config import Config, HParams
 from purejaxppo.losses import (
+    POLICY_LOSSES,
+    Terms,
+    adapted_beta,
     approximate_kl,
-    clipped_surrogate,
     standardize,
     value_loss,
 )
@@ -32,6 +34,9 @@ from purejaxppo.types import (
     Rollout,
 )
 
+DEFAULT_TARGET_KL = 0.01
+"""Of ppo_kl_adaptive."""
+
 
 class Batch(NamedTuple):
     """What the loss reads: sequences `[T, B, ...]` with a memory, else steps `[1, B, ...]`."""
@@ -46,6 +51,8 @@ class Batch(NamedTuple):
     mask: Float[Array, "T B"]
     carry: PyTree
     """`[B, ...]` the network's memory before the first step."""
+    outputs: PyTree = ()
+    """`[T, B, P]` of the rollout's policy, where the objective needs them."""
 
 
 def scheduled(schedule: str, updates: Int[Array, ""], num_updates: int) -> Float[Array, ""]:
@@ -85,73 +92,125 @@ def step_sizes(params: PyTree, hparams: HParams) -> Float[Array, "..."]:
     return ravel_pytree(jax.tree_util.tree_map_with_path(size, params))[0]
 
 
-def ppo_loss(
-    network: Network,
+Loss = Callable[[PyTree, Batch, HParams, Array], tuple[Array, Metrics]]
+"""`(params, batch, hparams, count) -> (loss, metrics)`: means over `count` samples, so that those
+of a minibatch's parts, and their gradients, add up to the whole's."""
+
+
+def make_loss(config: Config, network: Network, policy: Policy) -> Loss:
+    """The objective's policy loss + vf_coef * value loss - ent_coef * entropy, and what it is made
+    of.
+
+    Schulman et al. 2017 (arXiv:1707.06347), eq. 9, as a loss. Without a critic the value loss is
+    left out.
+    """
+
+    def loss(
+        params: PyTree, batch: Batch, hparams: HParams, count: Array
+    ) -> tuple[Float[Array, ""], Metrics]:
+        _, outputs, value = network.apply(params, batch.carry, batch.obs, batch.start)
+        metrics = policy_terms(config, policy, outputs, batch, hparams)
+        metrics["value_loss"] = value_loss(value, batch.value, batch.target, hparams.vf_clip_eps)
+        metrics = {name: jnp.sum(x * batch.mask) / count for name, x in metrics.items()}
+        loss = metrics["policy_loss"] - hparams.ent_coef * metrics["entropy"]
+        if config.has_critic:
+            loss += hparams.vf_coef * metrics["value_loss"]
+        return loss, metrics
+
+    return loss
+
+
+def policy_terms(
+    config: Config,
     policy: Policy,
-    params: PyTree,
+    outputs: Float[Array, "T B P"],
     batch: Batch,
     hparams: HParams,
-    *,
-    count: Float[Array, ""] | None = None,
-) -> tuple[Float[Array, ""], Metrics]:
-    """Clipped surrogate + vf_coef * value loss - ent_coef * entropy, and what it is made of.
-
-    Schulman et al. 2017 (arXiv:1707.06347), eq. 9, as a loss.
-
-    Args:
-        count: the samples that the means are over, where `batch` is a part of a minibatch: then
-            the parts' losses, metrics and gradients add up to the whole's.
-    """
-    count = jnp.sum(batch.mask) if count is None else count
-    _, outputs, value = network.apply(params, batch.carry, batch.obs, batch.start)
+) -> dict[str, Float[Array, "T B"]]:
+    """What the objective makes of a policy's `outputs`, sample by sample."""
     distribution = policy.distribution(outputs)
-    log_ratio = distribution.log_prob(batch.action) - batch.log_prob
-
-    def mean(values: Array) -> Array:
-        return jnp.sum(values * batch.mask) / count
-
-    surrogate = clipped_surrogate(log_ratio, batch.advantage, hparams.clip_eps)
-    errors = value_loss(value, batch.value, batch.target, hparams.vf_clip_eps)
-    clipped = jnp.abs(jnp.expm1(log_ratio)) > hparams.clip_eps
-    metrics = {
-        "policy_loss": mean(surrogate),
-        "value_loss": mean(errors),
-        "entropy": mean(distribution.entropy()),
-        "approx_kl": mean(approximate_kl(log_ratio)),
-        "clip_fraction": mean(clipped.astype(jnp.float32)),
+    log_prob = jnp.asarray(distribution.log_prob(batch.action))
+    terms = Terms(log_prob, log_prob - batch.log_prob, batch.advantage)
+    if not isinstance(batch.outputs, tuple):
+        old = policy.distribution(batch.outputs)
+        terms = terms._replace(kl=jnp.asarray(old.kl_divergence(distribution)))
+    higher = hparams.clip_eps if hparams.clip_higher is None else hparams.clip_higher
+    change = jnp.expm1(terms.log_ratio)
+    return {
+        "policy_loss": POLICY_LOSSES[config.objective](terms, hparams),
+        "entropy": jnp.asarray(distribution.entropy()),
+        "approx_kl": approximate_kl(terms.log_ratio),
+        "clip_fraction": ((change > higher) | (change < -hparams.clip_eps)).astype(jnp.float32),
     }
-    loss = (
-        metrics["policy_loss"]
-        + hparams.vf_coef * metrics["value_loss"]
-        - hparams.ent_coef * metrics["entropy"]
-    )
-    return loss, metrics
+
+
+def kl_from_rollout(
+    network: Network, policy: Policy, params: PyTree, batch: Batch, count: Array
+) -> Float[Array, ""]:
+    """Mean of KL(pi_old, pi) over `count` samples."""
+    _, outputs, _ = network.apply(params, batch.carry, batch.obs, batch.start)
+    kl = policy.distribution(batch.outputs).kl_divergence(policy.distribution(outputs))
+    return jnp.sum(jnp.asarray(kl) * batch.mask) / count
 
 
 def make_improve(
     config: Config, network: Network, policy: Policy, axis: str | None = None
 ) -> Improve:
     """`update_epochs` passes of `num_minibatches` Adam steps each, in a new order each pass."""
+    descend = make_descent(config, network, make_loss(config, network, policy), axis)
+    penalized = config.objective in ("ppo_kl", "ppo_kl_adaptive")
 
     def improve(
         learner: LearnerState, rollout: Rollout, advantage: Array, target: Array, hparams: HParams
     ) -> tuple[LearnerState, Metrics]:
-        hparams, learning_rate = _at_this_update(config, learner, hparams)
+        hparams, learning_rate = at_this_update(config, learner, hparams)
         if config.advantage_normalization == "batch":
             advantage = standardize(advantage, rollout.mask, axis)
-        rows = _as_rows(config, make_batch(rollout, advantage, target))
+        batch = make_batch(rollout, advantage, target)
+        learner, metrics = descend(learner, batch, hparams)
+        if penalized:
+            after = partial(kl_from_rollout, network, policy, learner.params)
+            metrics["kl"] = over_all(config, network, batch, axis, after)
+            metrics["kl_beta"] = jnp.asarray(hparams.kl_beta, jnp.float32)
+            learner = _steer(config, learner, hparams, metrics["kl"])
+        return learner, metrics | {"learning_rate": learning_rate}
+
+    return improve
+
+
+def _steer(
+    config: Config, learner: LearnerState, hparams: HParams, kl: Float[Array, ""]
+) -> LearnerState:
+    if config.objective != "ppo_kl_adaptive":
+        return learner
+    target_kl = DEFAULT_TARGET_KL if hparams.target_kl is None else hparams.target_kl
+    return learner._replace(
+        objective_state=adapted_beta(jnp.asarray(learner.objective_state), kl, target_kl)
+    )
+
+
+def make_descent(
+    config: Config, network: Network, loss: Loss, axis: str | None = None
+) -> Callable[[LearnerState, Batch, HParams], tuple[LearnerState, Metrics]]:
+    """Minibatch epochs of any loss, on a batch `[T, N, ...]`."""
+    can_stop = config.objective not in ("ppo_kl_adaptive", "trpo")
+
+    def descend(
+        learner: LearnerState, batch: Batch, hparams: HParams
+    ) -> tuple[LearnerState, Metrics]:
+        rows = as_rows(config, batch)
         flat, unravel = ravel_pytree(learner.params)
         optimizer = make_optimizer(hparams)
         rates = step_sizes(learner.params, hparams)
 
-        def loss(flat: Array, rows: Batch, count: Array) -> tuple[Array, Metrics]:
-            batch = _as_sequences(config, rows)
-            return ppo_loss(network, policy, unravel(flat), batch, hparams, count=count)
-
         def minibatch(carry: Any, inputs: tuple[Batch, Array]) -> tuple[Any, tuple[Metrics, Array]]:
             (flat, opt_state), (rows, count) = carry, inputs
-            gradient = jax.grad(lambda flat, part: loss(flat, part, count), has_aux=True)
-            parts = _parts(config, network, rows)
+
+            def of_part(flat: Array, part: Batch) -> tuple[Array, Metrics]:
+                return loss(unravel(flat), as_sequences(config, part), hparams, count)
+
+            gradient = jax.grad(of_part, has_aux=True)
+            parts = make_parts(config, network, rows)
             gradient, metrics = sum_over(parts, lambda part: gradient(flat, part))
             gradient = all_sum(gradient, axis)
             direction, opt_state = optimizer.update(gradient, opt_state)
@@ -170,7 +229,7 @@ def make_improve(
             new, (metrics, norm) = jax.lax.scan(minibatch, current, inputs)
             metrics = all_sum(jax.tree.map(jnp.mean, metrics), axis)
             metrics["grad_norm"] = jnp.mean(norm)
-            if hparams.target_kl is None:
+            if hparams.target_kl is None or not can_stop:
                 return (new, stopped), (metrics, ~stopped)
             kept = jax.tree.map(lambda x, y: jnp.where(stopped, x, y), current, new)
             return (kept, stopped | (metrics["approx_kl"] > hparams.target_kl)), (metrics, ~stopped)
@@ -182,19 +241,33 @@ def make_improve(
             jax.random.split(order_key, config.update_epochs),
         )
         metrics = jax.tree.map(lambda x: jnp.mean(x, where=ran), metrics)
-        metrics["learning_rate"] = learning_rate
         learner = learner._replace(key=key, params=unravel(flat), opt_state=opt_state)
         return learner, metrics
 
-    return improve
+    return descend
 
 
-def _at_this_update(
+def over_all(
+    config: Config,
+    network: Network,
+    batch: Batch,
+    axis: str | None,
+    function: Callable[[Batch, Array], PyTree],
+) -> PyTree:
+    """The sum of `function(part, count)` over the parts of a batch `[T, N, ...]` of `count`
+    samples, and over the devices that share it."""
+    count = jnp.maximum(all_sum(jnp.sum(batch.mask), axis), 1.0)
+    parts = make_parts(config, network, as_rows(config, batch))
+    return all_sum(sum_over(parts, lambda x: function(as_sequences(config, x), count)), axis)
+
+
+def at_this_update(
     config: Config, learner: LearnerState, hparams: HParams
 ) -> tuple[HParams, Float[Array, ""]]:
     """The hyperparameters with their schedules applied, and the actor's learning rate."""
     rate = scheduled(config.lr_schedule, learner.updates, config.num_updates)
     clip = scheduled(config.clip_schedule, learner.updates, config.num_updates)
+    adaptive = config.objective == "ppo_kl_adaptive"
 
     def scale(value: Any, factor: Array) -> Any:
         return None if value is None else value * factor
@@ -204,7 +277,9 @@ def _at_this_update(
         learning_rate=scale(hparams.learning_rate, rate),
         critic_learning_rate=scale(hparams.critic_learning_rate, rate),
         clip_eps=scale(hparams.clip_eps, clip),
+        clip_higher=scale(hparams.clip_higher, clip),
         vf_clip_eps=scale(hparams.vf_clip_eps, clip),
+        kl_beta=learner.objective_state if adaptive else hparams.kl_beta,
     )
     return now, jnp.asarray(now.learning_rate, jnp.float32)
 
@@ -221,10 +296,11 @@ def make_batch(rollout: Rollout, advantage: Array, target: Array) -> Batch:
         target=target,
         mask=rollout.mask,
         carry=rollout.carry,
+        outputs=rollout.outputs,
     )
 
 
-def _as_rows(config: Config, batch: Batch) -> Batch:
+def as_rows(config: Config, batch: Batch) -> Batch:
     """What is shuffled: steps `[T * N, ...]`, or with a memory whole sequences `[N, T, ...]`."""
 
     def rows(x: Array) -> Array:
@@ -233,7 +309,7 @@ def _as_rows(config: Config, batch: Batch) -> Batch:
     return jax.tree.map(rows, batch._replace(carry=()))._replace(carry=batch.carry)
 
 
-def _as_sequences(config: Config, rows: Batch) -> Batch:
+def as_sequences(config: Config, rows: Batch) -> Batch:
     """Rows back to what the network reads: `[1, B, ...]`, or with a memory `[T, B, ...]`."""
 
     def sequences(x: Array) -> Array:
@@ -252,7 +328,7 @@ def _shuffle(rows: Batch, key: Key[Array, ""], num_minibatches: int) -> Batch:
     return jax.tree.map(take, rows)
 
 
-def _parts(config: Config, network: Network, rows: Batch) -> Batch:
+def make_parts(config: Config, network: Network, rows: Batch) -> Batch:
     """`[R, ...]` as `[parts, R / parts, ...]`; whole sequences are left in one part."""
     num_rows = rows.target.shape[0]
     parts = parts_in_cache(network, num_rows, num_rows) if config.memory == "none" else 1

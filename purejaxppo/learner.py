@@ -6,13 +6,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
-from purejaxppo.advantages import gae
-from purejaxppo.collect import init_actors, make_collect
+from purejaxppo.advantages import make_advantage
+from purejaxppo.collect import first_steps, init_actors, make_collect
 from purejaxppo.collectives import all_sum, masked_mean
 from purejaxppo.config import Config, HParams
 from purejaxppo.distributions import make_policy
 from purejaxppo.envs import make_environment
 from purejaxppo.envs.base import check_contract, is_box
+from purejaxppo.episodes import (
+    check_whole_episodes,
+    counted,
+    make_episode_advantage,
+    whole_episodes,
+)
 from purejaxppo.improve import init_optimizer, make_improve
 from purejaxppo.networks import make_network
 from purejaxppo.normalize import (
@@ -21,6 +27,7 @@ from purejaxppo.normalize import (
     scale_reward,
     update_stats,
 )
+from purejaxppo.trpo import make_trpo
 from purejaxppo.types import (
     ActorState,
     Learner,
@@ -56,7 +63,16 @@ def make_learner(
     network = make_network(config, environment.observation_space, policy)
     check_contract(environment, policy)
     collect = make_collect(config, environment, network, policy)
-    improve = make_improve(config, network, policy, axis)
+    improve = (make_trpo if config.objective == "trpo" else make_improve)(
+        config, network, policy, axis
+    )
+    if config.whole_episodes:
+        check_whole_episodes(config, environment)
+        estimate = make_episode_advantage(config, policy, environment.observation_space, axis)
+    else:
+        estimate = make_advantage(config)
+
+    adaptive = config.objective == "ppo_kl_adaptive"
 
     def init(key: Key[Array, ""], hparams: HParams) -> TrainState:
         params_key, learner_key, envs_key = jax.random.split(key, 3)
@@ -70,15 +86,22 @@ def make_learner(
             obs_stats=init_stats(obs_shape) if normalizes else (),
             reward_stats=init_stats(()) if config.normalize_reward else (),
             updates=jnp.zeros((), jnp.int32),
+            objective_state=jnp.asarray(hparams.kl_beta, jnp.float32) if adaptive else (),
         )
         return TrainState(learner, init_actors(config, environment, network, envs_key, axis))
 
     def update(state: TrainState, hparams: HParams) -> tuple[TrainState, Metrics]:
         learner, actors = state
+        if config.whole_episodes:
+            actors = first_steps(environment, network, actors.keys)
         actors, rollout, raw_obs = collect(learner, actors)
         raw_reward, done = rollout.reward, rollout.terminated | rollout.truncated
+        if config.whole_episodes:
+            mask = whole_episodes(rollout, environment.max_episode_steps)
+            rollout = rollout._replace(mask=mask)
+            raw_reward, done = counted(rollout, raw_reward, done)
         rollout = rollout._replace(reward=scale_reward(learner.reward_stats, raw_reward))
-        advantage, target = gae(rollout, hparams)
+        advantage, target = estimate(rollout, hparams)
         learner, metrics = improve(learner, rollout, advantage, target, hparams)
 
         raw = rollout._replace(obs=raw_obs, reward=raw_reward)

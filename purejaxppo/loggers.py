@@ -30,7 +30,11 @@ COLUMNS = (
     "explained_variance",
     "grad_norm",
     "learning_rate",
+    "kl",
+    "kl_beta",
+    "line_search_failed",
 )
+"""The last three are of some objectives alone, and NaN with others."""
 
 _HEADER = ",".join(["seed", "update", *COLUMNS]) + "\n"
 _COUNTS = ("env_steps", "episodes")

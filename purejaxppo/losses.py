@@ -1,9 +1,13 @@
 """Per-sample losses, and the standardising of advantages."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from purejaxppo.collectives import masked_mean
+from purejaxppo.config import HParams
 
 Samples = Float[Array, "*batch"]
 
@@ -16,14 +20,77 @@ def standardize(values: Samples, mask: Samples, axis: str | None = None) -> Samp
     return (values - mean) / (jnp.sqrt(var) + 1e-8)
 
 
-def clipped_surrogate(log_ratio: Samples, advantage: Samples, clip_eps: Array | float) -> Samples:
+class Terms(NamedTuple):
+    """What a policy loss is made of, per sample."""
+
+    log_prob: Samples
+    """log pi(a|s)"""
+    log_ratio: Samples
+    """log pi(a|s) - log pi_old(a|s)"""
+    advantage: Samples
+    kl: Samples | float = 0.0
+    """KL(pi_old, pi) at s, where the objective needs it."""
+
+
+PolicyLoss = Callable[[Terms, HParams], Samples]
+
+
+def policy_gradient(terms: Terms, hparams: HParams) -> Samples:
+    """-log pi(a|s) A, whose gradient is the policy gradient (Williams 1992; Sutton et al. 1999)."""
+    return -terms.log_prob * terms.advantage
+
+
+def surrogate(terms: Terms, hparams: HParams) -> Samples:
+    """-r A with r = pi(a|s) / pi_old(a|s): what actions of pi_old say of pi, by importance
+    sampling (Schulman et al. 2015, arXiv:1502.05477, eq. 14)."""
+    return -jnp.exp(terms.log_ratio) * terms.advantage
+
+
+def penalized_surrogate(terms: Terms, hparams: HParams) -> Samples:
+    """-r A + beta KL(pi_old, pi) (Schulman et al. 2017, arXiv:1707.06347, eq. 8)."""
+    return surrogate(terms, hparams) + hparams.kl_beta * terms.kl
+
+
+def clipped_surrogate(terms: Terms, hparams: HParams) -> Samples:
     """PPO's clipped objective as a loss (Schulman et al. 2017, arXiv:1707.06347, eq. 7).
 
-    -min(r A, clip(r, 1 - eps, 1 + eps) A) with r = pi(a|s) / pi_old(a|s) = exp(log_ratio)
+        -min(r A, clip(r, 1 - eps, 1 + eps) A)
+
+    `clip_higher` is another eps for the upper end (Yu et al. 2025, arXiv:2503.14476). With
+    `dual_clip` c, where A < 0 the objective is held at c A from below (Ye et al. 2020,
+    arXiv:1912.09729, eq. 5).
     """
-    ratio = jnp.exp(log_ratio)
-    clipped = jnp.clip(ratio, 1.0 - clip_eps, 1.0 + clip_eps)
-    return -jnp.minimum(ratio * advantage, clipped * advantage)
+    ratio, advantage = jnp.exp(terms.log_ratio), terms.advantage
+    higher = hparams.clip_eps if hparams.clip_higher is None else hparams.clip_higher
+    clipped = jnp.clip(ratio, 1.0 - hparams.clip_eps, 1.0 + higher)
+    objective = jnp.minimum(ratio * advantage, clipped * advantage)
+    if hparams.dual_clip is not None:
+        held = jnp.maximum(objective, hparams.dual_clip * advantage)
+        objective = jnp.where(advantage < 0, held, objective)
+    return -objective
+
+
+POLICY_LOSSES: dict[str, PolicyLoss] = {
+    "reinforce": policy_gradient,
+    "reinforce_baseline": policy_gradient,
+    "a2c": policy_gradient,
+    "trpo": surrogate,
+    "ppo_kl": penalized_surrogate,
+    "ppo_kl_adaptive": penalized_surrogate,
+    "ppo_clip": clipped_surrogate,
+}
+"""By `Config.objective`."""
+
+
+BETA_RANGE = (1e-8, 1e8)
+
+
+def adapted_beta(beta: Array, kl: Array, target_kl: Array | float) -> Array:
+    """The penalty's next weight: half as much where the KL was below target / 1.5, twice as much
+    where it was above 1.5 target (Schulman et al. 2017, arXiv:1707.06347, section 4). Held within
+    `BETA_RANGE`, which the paper does not: one that has become 0 would stay it."""
+    factor = jnp.where(kl < target_kl / 1.5, 0.5, jnp.where(kl > 1.5 * target_kl, 2.0, 1.0))
+    return jnp.clip(beta * factor, *BETA_RANGE)
 
 
 def value_loss(

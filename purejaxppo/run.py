@@ -53,7 +53,7 @@ from purejaxppo.rundir import (
 from purejaxppo.saver import Saver
 from purejaxppo.signals import StopRequest, stop_requests
 from purejaxppo.summary import Training, summarize, write_results
-from purejaxppo.types import Learner, TrainState
+from purejaxppo.types import Learner, Metrics, TrainState
 
 CHUNK_SECONDS = 0.5
 
@@ -465,7 +465,7 @@ class _Loop:
             first = self.done == start.position.updates
             began = time.perf_counter()
             states, rows = self.program.chunk(states, hparams, count)
-            metrics = {name: np.asarray(rows[name])[:count] for name in COLUMNS}
+            metrics = _columns(rows, count)
             seconds = time.perf_counter() - began
             self._take(metrics)
             fitting = max(1, int(count * CHUNK_SECONDS / seconds))
@@ -538,6 +538,13 @@ class _Loop:
         except OSError as error:
             raise _cannot_log(self.session.directory, error) from error
         return Position(self.done, size, digest, seconds, dict(self.failed), start.extended)
+
+
+def _columns(rows: Metrics, count: int) -> HostMetrics:
+    """The first `count` of metrics `[u, S]`; NaN for those that the objective does not have."""
+    found = {name: np.asarray(values)[:count] for name, values in rows.items()}
+    none = np.full_like(found["policy_loss"], np.nan)
+    return {name: found.get(name, none) for name in COLUMNS}
 
 
 def _finite_rows(metrics: HostMetrics, alive: np.ndarray) -> tuple[np.ndarray, dict[int, int]]:

@@ -63,7 +63,8 @@ class Policy(NamedTuple):
     """Further outputs that are parameters of their own (log standard deviations); P is the
     sum of both."""
     distribution: Callable[[Float[Array, "*batch P"]], Any]
-    """`outputs[..., P]` to a distribution with `log_prob`, `entropy` and `mode`."""
+    """`outputs[..., P]` to a distribution with `log_prob`, `entropy`, `mode` and
+    `kl_divergence(other)`, KL(this, other)."""
     noise: Callable[[Key[Array, ""]], Array]
     """One action's worth of noise, independent of the parameters."""
     sample: Callable[[Float[Array, "*batch P"], Array], Array]
@@ -105,6 +106,8 @@ class Rollout(NamedTuple):
     """1 for steps that count, 0 for padding."""
     carry: PyTree
     """`[N, ...]` the network's memory before the first step."""
+    outputs: PyTree = ()
+    """`[T, N, P]` of the policy's head, where the objective needs them."""
 
 
 class RunningStats(NamedTuple):
@@ -125,6 +128,8 @@ class LearnerState(NamedTuple):
     reward_stats: RunningStats | tuple[()]
     updates: Int[Array, ""]
     """Updates done, from which schedules are computed."""
+    objective_state: PyTree = ()
+    """What the objective itself learns: the coefficient of an adaptive KL penalty."""
 
 
 class ActorState(NamedTuple):

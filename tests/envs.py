@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from gymnax.environments import spaces
 from gymnax.environments.environment import Environment, EnvParams
@@ -116,3 +117,49 @@ class Poisoned(RandomWalk):
         obs, state, reward, terminated, info = super().step_env(key, state, action, params)
         bad = (state.key[0] % 2 == 1) & (state.time > 2)
         return obs, state, jnp.where(bad, jnp.nan, reward), terminated, info
+
+
+class Tabular(ConstantChain):
+    """A random Markov decision process of 4 states and 3 actions, whose episodes terminate at
+    random, or after `LIMIT` steps; the observation is the state."""
+
+    STATES, ACTIONS, LIMIT = 4, 3, 6
+
+    def __init__(self, seed: int = 0):
+        rng = np.random.default_rng(seed)
+        # One state more: the end.
+        shape = (self.STATES, self.ACTIONS, self.STATES + 1)
+        self.transition = rng.dirichlet(np.full(shape[-1], 0.5), shape[:2])
+        self.reward = rng.normal(0.5, 1.0, shape[:2])
+        self.first = rng.dirichlet(np.ones(self.STATES))
+
+    @property
+    def default_params(self) -> Params:
+        return Params(max_steps_in_episode=self.LIMIT)
+
+    def step_env(self, key: jax.Array, state: Any, action: jax.Array, params: Params) -> Any:
+        at = state.key
+        following = jax.random.choice(
+            key, self.STATES + 1, p=jnp.asarray(self.transition)[at, action]
+        )
+        reward = jnp.asarray(self.reward, jnp.float32)[at, action]
+        state = Clock(time=state.time + 1, key=jnp.minimum(following, self.STATES - 1))
+        ended = (following == self.STATES) | (state.time >= self.LIMIT)
+        return self.get_obs(state), state, reward, ended, {}
+
+    def reset_env(self, key: jax.Array, params: Params) -> Any:
+        at = jax.random.choice(key, self.STATES, p=jnp.asarray(self.first))
+        state = Clock(time=jnp.int32(0), key=at)
+        return self.get_obs(state), state
+
+    def is_truncated(self, state: Clock, params: Params) -> jax.Array:
+        return jnp.bool_(False)
+
+    def get_obs(self, state: Clock, params: Any = None, key: Any = None) -> jax.Array:
+        return state.key
+
+    def action_space(self, params: Params) -> Any:
+        return spaces.Discrete(self.ACTIONS)
+
+    def observation_space(self, params: Params) -> Any:
+        return spaces.Discrete(self.STATES)

@@ -15,7 +15,7 @@ import purejaxppo as ppo
 from purejaxppo.collect import make_collect
 from purejaxppo.distributions import make_policy
 from purejaxppo.envs import make_environment
-from purejaxppo.improve import make_batch, make_improve, ppo_loss
+from purejaxppo.improve import make_batch, make_improve, make_loss
 from purejaxppo.learner import count_episodes, env_steps, explained_variance
 from purejaxppo.networks import make_network, parts_in_cache
 from purejaxppo.types import ActorState, Rollout
@@ -167,7 +167,8 @@ def test_the_first_minibatch_has_ratio_1_and_no_kl(settings: dict[str, Any]):
         )
         ratio = jnp.exp(policy.distribution(outputs).log_prob(rollout.action) - rollout.log_prob)
         batch = make_batch(rollout, zeros, zeros)
-        _, metrics = ppo_loss(network, policy, state.learner.params, batch, ppo.HParams())
+        loss, count = make_loss(config, network, policy), jnp.float32(zeros.size)
+        _, metrics = loss(state.learner.params, batch, ppo.HParams(), count)
         return ratio, value - rollout.value, metrics
 
     ratio, value_change, metrics = first(state)

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import purejaxppo as ppo
 from purejaxppo.collectives import masked_mean
 from purejaxppo.losses import (
+    Terms,
     approximate_kl,
     clipped_surrogate,
     standardize,
@@ -26,7 +28,8 @@ from purejaxppo.losses import (
 )
 def test_clipped_surrogate(ratio: float, advantage: float, loss: float, slope: float):
     def of_ratio(r: jax.Array) -> jax.Array:
-        return clipped_surrogate(jnp.log(r), jnp.float32(advantage), 0.2)
+        terms = Terms(jnp.log(r) - 1.0, jnp.log(r), jnp.float32(advantage))
+        return clipped_surrogate(terms, ppo.HParams(clip_eps=0.2))
 
     value, gradient = jax.value_and_grad(of_ratio)(jnp.float32(ratio))
     assert value == pytest.approx(loss, abs=1e-6)

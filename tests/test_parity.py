@@ -13,7 +13,7 @@ import pytest
 
 import purejaxppo as ppo
 from purejaxppo.distributions import categorical, multi_categorical, normal, tanh_normal
-from purejaxppo.improve import Batch, ppo_loss
+from purejaxppo.improve import Batch, make_loss
 from purejaxppo.types import Network, Policy
 
 with np.load(Path(__file__).parent / "parity" / "fixture.npz", allow_pickle=False) as fixture:
@@ -78,7 +78,8 @@ def compute(case: Case) -> dict[str, np.ndarray]:
     @jax.jit
     def differentiate(params, batch):
         def loss(params):
-            return ppo_loss(network, policy_for(case), params, batch, hparams)
+            of_batch = make_loss(ppo.Config(), network, policy_for(case))
+            return of_batch(params, batch, hparams, jnp.sum(batch.mask))
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 

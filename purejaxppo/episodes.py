@@ -1,0 +1,158 @@
+"""REINFORCE's rollouts and returns: whole episodes, and what is subtracted from their returns."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from purejaxppo.collectives import all_sum
+from purejaxppo.config import Config, ConfigError, HParams
+from purejaxppo.envs.base import is_discrete
+from purejaxppo.types import Advantage, Environment, Policy, Rollout
+
+Steps = Float[Array, "T N"]
+
+
+def check_whole_episodes(config: Config, env: Environment) -> None:
+    """Raise `ConfigError` if no whole episode may fit into a rollout, or a baseline cannot be."""
+    limit = env.max_episode_steps
+    if limit is not None and config.num_steps < limit:
+        raise ConfigError(
+            f"num_steps = {config.num_steps}: objective = {config.objective} counts whole "
+            f"episodes, and those of {config.env_id} have up to {limit} steps; choose at least as "
+            "many, or objective = a2c, whose critic stands for what is cut off"
+        )
+    if config.needs_outputs and not is_discrete(env.observation_space):
+        raise ConfigError(
+            f"baseline = optimal: is one number per observation, and those of {config.env_id} are "
+            f"{env.observation_space}, not Discrete; choose value or mean"
+        )
+
+
+def steps_into_episode(rollout: Rollout) -> Int[Array, "T N"]:
+    """Steps since each one's episode began, in a rollout that begins with new episodes."""
+    t = jnp.arange(rollout.start.shape[0])[:, None]
+    return t - jax.lax.cummax(jnp.where(rollout.start, t, 0), axis=0)
+
+
+def whole_episodes(rollout: Rollout, limit: Any) -> Float[Array, "T N"]:
+    """1 for the steps of episodes that end within the rollout, which begins with new ones, and
+    whose number says nothing of how they went.
+
+    Episodes that merely happen to end in time are short ones more often than not. Those that begin
+    `limit` steps before the rollout's end, the time limit, end in time whatever happens; their
+    number is a stopping time, so sums over them have the expectation of one episode times that of
+    the number (Wald's equation). Without a limit all that end are counted.
+    """
+    done = rollout.terminated | rollout.truncated
+    ends = jnp.cumsum(done[::-1], axis=0)[::-1] > 0
+    if limit is None:
+        return ends.astype(jnp.float32)
+    num_steps = done.shape[0]
+    began = jnp.arange(num_steps)[:, None] - steps_into_episode(rollout)
+    return (ends & (began <= num_steps - limit)).astype(jnp.float32)
+
+
+def reward_to_go(rollout: Rollout, gamma: Any) -> Steps:
+    """G_t = r_t + gamma G_{t+1}, up to the end of the episode."""
+    continues = 1.0 - (rollout.terminated | rollout.truncated)
+
+    def step(following: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+        reward, continues = inputs
+        total = reward + gamma * continues * following
+        return total, total
+
+    return jax.lax.scan(
+        step, jnp.zeros_like(rollout.reward[0]), (rollout.reward, continues), reverse=True
+    )[1]
+
+
+def make_episode_advantage(
+    config: Config, policy: Policy, observation_space: Any, axis: str | None = None
+) -> Advantage:
+    """What `reinforce` and `reinforce_baseline` weigh actions by: returns less a baseline.
+
+    The gradient of E[sum_t gamma^t r_t] is E[sum_t gamma^t grad log pi(a_t|s_t) (G_t - b(s_t))]
+    with the reward-to-go G_t (Williams 1992; Sutton et al. 1999), for any b that does not depend on
+    a_t. Without `causality`, gamma^t G_t gives way to G_0, which only adds variance; without
+    `discount_weight` gamma^t is left out.
+    """
+    baseline = _make_baseline(config, policy, observation_space, axis)
+
+    def advantage(rollout: Rollout, hparams: HParams) -> tuple[Steps, Steps]:
+        to_go, elapsed = reward_to_go(rollout, hparams.gamma), steps_into_episode(rollout)
+        total = to_go
+        if not config.causality:
+            began = jnp.arange(to_go.shape[0])[:, None] - elapsed
+            total = jnp.take_along_axis(to_go, began, axis=0)
+        weight = jnp.asarray(hparams.gamma) ** elapsed if config.discount_weight else 1.0
+        return weight * (total - baseline(rollout, total)), to_go
+
+    return advantage
+
+
+Baseline = Callable[[Rollout, Steps], Array | float]
+
+
+def _make_baseline(
+    config: Config, policy: Policy, observation_space: Any, axis: str | None
+) -> Baseline:
+    def mean(rollout: Rollout, total: Steps) -> Array:
+        """Of the other environments, since an episode's own return depends on its actions."""
+        own = jnp.sum(total * rollout.mask, axis=0), jnp.sum(rollout.mask, axis=0)
+        sums = all_sum(jax.tree.map(jnp.sum, own), axis)
+        others = jax.tree.map(jnp.subtract, sums, own)
+        return others[0] / jnp.maximum(others[1], 1.0)
+
+    def optimal(rollout: Rollout, total: Steps) -> Array:
+        return optimal_baseline(policy, observation_space.n, rollout, total, axis)
+
+    baselines: dict[str, Baseline] = {
+        "none": lambda rollout, total: 0.0,
+        "mean": mean,
+        "value": lambda rollout, total: rollout.value,
+        "optimal": optimal,
+    }
+    return baselines["none" if config.objective == "reinforce" else config.baseline]
+
+
+def optimal_baseline(
+    policy: Policy,
+    num_observations: int,
+    rollout: Rollout,
+    total: Steps,
+    axis: str | None = None,
+) -> Steps:
+    """b(s) = E[|g|^2 G | s] / E[|g|^2 | s] with g = grad log pi(a|s) by the policy's outputs, from
+    the other environments' visits to s.
+
+    For a table of outputs, which are then the parameters, no b(s) leaves less variance (Greensmith
+    et al. 2004, "Variance reduction techniques for gradient estimates", theorem 8).
+    """
+
+    def log_prob(outputs: Array) -> Array:
+        return jnp.sum(jnp.asarray(policy.distribution(outputs).log_prob(rollout.action)))
+
+    squares = jnp.sum(jnp.square(jax.grad(log_prob)(rollout.outputs)), axis=-1) * rollout.mask
+    num_envs = total.shape[1]
+    cells = rollout.obs * num_envs + jnp.arange(num_envs)
+
+    def by_state(values: Array) -> tuple[Array, Array]:
+        own = jax.ops.segment_sum(
+            values.reshape(-1), cells.reshape(-1), num_observations * num_envs
+        ).reshape((num_observations, num_envs))
+        return own, jnp.sum(own, axis=1)
+
+    (own, total_), (own_weight, weight) = by_state(squares * total), by_state(squares)
+    total_, weight = all_sum((total_, weight), axis)
+    others = (total_[:, None] - own) / jnp.maximum(weight[:, None] - own_weight, 1e-8)
+    return jnp.take_along_axis(others, rollout.obs, axis=0)
+
+
+def counted(
+    rollout: Rollout, raw_reward: Steps, done: Bool[Array, "T N"]
+) -> tuple[Steps, Bool[Array, "T N"]]:
+    """Rewards and ends of the episodes that count."""
+    return raw_reward * rollout.mask, done & (rollout.mask > 0)

@@ -1,0 +1,159 @@
+"""Trust region policy optimisation: the natural gradient, no farther than a KL divergence allows.
+
+Schulman et al. 2015 (arXiv:1502.05477), appendix C. The critic is fitted afterwards, by minibatch
+epochs of its own.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Bool, Float, Int
+
+from purejaxppo.config import Config, HParams
+from purejaxppo.improve import (
+    Batch,
+    at_this_update,
+    kl_from_rollout,
+    make_batch,
+    make_descent,
+    over_all,
+    policy_terms,
+)
+from purejaxppo.losses import standardize, value_loss
+from purejaxppo.types import (
+    Improve,
+    LearnerState,
+    Metrics,
+    Network,
+    Policy,
+    PyTree,
+    Rollout,
+)
+
+Vector = Float[Array, " params"]
+
+
+class Search(NamedTuple):
+    """A line search under way."""
+
+    halvings: Int[Array, ""]
+    accepted: Bool[Array, ""]
+    flat: Vector
+    metrics: Metrics
+
+
+def make_trpo(config: Config, network: Network, policy: Policy, axis: str | None = None) -> Improve:
+    """One natural gradient step of the policy, and `update_epochs` passes of the critic.
+
+        maximise E[r A] + ent_coef H  subject to  E[KL(pi_old, pi)] <= delta
+
+    The direction is x = (F + damping I)^-1 g by conjugate gradient, with the Fisher matrix F, the
+    second derivative of the KL divergence at pi_old; the full step is sqrt(2 delta / (x (F +
+    damping I) x)) x. It is halved until the objective rises within the constraint, and given up
+    after `line_search_steps`: then the policy stays as it is, and `line_search_failed` is 1.
+    """
+
+    def critic_loss(
+        params: PyTree, batch: Batch, hparams: HParams, count: Array
+    ) -> tuple[Array, Metrics]:
+        _, _, value = network.apply(params, batch.carry, batch.obs, batch.start)
+        errors = value_loss(value, batch.value, batch.target, hparams.vf_clip_eps)
+        mean = jnp.sum(errors * batch.mask) / count
+        return hparams.vf_coef * mean, {"value_loss": mean}
+
+    fit_critic = make_descent(config, network, critic_loss, axis)
+
+    def improve(
+        learner: LearnerState, rollout: Rollout, advantage: Array, target: Array, hparams: HParams
+    ) -> tuple[LearnerState, Metrics]:
+        hparams, learning_rate = at_this_update(config, learner, hparams)
+        if config.advantage_normalization != "none":
+            advantage = standardize(advantage, rollout.mask, axis)
+        batch = make_batch(rollout, advantage, target)
+        flat, unravel = ravel_pytree(learner.params)
+
+        def terms(flat: Vector, part: Batch, count: Array) -> Metrics:
+            _, outputs, _ = network.apply(unravel(flat), part.carry, part.obs, part.start)
+            values = policy_terms(config, policy, outputs, part, hparams)
+            return {name: jnp.sum(x * part.mask) / count for name, x in values.items()}
+
+        def kl(flat: Vector, part: Batch, count: Array) -> Array:
+            return kl_from_rollout(network, policy, unravel(flat), part, count)
+
+        def measure(flat: Vector) -> Metrics:
+            return over_all(
+                config, network, batch, axis, lambda *x: terms(flat, *x) | {"kl": kl(flat, *x)}
+            )
+
+        def loss(flat: Vector, part: Batch, count: Array) -> Array:
+            return _loss(terms(flat, part, count), hparams)
+
+        def fisher(vector: Vector) -> Vector:
+            def of_part(*part: Any) -> Vector:
+                return second_derivative(lambda x: kl(x, *part), flat, vector)
+
+            return over_all(config, network, batch, axis, of_part) + hparams.cg_damping * vector
+
+        gradient = over_all(config, network, batch, axis, lambda *x: jax.grad(loss)(flat, *x))
+        step = natural_step(fisher, -gradient, hparams.trpo_delta, config.cg_iterations)
+        found = search_along(config, measure, flat, step, hparams)
+        learner, critic = fit_critic(learner._replace(params=unravel(found.flat)), batch, hparams)
+        metrics = found.metrics | {
+            "value_loss": critic["value_loss"],
+            "grad_norm": jnp.linalg.norm(gradient),
+            "learning_rate": learning_rate,
+            "line_search_failed": (~found.accepted).astype(jnp.float32),
+        }
+        return learner, metrics
+
+    return improve
+
+
+def second_derivative(function: Callable[[Vector], Array], at: Vector, vector: Vector) -> Vector:
+    """The matrix of second derivatives times a vector, without the matrix: forward through the
+    gradient. Of a mean KL(pi_old, pi) at pi_old that is the Fisher matrix."""
+    return jax.jvp(jax.grad(function), (at,), (vector,))[1]
+
+
+def natural_step(
+    fisher: Callable[[Vector], Vector], gradient: Vector, delta: Any, iterations: int
+) -> Vector:
+    """`sqrt(2 delta / (x F x)) x` with `F x = gradient`: to second order as far as `delta`
+    allows. `fisher` gives the product of F with a vector."""
+    direction, _ = jax.scipy.sparse.linalg.cg(fisher, gradient, tol=1e-10, maxiter=iterations)
+    length = jnp.maximum(jnp.vdot(direction, fisher(direction)), jnp.finfo(gradient.dtype).tiny)
+    return jnp.sqrt(2.0 * delta / length) * direction
+
+
+def search_along(
+    config: Config,
+    measure: Callable[[Vector], Metrics],
+    flat: Vector,
+    step: Vector,
+    hparams: HParams,
+) -> Search:
+    """The first of `flat + step`, half of it, a quarter, ... at which the objective rises and the
+    KL divergence is at most `trpo_delta`; `flat` itself if there is none."""
+    start = measure(flat)
+
+    def going_on(search: Search) -> Array:
+        return ~search.accepted & (search.halvings < config.line_search_steps)
+
+    def halve(search: Search) -> Search:
+        trial = flat + 0.5**search.halvings * step
+        metrics = measure(trial)
+        rises = _loss(metrics, hparams) < _loss(start, hparams)
+        accepted = rises & (metrics["kl"] <= hparams.trpo_delta)
+        new = (trial, metrics)
+        kept = jax.tree.map(lambda x, y: jnp.where(accepted, x, y), new, (flat, start))
+        return Search(search.halvings + 1, accepted, *kept)
+
+    first = Search(jnp.zeros((), jnp.int32), jnp.zeros((), bool), flat, start)
+    return jax.lax.while_loop(going_on, halve, first)
+
+
+def _loss(metrics: Metrics, hparams: HParams) -> Array:
+    return metrics["policy_loss"] - hparams.ent_coef * metrics["entropy"]

@@ -1,0 +1,514 @@
+"""The family of objectives against mathematics: exact gradients, case analyses, dense matrices."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from envs import Tabular
+from jax.flatten_util import ravel_pytree
+
+import purejaxppo as ppo
+from purejaxppo.advantages import make_advantage
+from purejaxppo.collect import first_steps, make_collect
+from purejaxppo.distributions import categorical, make_policy
+from purejaxppo.envs import make_environment
+from purejaxppo.episodes import make_episode_advantage, whole_episodes
+from purejaxppo.improve import make_batch, make_loss
+from purejaxppo.losses import POLICY_LOSSES, Terms, clipped_surrogate
+from purejaxppo.networks import make_network
+from purejaxppo.trpo import natural_step, second_derivative
+
+GAMMA = 0.8
+ONE_PASS: dict[str, Any] = {"update_epochs": 1, "num_minibatches": 1}
+TABLE = ppo.Config(
+    env_id="Tabular", objective="reinforce", num_envs=3, num_steps=3 * Tabular.LIMIT,
+    hidden_sizes=(), advantage_normalization="none", **ONE_PASS,
+)  # fmt: skip
+
+
+class Exact(NamedTuple):
+    """Of a policy on `Tabular`, in float64, by recursion from the last step (Bellman)."""
+
+    gradient: np.ndarray
+    """Of the expected return of an episode, `[states, actions]`, by the table's entries."""
+    values: np.ndarray
+    """`[LIMIT + 1, states]` expected returns by time and state."""
+
+
+def exact(
+    mdp: Tabular,
+    logits: np.ndarray,
+    gamma: float,
+    discounted: bool,
+    advantage: Callable[..., np.ndarray] | None = None,
+) -> Exact:
+    """The gradient sum_t w_t E[sum_a pi(a|s) grad log pi(a|s) X_t(s, a)], w_t = gamma^t if
+    `discounted` else 1, with X the action values, or what `advantage(policy, values, t, rest)`
+    expects of an estimator at step t, given what it expects at t + 1."""
+    policy = np.exp(logits - logits.max(axis=1, keepdims=True))
+    policy /= policy.sum(axis=1, keepdims=True)
+    moves = mdp.transition[..., :-1]
+    values = np.zeros((mdp.LIMIT + 1, mdp.STATES))
+    action_values = np.zeros((mdp.LIMIT, mdp.STATES, mdp.ACTIONS))
+    for t in reversed(range(mdp.LIMIT)):
+        last = t == mdp.LIMIT - 1
+        action_values[t] = mdp.reward + gamma * (0 if last else 1) * moves @ values[t + 1]
+        values[t] = np.sum(policy * action_values[t], axis=1)
+    expected = action_values if advantage is None else advantage(policy, moves)
+    gradient, visits = np.zeros_like(logits), mdp.first
+    for t in range(mdp.LIMIT):
+        centred = expected[t] - np.sum(policy * expected[t], axis=1, keepdims=True)
+        weight = gamma**t if discounted else 1.0
+        gradient += weight * visits[:, None] * policy * centred
+        visits = np.einsum("s,sa,san->n", visits, policy, moves)
+    return Exact(gradient, values)
+
+
+def sampled(
+    config: ppo.Config,
+    hparams: ppo.HParams,
+    logits: np.ndarray,
+    values: np.ndarray,
+    mdp: Tabular,
+    rollouts: int = 4096,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of each of many rollouts: the gradient of the summed objective `[rollouts, states * actions]`
+    by the table, and the number of episodes counted. The critic says `values[state]`."""
+    environment = make_environment(config, mdp)
+    policy = make_policy(config, environment.action_space)
+    network = make_network(config, environment.observation_space, policy)
+    collect = make_collect(config, environment, network, policy)
+    loss = make_loss(config, network, policy)
+    if config.whole_episodes:
+        estimate = make_episode_advantage(config, policy, environment.observation_space)
+    else:
+        estimate = make_advantage(config)
+    params = jax.tree.map(jnp.zeros_like, network.init(jax.random.key(0)))
+    params["actor_head"]["kernel"] = jnp.asarray(logits, jnp.float32)
+    params["critic_head"]["kernel"] = jnp.asarray(values, jnp.float32)[:, None]
+    state = ppo.make_learner(config, mdp).init(jax.random.key(0), hparams)
+    learner = state.learner._replace(params=params)
+
+    def one(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        keys = jax.random.split(key, config.num_envs)
+        _, rollout, _ = collect(learner, first_steps(environment, network, keys))
+        rollout = rollout._replace(mask=whole_episodes(rollout, Tabular.LIMIT))
+        advantage, target = estimate(rollout, hparams)
+        batch = make_batch(rollout, advantage, target)
+        gradient = jax.grad(lambda p: loss(p, batch, hparams, jnp.float32(1))[0])(params)
+        episodes = jnp.sum(rollout.start * rollout.mask)
+        return -gradient["actor_head"]["kernel"].reshape(-1), episodes
+
+    keys = jax.random.split(jax.random.key(1), rollouts)
+    gradients, episodes = jax.jit(jax.vmap(one))(keys)
+    return np.asarray(gradients, np.float64), np.asarray(episodes, np.float64)
+
+
+def per_episode(gradients: np.ndarray, episodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The ratio of sums, and its standard error (delta method)."""
+    ratio = gradients.sum(axis=0) / episodes.sum()
+    rest = gradients - ratio * episodes[:, None]
+    error = rest.std(axis=0, ddof=1) / np.sqrt(len(rest)) / episodes.mean()
+    return ratio, error
+
+
+def assert_expected(gradients: np.ndarray, episodes: np.ndarray, wanted: np.ndarray) -> None:
+    """Within 4 standard errors; and these are small enough for that to say something."""
+    ratio, error = per_episode(gradients, episodes)
+    assert np.all(np.abs(ratio - wanted.reshape(-1)) < 4 * error), (ratio, wanted, error)
+    assert np.linalg.norm(error) < 0.1 * np.linalg.norm(wanted)
+
+
+def setting(seed: int, gamma: float) -> tuple[Tabular, np.ndarray, ppo.HParams]:
+    logits = np.random.default_rng(seed).normal(0, 1, (Tabular.STATES, Tabular.ACTIONS))
+    return Tabular(seed), logits, ppo.HParams(gamma=gamma, ent_coef=0.0, gae_lambda=1.0)
+
+
+CRITIC = np.array([1.0, -3.0, 4.0, 2.0])
+"""A wrong one."""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"causality": False},
+        {"discount_weight": True},
+        {"objective": "reinforce_baseline", "baseline": "mean", "discount_weight": True},
+        {"objective": "reinforce_baseline", "baseline": "value", "discount_weight": True},
+        {"objective": "reinforce_baseline", "baseline": "optimal", "discount_weight": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_reinforce_has_the_exact_gradient_of_the_discounted_return(
+    changes: dict[str, Any], seed: int
+):
+    mdp, logits, hparams = setting(seed, GAMMA)
+    config = dataclasses.replace(TABLE, **changes)
+    wanted = exact(mdp, logits, GAMMA, discounted=True).gradient
+    assert_expected(*sampled(config, hparams, logits, CRITIC, mdp), wanted)
+
+
+@pytest.mark.parametrize("advantage", ["gae", "lambda_return", "monte_carlo", "n_step"])
+def test_estimators_that_see_whole_episodes_are_unbiased_with_any_critic(advantage: str):
+    """At gamma 1 without a weight, at lambda 1, or with n as long as an episode."""
+    mdp, logits, hparams = setting(0, 1.0)
+    config = dataclasses.replace(
+        TABLE, objective="a2c", advantage=advantage, bootstrap_steps=mdp.LIMIT
+    )
+    wanted = exact(mdp, logits, 1.0, discounted=False).gradient
+    assert_expected(*sampled(config, hparams, logits, CRITIC, mdp), wanted)
+
+
+def expected_by(
+    mdp: Tabular, gamma: float, lam: float, steps: int, twice: bool
+) -> Callable[..., np.ndarray]:
+    """What an estimator with the critic `CRITIC` expects, `[LIMIT, states, actions]`: the mean over
+    lambda-returns, or n-step returns; `twice` with the lambda-return after the first reward."""
+
+    def advantage(policy: np.ndarray, moves: np.ndarray) -> np.ndarray:
+        found = np.zeros((mdp.LIMIT, mdp.STATES, mdp.ACTIONS))
+        returns = np.zeros((steps + 1, mdp.LIMIT + 1, mdp.STATES))
+        returns[0, : mdp.LIMIT] = CRITIC
+        for t in reversed(range(mdp.LIMIT)):
+            for n in range(1, steps + 1):
+                following = returns[n - 1, t + 1] if lam < 0 else returns[n, t + 1]
+                value = CRITIC if t + 1 < mdp.LIMIT else 0 * CRITIC
+                mixed = following if lam < 0 else (1 - lam) * value + lam * following
+                whole = mdp.reward + gamma * moves @ (mixed * (t + 1 < mdp.LIMIT))
+                returns[n, t] = np.sum(policy * whole, axis=1)
+                last = mdp.reward + gamma * moves @ (following * (t + 1 < mdp.LIMIT))
+                found[t] = last if twice else whole
+        return found
+
+    return advantage
+
+
+@pytest.mark.parametrize(
+    ("advantage", "lam", "steps", "twice"),
+    [
+        ("td0", 0.0, 1, False),
+        ("gae", 0.6, 1, False),
+        ("lambda_return", 0.6, 1, True),
+        ("n_step", -1.0, 2, False),
+    ],
+)
+def test_a_wrong_critic_biases_the_others_as_theory_has_it(
+    advantage: str, lam: float, steps: int, twice: bool
+):
+    mdp, logits, hparams = setting(0, GAMMA)
+    hparams = dataclasses.replace(hparams, gae_lambda=max(lam, 0.0))
+    config = dataclasses.replace(TABLE, objective="a2c", advantage=advantage, bootstrap_steps=steps)
+    biased = exact(mdp, logits, GAMMA, False, expected_by(mdp, GAMMA, lam, steps, twice)).gradient
+    gradients, episodes = sampled(config, hparams, logits, CRITIC, mdp)
+    assert_expected(gradients, episodes, biased)
+    true = exact(mdp, logits, GAMMA, discounted=False).gradient
+    ratio, error = per_episode(gradients, episodes)
+    assert np.max(np.abs(ratio - true.reshape(-1)) / error) > 6
+
+
+def test_each_step_away_from_plain_reinforce_lowers_the_variance():
+    """Of the gradient per episode, summed over the table's entries. Any of the baselines is worth
+    more than half of it here, and they are within a few percent of each other; the optimal one is
+    estimated from the same episodes, so it needs many of them."""
+    mdp, logits, hparams = setting(0, 1.0)
+    values = exact(mdp, logits, 1.0, discounted=False).values[:-1].mean(axis=0)
+    steps: list[dict[str, Any]] = [
+        {"causality": False},
+        {},
+        {"objective": "reinforce_baseline", "baseline": "mean"},
+        {"objective": "reinforce_baseline", "baseline": "value"},
+        {"objective": "reinforce_baseline", "baseline": "optimal"},
+    ]
+
+    def variance(changes: dict[str, Any]) -> float:
+        config = dataclasses.replace(TABLE, num_envs=64, **changes)
+        gradients, episodes = sampled(config, hparams, logits, values, mdp, 512)
+        return float(np.sum(per_episode(gradients, episodes)[1] ** 2))
+
+    found = np.array([variance(changes) for changes in steps])
+    assert found[1] < 0.6 * found[0]
+    assert np.all(found[2:] < 0.6 * found[1])
+    assert found[4] < 1.03 * found[2:4].min()
+
+
+# Ratios of policies
+
+
+def random_terms(seed: int, near: float) -> tuple[Terms, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    log_ratio = rng.normal(0, near, 400)
+    terms = (rng.normal(-1, 1, 400), log_ratio, rng.normal(0, 2, 400))
+    return Terms(*(jnp.asarray(x, jnp.float32) for x in terms)), np.exp(log_ratio)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "dual"), [(0.2, None, None), (0.2, 0.5, None), (0.1, 0.3, 2.0)]
+)
+def test_clipping_is_its_case_analysis_in_value_and_slope(
+    low: float, high: float | None, dual: float | None
+):
+    """Inside the range, and outside where that makes matters worse: r A with slope A r by log r.
+    Outside where it would make them better: held, slope 0. With A < 0 and r > dual: held, too."""
+    terms, ratio = random_terms(0, 0.6)
+    hparams = ppo.HParams(clip_eps=low, clip_higher=high, dual_clip=dual)
+
+    def of_log_ratio(log_ratio: jax.Array) -> jax.Array:
+        return -clipped_surrogate(terms._replace(log_ratio=log_ratio), hparams)
+
+    value, back = jax.vjp(of_log_ratio, terms.log_ratio)
+    (slope,) = back(jnp.ones(400))
+    upper = 1 + (low if high is None else high)
+    seen = set()
+    for i, (r, a) in enumerate(zip(ratio, np.asarray(terms.advantage, np.float64), strict=True)):
+        if a > 0 and r > upper:
+            case, wanted, moves = "too good", upper * a, False
+        elif a < 0 and r < 1 - low:
+            case, wanted, moves = "good riddance", (1 - low) * a, False
+        elif a < 0 and dual is not None and r > dual:
+            case, wanted, moves = "too bad", dual * a, False
+        else:
+            case, wanted, moves = f"{a > 0} {1 - low < r < upper}", r * a, True
+        seen.add(case)
+        assert value[i] == pytest.approx(wanted, rel=1e-4)
+        assert slope[i] == (pytest.approx(r * a, rel=1e-4) if moves else 0.0)
+    assert len(seen) == (7 if dual else 6)
+
+
+def test_importance_weights_of_long_episodes_spread_and_clipped_ratios_do_not():
+    """100 steps, each with a ratio of 0.9 or 1.1: their product is between 0.9^100 and 1.1^100,
+    has mean 1, and its variance is 1.01^100 - 1. A step's clipped objective stays in its range."""
+    rng = np.random.default_rng(0)
+    ratios = rng.choice([0.9, 1.1], (100_000, 100))
+    weights = ratios.prod(axis=1)
+    variance = 1.01**100 - 1
+    assert variance == pytest.approx(1.7048, abs=1e-4)
+    assert weights.mean() == pytest.approx(1.0, abs=4 * np.sqrt(variance / 100_000))
+    assert weights.var() == pytest.approx(variance, rel=0.2)
+    assert 1.1**100 > 13_780 > 13_780 * 0.9**100 > 0.36
+    # Ten times as many steps: hardly any weight is left, and a few are all of it.
+    longer = rng.choice([0.9, 1.1], (10_000, 1000)).prod(axis=1)
+    assert np.median(longer) < 0.01
+    assert np.sum(longer) ** 2 / np.sum(longer**2) < 100
+    for advantage in (1.0, -1.0):
+        terms = Terms(*(jnp.asarray(x) for x in (0.0, np.log(weights), advantage)))
+        hparams = ppo.HParams(clip_eps=0.2, dual_clip=3.0)
+        objective = -clipped_surrogate(terms, hparams)
+        assert objective.min() >= (0.0 if advantage > 0 else -3.0001)
+        assert objective.max() <= (1.2001 if advantage > 0 else -0.7999)
+
+
+def batch_of(config: ppo.Config, env: Any = None) -> tuple[Any, ...]:
+    """A rollout's batch with random advantages, the state that it came from, and the parts."""
+    environment = make_environment(config, env)
+    policy = make_policy(config, environment.action_space)
+    network = make_network(config, environment.observation_space, policy)
+    state = ppo.make_learner(config, env).init(jax.random.key(3), ppo.HParams())
+    collect = make_collect(config, environment, network, policy)
+    _, rollout, _ = jax.jit(collect)(state.learner, state.actors)
+    advantage = jax.random.normal(jax.random.key(4), rollout.value.shape)
+    return make_batch(rollout, advantage, rollout.value), state.learner.params, network, policy
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_where_nothing_has_moved_yet_all_objectives_have_the_policy_gradient(
+    env_id: str, tiny: ppo.Config
+):
+    with_outputs = dataclasses.replace(tiny, env_id=env_id, objective="ppo_kl", num_steps=8)
+    batch, params, network, policy = batch_of(with_outputs)
+    count = jnp.float32(batch.mask.size)
+    hparams = ppo.HParams(ent_coef=0.0, vf_coef=0.0, dual_clip=3.0, clip_higher=0.3)
+
+    def gradient_of(objective: str) -> Any:
+        passes = {} if objective.startswith(("ppo", "trpo")) else ONE_PASS
+        config = dataclasses.replace(with_outputs, objective=objective, **passes)
+        loss = make_loss(config, network, policy)
+        return jax.jit(jax.grad(lambda p: loss(p, batch, hparams, count)[0]))(params)
+
+    def by_hand(params: Any) -> jax.Array:
+        """Sum over samples of log pi(a|s) A."""
+        _, outputs, _ = network.apply(params, batch.carry, batch.obs, batch.start)
+        total = 0.0
+        if env_id == "CartPole-v1":
+            for i, action in enumerate(batch.action.reshape(-1)):
+                row = outputs.reshape(-1, 2)[i]
+                total += batch.advantage.reshape(-1)[i] * (
+                    row[action] - jnp.log(jnp.exp(row).sum())
+                )
+        else:
+            mean, log_std = outputs[..., 0], outputs[..., 1]
+            square = jnp.square((batch.action[..., 0] - mean) / jnp.exp(log_std))
+            total = jnp.sum(batch.advantage * (-0.5 * square - log_std))
+        return -total / count
+
+    wanted = jax.jit(jax.grad(by_hand))(params)
+    for gradient in map(gradient_of, POLICY_LOSSES):
+        for name in ("actor", "actor_head"):
+            for x, y in zip(*map(jax.tree.leaves, (gradient[name], wanted[name])), strict=True):
+                np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_beta_goes_as_the_rule_has_it_replayed_from_the_log(seed: int, tiny: ppo.Config):
+    config = dataclasses.replace(
+        tiny, objective="ppo_kl_adaptive", total_timesteps=40 * 32, update_epochs=4
+    )
+    hparams = ppo.HParams(learning_rate=0.02, target_kl=0.01, kl_beta=0.5)
+    _, metrics = jax.jit(ppo.make_train(config))(jax.random.key(seed), hparams)
+    beta, target = np.float32(0.5), np.float32(0.01)
+    changes = set()
+    for kl, used in zip(*map(np.asarray, (metrics["kl"], metrics["kl_beta"])), strict=True):
+        assert used == beta
+        factor = 0.5 if kl < target / np.float32(1.5) else 2.0 if kl > 1.5 * target else 1.0
+        changes.add(factor)
+        beta = np.float32(beta * factor)
+    assert changes == {0.5, 1.0, 2.0}
+
+
+def test_the_logged_kl_is_that_of_the_policies_before_and_after(tiny: ppo.Config):
+    config = dataclasses.replace(tiny, objective="ppo_kl")
+    learner = ppo.make_learner(config)
+    hparams = ppo.HParams(learning_rate=0.02)
+    state = learner.init(jax.random.key(0), hparams)
+    environment = make_environment(config)
+    policy = make_policy(config, environment.action_space)
+    network = make_network(config, environment.observation_space, policy)
+    collect = make_collect(config, environment, network, policy)
+    _, rollout, _ = jax.jit(collect)(state.learner, state.actors)
+    after, metrics = jax.jit(learner.update)(state, hparams)
+
+    def probabilities(params: Any) -> np.ndarray:
+        _, outputs, _ = network.apply(params, (), rollout.obs, rollout.start)
+        outputs = np.asarray(outputs, np.float64)
+        return np.exp(outputs) / np.exp(outputs).sum(axis=-1, keepdims=True)
+
+    p, q = probabilities(state.learner.params), probabilities(after.learner.params)
+    wanted = np.mean(np.sum(p * np.log(p / q), axis=-1))
+    assert wanted > 1e-4
+    assert metrics["kl"] == pytest.approx(wanted, rel=1e-3)
+
+
+# Trust region policy optimisation
+
+
+def test_fisher_products_and_the_natural_step_are_those_of_the_dense_matrix():
+    """A network of two layers, in float64. The Fisher matrix is the mean over observations of
+    sum_a pi(a|s) grad log pi(a|s) grad log pi(a|s)', by one backward pass for each of them."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        sizes = [(3, 4), (4, 3)]
+        weights = [jnp.asarray(rng.normal(0, 1, size)) for size in sizes]
+        flat, unravel = ravel_pytree(weights)
+        obs = jnp.asarray(rng.normal(0, 1, (20, 3)))
+
+        def log_policy(flat: jax.Array) -> jax.Array:
+            first, second = unravel(flat)
+            return jax.nn.log_softmax(jnp.tanh(obs @ first) @ second)
+
+        old = log_policy(flat)
+
+        def kl(flat: jax.Array) -> jax.Array:
+            return jnp.mean(jnp.sum(jnp.exp(old) * (old - log_policy(flat)), axis=1))
+
+        scores = np.asarray(jax.jacrev(log_policy)(flat))
+        dense = np.einsum("sa,sai,saj->ij", np.exp(old), scores, scores) / 20
+        vector = rng.normal(0, 1, flat.size)
+        found = second_derivative(kl, flat, jnp.asarray(vector))
+        np.testing.assert_allclose(found, dense @ vector, rtol=1e-9, atol=1e-12)
+
+        damped, delta = dense + 0.1 * np.eye(flat.size), 0.02
+        gradient = rng.normal(0, 1, flat.size)
+        step = natural_step(
+            lambda v: second_derivative(kl, flat, v) + 0.1 * v, jnp.asarray(gradient), delta, 40
+        )
+        direction = np.linalg.solve(damped, gradient)
+        scale = np.sqrt(2 * delta / (direction @ damped @ direction))
+        np.testing.assert_allclose(step, scale * direction, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_each_update_of_trpo_keeps_to_the_region_and_rises(env_id: str):
+    """Advantages of mean 0 make the surrogate 0 where nothing has moved."""
+    config = ppo.Config(
+        env_id=env_id, objective="trpo", total_timesteps=40_000, num_envs=8, num_steps=100,
+        hidden_sizes=(16,),
+    )  # fmt: skip
+    hparams = ppo.HParams(ent_coef=0.0, learning_rate=1e-3, trpo_delta=0.01)
+    _, metrics = jax.jit(ppo.make_train(config))(jax.random.key(0), hparams)
+    moved = metrics["line_search_failed"] == 0
+    assert moved.sum() > 0.9 * len(moved)
+    assert np.all(metrics["kl"] <= 0.01)
+    assert np.all(metrics["kl"][moved] > 1e-4)
+    assert np.all(metrics["policy_loss"][moved] < 0)
+    np.testing.assert_allclose(metrics["policy_loss"][~moved], 0.0, atol=1e-5)
+    returns = metrics["episode_return"]
+    assert np.nanmean(returns[-10:]) > np.nanmean(returns[:10])
+
+
+def test_a_line_search_that_fails_leaves_the_policy_and_is_counted(tiny: ppo.Config):
+    """Steps far beyond what the second order holds for, and none of them halved."""
+    config = dataclasses.replace(tiny, objective="trpo", line_search_steps=1, total_timesteps=32)
+    hparams = ppo.HParams(trpo_delta=10.0, cg_damping=1e-3)
+    learner = ppo.make_learner(config)
+    before = learner.init(jax.random.key(0), hparams)
+    after, metrics = jax.jit(learner.update)(before, hparams)
+    assert metrics["line_search_failed"] == 1
+    assert metrics["kl"] == 0
+    old, new = before.learner.params, after.learner.params
+    for name in old:
+        same = jax.tree.all(jax.tree.map(jnp.array_equal, old[name], new[name]))
+        assert same == (not name.startswith("critic")), name
+
+
+# Entropy
+
+
+def test_entropy_is_log_n_for_the_uniform_policy_and_0_for_a_sure_one():
+    policy = categorical(5)
+
+    def entropy(outputs: jax.Array) -> jax.Array:
+        return jnp.asarray(policy.distribution(outputs).entropy())
+
+    for outputs, wanted in ((jnp.zeros(5), np.log(5)), (jnp.array([200.0, 0, 0, 0, 0]), 0.0)):
+        value, gradient = jax.value_and_grad(entropy)(outputs)
+        assert value == pytest.approx(wanted, abs=1e-6)
+        np.testing.assert_allclose(gradient, 0.0, atol=1e-6)
+    # In between: dH/dz_i = -p_i (log p_i + H).
+    outputs = jnp.array([1.0, -0.5, 0.3, 2.0, 0.0])
+    p = np.exp(np.float64(outputs)) / np.exp(np.float64(outputs)).sum()
+    wanted = -p * (np.log(p) - np.sum(p * np.log(p)))
+    np.testing.assert_allclose(jax.grad(entropy)(outputs), wanted, rtol=1e-4, atol=1e-6)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objective": "a2c"}, "update_epochs, num_minibatches = 4, 4: .* choose 1 and 1"),
+        ({"objective": "reinforce", "advantage": "gae"} | ONE_PASS, "choose monte_carlo, or obj"),
+        (
+            {"objective": "reinforce", "causality": False, "discount_weight": True} | ONE_PASS,
+            "discounted from its first step on already",
+        ),
+        ({"objective": "trpo", "shared_trunk": True}, "choose shared_trunk = false"),
+        (
+            {"objective": "reinforce_baseline", "baseline": "mean", "num_envs": 1} | ONE_PASS,
+            "choose more environments",
+        ),
+        ({"objective": "reinforce"} | ONE_PASS, "num_steps = 128: .* up to 500 steps"),
+        (
+            {"objective": "reinforce_baseline", "baseline": "optimal", "num_steps": 500} | ONE_PASS,
+            "not Discrete; choose value or mean",
+        ),
+        ({"objective": "ppo"}, "must be one of reinforce, .*did you mean"),
+    ],
+)
+def test_combinations_that_make_no_sense_are_refused(settings: dict[str, Any], message: str):
+    with pytest.raises(ppo.ConfigError, match=message):
+        ppo.make_learner(ppo.Config(**settings))
