@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install train test lint test-slow test-faults bench bench-full bench-checkpoints bench-search results parity lock clean
+.PHONY: help install train test lint test-slow test-faults bench bench-full bench-checkpoints bench-search bench-family results parity lock clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -45,6 +45,9 @@ bench-checkpoints: $(INSTALLED) ## what checkpoints cost; writes the README's ta
 
 bench-search: $(INSTALLED) ## what each search strategy of a sweep finds; writes the README's table (ten minutes)
 	$(BIN)/python benchmarks/search.py
+
+bench-family: $(INSTALLED) ## all objectives on four environments, searched and compared (an hour)
+	$(BIN)/python benchmarks/family.py
 
 results: $(INSTALLED) ## train each config with 10 seeds; writes the README's table (half an hour)
 	$(BIN)/python benchmarks/results.py
