@@ -5,17 +5,13 @@ every number that can be traced, so that a whole training can be `vmap`ped over 
 """
 
 import dataclasses
-import difflib
 import math
-import types
-import typing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
+
+from purejaxppo.checks import FLOAT_MAX, ConfigError, check_fields
 
 if TYPE_CHECKING:
     Scalar = float | jax.Array
@@ -23,15 +19,7 @@ else:
     Scalar = float
 
 
-FLOAT_MAX = float(np.finfo(np.float32).max)
 MAX_WIDTH = 2**16
-
-
-class ConfigError(Exception):
-    """A setting that cannot work: the message gives the value, the rule and the remedy.
-
-    Not a `ValueError`, which libraries that construct settings catch and word anew.
-    """
 
 
 def _bounded(default: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> Any:
@@ -226,82 +214,6 @@ def _unflatten_hparams(_: None, values: Any) -> HParams:
 jax.tree_util.register_pytree_with_keys(
     HParams, _flatten_hparams_with_keys, _unflatten_hparams, _flatten_hparams
 )
-
-
-def check_fields(instance: Any) -> None:
-    """Check each field of a settings dataclass against its type and range.
-
-    Integers are accepted for floats, lists for tuples. Arrays and tracers are accepted for
-    scalars; concrete ones have each element checked.
-
-    Raises:
-        ConfigError: naming the field, its value, the rule and the remedy.
-    """
-    hints = typing.get_type_hints(type(instance))
-    for f in dataclasses.fields(instance):
-        value = getattr(instance, f.name)
-        _check_type(f.name, value, hints[f.name], f.default)
-        value = _plain(value, hints[f.name])
-        object.__setattr__(instance, f.name, value)
-        if "low" in f.metadata and value is not None:
-            _check_range(f.name, value, f.metadata)
-
-
-def _plain(value: Any, hint: Any) -> Any:
-    """A checked value in the type its field has: lists as tuples, NumPy's and whole numbers as
-    Python's own of the right kind."""
-    if isinstance(value, list):
-        return tuple(value)
-    if hint is int:
-        return int(value)
-    if isinstance(value, int) and hint not in (bool, str):
-        return float(value) if abs(value) <= FLOAT_MAX else math.inf * (1 if value > 0 else -1)
-    return value
-
-
-def _check_type(name: str, value: Any, hint: Any, default: Any) -> None:
-    if hint is float or (isinstance(hint, types.UnionType) and float in hint.__args__):
-        fits = _is_number(value) or (value is None and isinstance(hint, types.UnionType))
-        kind = "a number"
-    elif typing.get_origin(hint) is Literal:
-        choices = typing.get_args(hint)
-        fits, kind = value in choices, f"one of {', '.join(choices)}"
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        kind += f" (did you mean {near[0]}?)" if near and not fits else ""
-    elif typing.get_origin(hint) is tuple:
-        item_type = typing.get_args(hint)[0]
-        fits = isinstance(value, tuple | list) and all(type(item) is item_type for item in value)
-        kind = "a list of whole numbers" if item_type is int else "a list of texts"
-    else:
-        fits = type(value) is hint or (hint is int and isinstance(value, np.integer))
-        kind = {int: "a whole number", bool: "true or false", str: "a text"}[hint]
-    if not fits:
-        raise ConfigError(f"{name} = {value!r}: must be {kind}; the default is {default!r}")
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, bool):
-        return False
-    if isinstance(value, int | float | Tracer):
-        return True
-    return isinstance(value, np.ndarray | np.generic | jax.Array) and (
-        jnp.issubdtype(value.dtype, np.number)
-    )
-
-
-def _check_range(name: str, value: Any, rule: Any) -> None:
-    if isinstance(value, Tracer):
-        return
-    numbers = np.asarray(value)
-    low, high = rule["low"], rule["high"]
-    above = numbers > low if rule["open_low"] else numbers >= low
-    good = above & (numbers <= high)
-    if np.all(good):
-        return
-    worst = numbers[~good].flat[0] if numbers.ndim else value
-    wanted = f"greater than {low}" if rule["open_low"] else f"at least {low}"
-    wanted += "" if math.isinf(high) else f" and at most {high}"
-    raise ConfigError(f"{name} = {worst}: must be {wanted}")
 
 
 def _check_sizes(config: Config) -> None:

@@ -5,18 +5,34 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from purejaxppo.collect import first_steps
 from purejaxppo.collectives import all_sum
 from purejaxppo.config import Config, ConfigError, HParams
 from purejaxppo.envs.base import is_discrete
-from purejaxppo.types import Advantage, Environment, Policy, Rollout
+from purejaxppo.types import (
+    ActorState,
+    Advantage,
+    Collect,
+    Environment,
+    LearnerState,
+    Network,
+    Policy,
+    Rollout,
+)
 
 Steps = Float[Array, "T N"]
 
 
-def check_whole_episodes(config: Config, env: Environment) -> None:
-    """Raise `ConfigError` if no whole episode may fit into a rollout, or a baseline cannot be."""
+def collect_episodes(
+    config: Config, env: Environment, network: Network, collect: Collect
+) -> Collect:
+    """`collect` for rollouts that begin with new episodes, whose mask is 1 for whole ones.
+
+    Raises:
+        ConfigError: if none may fit into a rollout, or the baseline cannot be had here.
+    """
     limit = env.max_episode_steps
     if limit is not None and config.num_steps < limit:
         raise ConfigError(
@@ -29,6 +45,13 @@ def check_whole_episodes(config: Config, env: Environment) -> None:
             f"baseline = optimal: is one number per observation, and those of {config.env_id} are "
             f"{env.observation_space}, not Discrete; choose value or mean"
         )
+
+    def anew(learner: LearnerState, actors: ActorState) -> tuple[ActorState, Rollout, Array]:
+        actors = first_steps(env, network, actors.keys)
+        actors, rollout, raw_obs = collect(learner, actors)
+        return actors, rollout._replace(mask=whole_episodes(rollout, limit)), raw_obs
+
+    return anew
 
 
 def steps_into_episode(rollout: Rollout) -> Int[Array, "T N"]:
@@ -149,10 +172,3 @@ def optimal_baseline(
     total_, weight = all_sum((total_, weight), axis)
     others = (total_[:, None] - own) / jnp.maximum(weight[:, None] - own_weight, 1e-8)
     return jnp.take_along_axis(others, rollout.obs, axis=0)
-
-
-def counted(
-    rollout: Rollout, raw_reward: Steps, done: Bool[Array, "T N"]
-) -> tuple[Steps, Bool[Array, "T N"]]:
-    """Rewards and ends of the episodes that count."""
-    return raw_reward * rollout.mask, done & (rollout.mask > 0)

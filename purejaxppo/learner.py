@@ -7,18 +7,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from purejaxppo.advantages import make_advantage
-from purejaxppo.collect import first_steps, init_actors, make_collect
+from purejaxppo.collect import init_actors, make_collect
 from purejaxppo.collectives import all_sum, masked_mean
 from purejaxppo.config import Config, HParams
 from purejaxppo.distributions import make_policy
 from purejaxppo.envs import make_environment
 from purejaxppo.envs.base import check_contract, is_box
-from purejaxppo.episodes import (
-    check_whole_episodes,
-    counted,
-    make_episode_advantage,
-    whole_episodes,
-)
+from purejaxppo.episodes import collect_episodes, make_episode_advantage
 from purejaxppo.improve import init_optimizer, make_improve
 from purejaxppo.networks import make_network
 from purejaxppo.normalize import (
@@ -63,15 +58,12 @@ def make_learner(
     network = make_network(config, environment.observation_space, policy)
     check_contract(environment, policy)
     collect = make_collect(config, environment, network, policy)
-    improve = (make_trpo if config.objective == "trpo" else make_improve)(
-        config, network, policy, axis
-    )
+    estimate = make_advantage(config)
     if config.whole_episodes:
-        check_whole_episodes(config, environment)
+        collect = collect_episodes(config, environment, network, collect)
         estimate = make_episode_advantage(config, policy, environment.observation_space, axis)
-    else:
-        estimate = make_advantage(config)
-
+    make = make_trpo if config.objective == "trpo" else make_improve
+    improve = make(config, network, policy, axis)
     adaptive = config.objective == "ppo_kl_adaptive"
 
     def init(key: Key[Array, ""], hparams: HParams) -> TrainState:
@@ -92,14 +84,8 @@ def make_learner(
 
     def update(state: TrainState, hparams: HParams) -> tuple[TrainState, Metrics]:
         learner, actors = state
-        if config.whole_episodes:
-            actors = first_steps(environment, network, actors.keys)
         actors, rollout, raw_obs = collect(learner, actors)
-        raw_reward, done = rollout.reward, rollout.terminated | rollout.truncated
-        if config.whole_episodes:
-            mask = whole_episodes(rollout, environment.max_episode_steps)
-            rollout = rollout._replace(mask=mask)
-            raw_reward, done = counted(rollout, raw_reward, done)
+        raw_reward = rollout.reward
         rollout = rollout._replace(reward=scale_reward(learner.reward_stats, raw_reward))
         advantage, target = estimate(rollout, hparams)
         learner, metrics = improve(learner, rollout, advantage, target, hparams)
@@ -107,7 +93,8 @@ def make_learner(
         raw = rollout._replace(obs=raw_obs, reward=raw_reward)
         learner, actors = refresh_statistics(learner, actors, raw, hparams, axis)
         learner = learner._replace(updates=learner.updates + 1)
-        actors, episodes = count_episodes(actors, raw_reward, done, axis)
+        done = (rollout.terminated | rollout.truncated) & (rollout.mask > 0)
+        actors, episodes = count_episodes(actors, raw_reward * rollout.mask, done, axis)
         metrics["env_steps"] = env_steps(config, learner.updates)
         metrics["explained_variance"] = explained_variance(rollout.value, target, axis)
         new = TrainState(learner, actors)

@@ -5,6 +5,7 @@ epochs of its own.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -55,16 +56,7 @@ def make_trpo(config: Config, network: Network, policy: Policy, axis: str | None
     damping I) x)) x. It is halved until the objective rises within the constraint, and given up
     after `line_search_steps`: then the policy stays as it is, and `line_search_failed` is 1.
     """
-
-    def critic_loss(
-        params: PyTree, batch: Batch, hparams: HParams, count: Array
-    ) -> tuple[Array, Metrics]:
-        _, _, value = network.apply(params, batch.carry, batch.obs, batch.start)
-        errors = value_loss(value, batch.value, batch.target, hparams.vf_clip_eps)
-        mean = jnp.sum(errors * batch.mask) / count
-        return hparams.vf_coef * mean, {"value_loss": mean}
-
-    fit_critic = make_descent(config, network, critic_loss, axis)
+    fit_critic = make_descent(config, network, partial(critic_loss, network), axis)
 
     def improve(
         learner: LearnerState, rollout: Rollout, advantage: Array, target: Array, hparams: HParams
@@ -110,6 +102,16 @@ def make_trpo(config: Config, network: Network, policy: Policy, axis: str | None
         return learner, metrics
 
     return improve
+
+
+def critic_loss(
+    network: Network, params: PyTree, batch: Batch, hparams: HParams, count: Array
+) -> tuple[Float[Array, ""], Metrics]:
+    """vf_coef * value loss, as an `improve.Loss`."""
+    _, _, value = network.apply(params, batch.carry, batch.obs, batch.start)
+    errors = value_loss(value, batch.value, batch.target, hparams.vf_clip_eps)
+    mean = jnp.sum(errors * batch.mask) / count
+    return hparams.vf_coef * mean, {"value_loss": mean}
 
 
 def second_derivative(function: Callable[[Vector], Array], at: Vector, vector: Vector) -> Vector:

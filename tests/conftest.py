@@ -10,8 +10,8 @@ import pytest
 from jaxtyping import install_import_hook
 
 CHECKED = (
-    "advantages agent collect collectives distributions envs evaluate improve learner losses "
-    "networks normalize plots shuffle stats train"
+    "advantages agent collect collectives distributions envs episodes evaluate improve learner "
+    "losses networks normalize plots shuffle stats train trpo"
 )
 install_import_hook([f"purejaxppo.{name}" for name in CHECKED.split()], "beartype.beartype")
 
