@@ -1,18 +1,21 @@
 """The family of objectives against mathematics: exact gradients, case analyses, dense matrices."""
 
+import csv
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from envs import Tabular
+from envs import RandomWalk, Tabular
 from jax.flatten_util import ravel_pytree
 
 import purejaxppo as ppo
 from purejaxppo.advantages import make_advantage
+from purejaxppo.cli import main
 from purejaxppo.collect import first_steps, make_collect
 from purejaxppo.distributions import categorical, make_policy
 from purejaxppo.envs import make_environment
@@ -507,6 +510,72 @@ def test_entropy_is_log_n_for_the_uniform_policy_and_0_for_a_sure_one():
     p = np.exp(np.float64(outputs)) / np.exp(np.float64(outputs)).sum()
     wanted = -p * (np.log(p) - np.sum(p * np.log(p)))
     np.testing.assert_allclose(jax.grad(entropy)(outputs), wanted, rtol=1e-4, atol=1e-6)
+
+
+# In the same loop as ever
+
+
+@pytest.mark.parametrize(
+    ("objective", "numbers"),
+    [
+        ("trpo", {"trpo_delta": [0.001, 0.05], "cg_damping": [0.01, 0.2]}),
+        ("ppo_kl", {"kl_beta": [0.1, 20.0]}),
+        ("ppo_kl_adaptive", {"kl_beta": [0.1, 20.0], "target_kl": [0.001, 0.05]}),
+    ],
+)
+def test_its_numbers_are_vmapped_over(
+    objective: Any, numbers: dict[str, list[float]], tiny: ppo.Config
+):
+    config = dataclasses.replace(tiny, objective=objective)
+    train, key = ppo.make_train(config, RandomWalk()), jax.random.key(0)
+    stacked = ppo.HParams(
+        learning_rate=0.01, **{name: jnp.asarray(values) for name, values in numbers.items()}
+    )
+    axes = jax.tree.map(lambda x: 0 if jnp.ndim(x) else None, stacked)
+    _, together = jax.jit(jax.vmap(train, (None, axes)))(key, stacked)
+    one = jax.jit(train)
+    for i in range(2):
+        hparams = jax.tree.map(lambda x, i=i: x[i] if jnp.ndim(x) else x, stacked)
+        _, alone = one(key, hparams)
+        for name in ("policy_loss", "kl", "value_loss"):
+            np.testing.assert_allclose(together[name][i], alone[name], rtol=1e-3, atol=1e-5)
+    assert not np.allclose(together["kl"][0], together["kl"][1], rtol=0.01)
+
+
+def test_what_an_objective_has_learned_is_saved_and_gone_on_with(
+    tiny: ppo.Config, tmp_path: Path, fused: Any
+):
+    config = dataclasses.replace(
+        tiny, objective="ppo_kl_adaptive", total_timesteps=12 * 32, lr_schedule="constant"
+    )
+    hparams = ppo.HParams(learning_rate=0.03)
+    given: dict[str, Any] = {"env": RandomWalk(), "progress": False}
+    whole = ppo.run(config, hparams, eval_episodes=2, **given)
+    half = dataclasses.replace(config, total_timesteps=6 * 32)
+    ppo.run(half, hparams, run_dir=tmp_path / "r", eval_episodes=2, **given)
+    resumed = ppo.resume(tmp_path / "r", total_timesteps=12 * 32, **given)
+    for name in ("kl", "kl_beta", "policy_loss"):
+        np.testing.assert_array_equal(whole.metrics[name], resumed.metrics[name])
+    assert len(np.unique(whole.metrics["kl_beta"])) > 1
+    betas = [r.states.learner.objective_state for r in (whole, resumed)]
+    assert betas[0] == betas[1]
+
+
+@pytest.mark.parametrize("objective", POLICY_LOSSES)
+def test_each_objective_trains_from_the_command_line(objective: str, tmp_path: Path):
+    sizes = "--total-timesteps 4000 --num-envs 4 --hidden-sizes 8 --eval-episodes 2".split()
+    if objective in ("reinforce", "reinforce_baseline", "a2c"):
+        sizes += ["--update-epochs", "1", "--num-minibatches", "1"]
+        sizes += ["--num-steps", "20" if objective == "a2c" else "500"]
+    where = ["--run-dir", str(tmp_path / "r")]
+    assert main(["train", "--objective", objective, *sizes, *where]) == 0
+    rows = list(csv.DictReader((tmp_path / "r/metrics.csv").open()))
+    own = {name for name in ("kl", "kl_beta", "line_search_failed") if rows[0][name] != "nan"}
+    assert own == {
+        "trpo": {"kl", "line_search_failed"},
+        "ppo_kl": {"kl", "kl_beta"},
+        "ppo_kl_adaptive": {"kl", "kl_beta"},
+    }.get(objective, set())
 
 
 # What is refused
