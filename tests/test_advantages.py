@@ -1,12 +1,15 @@
-"""GAE against a plain loop, its textbook forms, its limits and hand-worked numbers."""
+"""Estimators against plain loops, their textbook forms, their limits and hand-worked numbers."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import Array
 
 import purejaxppo as ppo
-from purejaxppo.advantages import gae
+from purejaxppo.advantages import gae, make_advantage
 from purejaxppo.types import Rollout
 
 T, N = 40, 6
@@ -77,6 +80,56 @@ def test_gae_is_the_double_loop_and_the_lambda_return(seed: int, gamma: float, l
     np.testing.assert_allclose(advantage, double_loop(numbers, gamma, lam), atol=2e-5)
     np.testing.assert_allclose(target, lambda_return(numbers, gamma, lam), atol=2e-5)
     np.testing.assert_allclose(target, advantage + rollout.value, atol=1e-6)
+
+
+def n_step_return(r: dict[str, np.ndarray], gamma: float, n: int) -> np.ndarray:
+    """sum_{k<n} gamma^k r_{t+k} + gamma^n V(s_{t+n}), as far as episode and rollout go."""
+    returns = np.zeros((T, N))
+    for env in range(N):
+        for t in range(T):
+            weight = 1.0
+            for k in range(t, min(t + n, T)):
+                returns[t, env] += weight * r["reward"][k, env]
+                weight *= gamma * (1 - r["terminated"][k, env])
+                last = k
+                if r["terminated"][k, env] or r["truncated"][k, env]:
+                    break
+            returns[t, env] += weight * r["next_value"][last, env]
+    return returns
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("steps", [1, 3, T + 5])
+def test_n_step_returns_are_the_double_loop(seed: int, steps: int):
+    rollout, r = random_rollout(seed), as_numpy(random_rollout(seed))
+    config = ppo.Config(advantage="n_step", bootstrap_steps=steps)
+    advantage, target = jax.jit(make_advantage(config))(rollout, ppo.HParams(gamma=0.9))
+    np.testing.assert_allclose(target, n_step_return(r, 0.9, steps), atol=2e-5)
+    np.testing.assert_allclose(advantage, target - rollout.value, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_the_other_estimators_are_what_they_say(seed: int):
+    """One step of TD; returns to the end, or the value where a rollout or time limit cuts them off;
+    one reward and the lambda-return after it."""
+    rollout, r = random_rollout(seed), as_numpy(random_rollout(seed))
+    hparams = ppo.HParams(gamma=0.9, gae_lambda=0.6)
+
+    def found(name: Any) -> tuple[Array, Array]:
+        return jax.jit(make_advantage(ppo.Config(advantage=name)))(rollout, hparams)
+
+    for name, target in (
+        ("td0", n_step_return(r, 0.9, 1)),
+        ("monte_carlo", n_step_return(r, 0.9, T)),
+    ):
+        np.testing.assert_allclose(found(name)[1], target, atol=2e-5)
+        np.testing.assert_allclose(found(name)[0], target - r["value"], atol=2e-5)
+    after = np.concatenate([lambda_return(r, 0.9, 0.6)[1:], r["next_value"][-1:]])
+    ends = (r["terminated"] + r["truncated"]) > 0
+    following = np.where(ends, r["next_value"], after)
+    wanted = r["reward"] + 0.9 * (1 - r["terminated"]) * following - r["value"]
+    np.testing.assert_allclose(found("lambda_return")[0], wanted, atol=2e-5)
+    np.testing.assert_allclose(found("lambda_return")[1], lambda_return(r, 0.9, 0.6), atol=2e-5)
 
 
 def test_jit_changes_nothing():

@@ -561,6 +561,23 @@ def test_what_an_objective_has_learned_is_saved_and_gone_on_with(
     assert betas[0] == betas[1]
 
 
+@pytest.mark.parametrize("memory", ["none", "lstm"])
+@pytest.mark.parametrize("objective", ["a2c", "trpo", "ppo_kl", "ppo_kl_adaptive", "ppo_clip"])
+def test_every_estimator_goes_with_every_objective_that_has_a_value(
+    objective: Any, memory: Any, tiny: ppo.Config
+):
+    passes = ONE_PASS if objective == "a2c" else {}
+    others = ("monte_carlo", "td0", "n_step", "lambda_return") if memory == "none" else ()
+    for advantage in ("gae", *others):
+        config = dataclasses.replace(
+            tiny, objective=objective, advantage=advantage, memory=memory, **passes
+        )
+        learner = ppo.make_learner(config)
+        state = jax.eval_shape(learner.init, jax.random.key(0), ppo.HParams())
+        after, _ = jax.eval_shape(learner.update, state, ppo.HParams())
+        assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+
+
 @pytest.mark.parametrize("objective", POLICY_LOSSES)
 def test_each_objective_trains_from_the_command_line(objective: str, tmp_path: Path):
     sizes = "--total-timesteps 4000 --num-envs 4 --hidden-sizes 8 --eval-episodes 2".split()
