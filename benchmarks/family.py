@@ -1,9 +1,11 @@
 """All objectives on four environments, each with hyperparameters found by an equal search.
 
-    python benchmarks/family.py [--only ENV_ID] [--table-only]
+    python benchmarks/family.py [--only ENV_ID] [--rates] [--table-only]
 
 For each pair a random search of `TRIALS` trainings of `SEARCH_SEEDS` seeds, and then `NUM_SEEDS`
 fresh seeds with the best of them. Pairs that the results file has already are left as they are.
+Speeds are measured at the end, and again with `--rates`, by a short training of one seed per core:
+nothing else may run then.
 """
 
 import argparse
@@ -22,11 +24,13 @@ from readme import write_table
 import purejaxppo as ppo
 from purejaxppo.configfile import load_settings
 from purejaxppo.stats import bootstrap_interval, interquartile_mean
+from purejaxppo.sweeps.space import apply
 
 HERE = Path(__file__).parent
 RESULTS, PICTURE = HERE / "results/family.json", HERE / "results/family.png"
 TRIALS, SEARCH_SEEDS, NUM_SEEDS = 12, 2, 20
 SEARCH_SEED, FINAL_SEED = 1, 1000
+RATE_STEPS = 200_000
 
 ENVIRONMENTS: dict[str, dict[str, Any]] = {
     "CartPole-v1": {"config": "cartpole", "steps": 500_000, "limit": 500, "threshold": 475.0},
@@ -90,15 +94,23 @@ def measure(env_id: str, objective: str) -> dict[str, Any]:
     returns = result.returns.mean(axis=1)
     returns[list(result.failed)] = np.nan
     steps = steps_to(result.metrics, about["threshold"])
-    rate = result.summary["steps_per_second"] / jax.device_count()
     return {
         "values": found.best.trial.values,
         "search_seconds": searched,
         "returns": returns.tolist(),
         "steps_to_threshold": [None if np.isnan(x) else int(x) for x in steps],
-        "steps_per_core_second": rate,
         "curve": curve_of(result.metrics),
     }
+
+
+def rate(env_id: str, objective: str, values: dict[str, Any]) -> float:
+    """Environment steps per second of one training on one core, with all cores busy."""
+    config, hparams = config_of(env_id, objective)
+    config, hparams = apply(values, config, hparams)
+    config = dataclasses.replace(config, total_timesteps=RATE_STEPS)
+    cores = jax.device_count()
+    result = ppo.run(config, hparams, num_seeds=cores, eval_episodes=1, progress=False)
+    return result.summary["steps_per_second"] / cores
 
 
 def steps_to(metrics: dict[str, np.ndarray], threshold: float) -> np.ndarray:
@@ -151,7 +163,8 @@ def table(results: dict[str, Any]) -> str:
             if len(steps) > len(returns) / 2:
                 every = [np.inf if x is None else x for x in row["steps_to_threshold"]]
                 to_it = f"{np.median(every):,.0f}"
-                seconds = f"{np.median(every) / row['steps_per_core_second']:.1f}"
+                if "steps_per_core_second" in row:
+                    seconds = f"{np.median(every) / row['steps_per_core_second']:.1f}"
             lines.append(
                 f"| {env_id} (>= {about['threshold']:g}) | `{objective}` | "
                 f"{float(interquartile_mean(returns)):.1f} [{low:.1f}, {high:.1f}] | "
@@ -189,27 +202,39 @@ def draw(results: dict[str, Any]) -> None:
     plt.close(figure)
 
 
+def fill(results: dict[str, Any], env_ids: list[str], again: bool) -> None:
+    """What is missing, pair by pair; then speeds, of all if `again`."""
+
+    def save() -> None:
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+    rows = results["rows"]
+    pairs = [(env_id, objective) for env_id in env_ids for objective in OBJECTIVES]
+    for env_id, objective in pairs:
+        if (name := f"{env_id} {objective}") not in rows:
+            rows[name] = measure(env_id, objective)
+            save()
+            print(name, f"{np.nanmean(rows[name]['returns']):.2f}", flush=True)
+    for env_id, objective in pairs:
+        row = rows[f"{env_id} {objective}"]
+        if again or "steps_per_core_second" not in row:
+            row["steps_per_core_second"] = rate(env_id, objective, row["values"])
+            save()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", choices=list(ENVIRONMENTS), metavar="ENV_ID")
+    parser.add_argument("--rates", action="store_true")
     parser.add_argument("--table-only", action="store_true")
     args = parser.parse_args()
     results: dict[str, Any] = {"rows": {}}
     if RESULTS.exists():
         results = json.loads(RESULTS.read_text(encoding="utf-8"))
     if not args.table_only:
-        results["machine"] = f"{jax.device_count()} CPU cores, jax {jax.__version__}, " + (
-            f"Python {platform.python_version()}"
-        )
-        for env_id in [args.only] if args.only else ENVIRONMENTS:
-            for objective in OBJECTIVES:
-                name = f"{env_id} {objective}"
-                if name not in results["rows"]:
-                    began = time.perf_counter()
-                    results["rows"][name] = row = measure(env_id, objective)
-                    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-                    seconds = time.perf_counter() - began
-                    print(name, f"{np.nanmean(row['returns']):.2f}", f"{seconds:.0f} s", flush=True)
+        cores, python = jax.device_count(), platform.python_version()
+        results["machine"] = f"{cores} CPU cores, jax {jax.__version__}, Python {python}"
+        fill(results, [args.only] if args.only else list(ENVIRONMENTS), args.rates)
     draw(results)
     write_table("family", table(results))
 

@@ -230,7 +230,7 @@ def test_files_that_cannot_be_read(tmp_path: Path):
         load_settings(tmp_path / "latin.toml")
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.toml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("**/*.toml")), ids=lambda p: p.stem)
 def test_shipped_configs_load_and_fit_their_environment(path: Path):
     settings = load_settings(path)
     learner = ppo.make_learner(settings.config)
