@@ -45,7 +45,7 @@ ENVIRONMENTS: dict[str, dict[str, Any]] = {
 
 ONE_PASS: dict[str, Any] = {"update_epochs": 1, "num_minibatches": 1}
 OBJECTIVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "reinforce": (ONE_PASS, {}),
+    "reinforce": ({"advantage_normalization": "none"} | ONE_PASS, {}),
     "reinforce_baseline": (ONE_PASS, {}),
     "a2c": ({"num_envs": 16, "num_steps": 16} | ONE_PASS, {}),
     "trpo": (
@@ -56,7 +56,8 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ppo_kl_adaptive": ({}, {"target_kl": ppo.loguniform(0.003, 0.1)}),
     "ppo_clip": ({}, {"clip_eps": ppo.uniform(0.05, 0.4)}),
 }
-"""What each changes of the environment's config, and what is searched beside `SPACE`."""
+"""What each changes of the environment's config, and what is searched beside `SPACE`. Standardised
+returns would be a baseline, which `reinforce` is to have none of."""
 SPACE = {
     "learning_rate": ppo.loguniform(1e-4, 2e-2),
     "gae_lambda": ppo.uniform(0.8, 1.0),
