@@ -68,7 +68,7 @@ def n_step(rollout: Rollout, hparams: HParams, steps: int) -> tuple[Steps, Steps
         following = jnp.concatenate([target[1:], target[-1:]])
         return jnp.where(ends, one, rollout.reward + hparams.gamma * following)
 
-    target = jax.lax.fori_loop(1, steps, longer, one)
+    target = jax.lax.fori_loop(1, min(steps, len(done)), longer, one)
     return target - rollout.value, target
 
 

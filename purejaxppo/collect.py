@@ -61,7 +61,6 @@ def make_collect(config: Config, env: Environment, network: Network, policy: Pol
     environment. Log-probabilities and values are computed after it, for all steps at once, by the
     very call that the loss makes. Rewards are as the environment gave them.
     """
-    whole = config.memory != "none"
 
     def collect(learner: LearnerState, actors: ActorState) -> tuple[ActorState, Rollout, Array]:
         keys, step_keys, noise = _draw(config, policy, actors.keys)
@@ -90,7 +89,8 @@ def make_collect(config: Config, env: Environment, network: Network, policy: Pol
             log_prob = jnp.asarray(policy.distribution(outputs).log_prob(action))
             return log_prob, value, outputs if config.needs_outputs else ()
 
-        num_parts = 1 if whole else parts_in_cache(network, start.size, config.num_steps)
+        sequences = config.memory != "none"
+        num_parts = 1 if sequences else parts_in_cache(network, start.size, config.num_steps)
         log_prob, value, outputs = _in_parts(look_back, (obs, start, action), num_parts)
         _, _, last_value = network.apply(
             learner.params,

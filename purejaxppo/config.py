@@ -160,12 +160,13 @@ class HParams:
     gae_lambda: Scalar = _bounded(0.95, 0, 1)
     """Generalised advantage estimation: 0 is one-step TD, 1 is Monte Carlo."""
     clip_eps: Scalar = _bounded(0.2, 0, open_low=True)
-    """The probability ratio is clipped to [1 - clip_eps, 1 + clip_eps]."""
+    """With ppo_clip: the probability ratio is clipped to [1 - clip_eps, 1 + clip_eps]; of others
+    the part of ratios beyond it is logged."""
     clip_higher: Scalar | None = _bounded(None, 0, open_low=True)
-    """Another upper end of the ratio's range, 1 + clip_higher; None takes clip_eps."""
+    """With ppo_clip: another upper end of that range, 1 + clip_higher; None takes clip_eps."""
     dual_clip: Scalar | None = _bounded(None, 1, open_low=True)
-    """Where the advantage A is negative, the objective is at least dual_clip A, so that no ratio
-    however large counts for more; None sets no such bound."""
+    """With ppo_clip: where the advantage A is negative, the objective is at least dual_clip A, so
+    that no ratio however large counts for more; None sets no such bound."""
     vf_clip_eps: Scalar | None = _bounded(None, 0, open_low=True)
     """How far a value may move from the rollout's in the value loss; None does not clip."""
     ent_coef: Scalar = _bounded(0.01, 0, FLOAT_MAX)
@@ -177,7 +178,7 @@ class HParams:
     target_kl: Scalar | None = _bounded(None, 0, open_low=True)
     """After an epoch whose mean approximate KL exceeds this, the update's other epochs are
     left out; None never stops. With ppo_kl_adaptive what the divergence is steered to, 0.01 if
-    None; without effect on trpo."""
+    None; without effect on trpo, and where there is one pass."""
     kl_beta: Scalar = _bounded(1.0, 0, FLOAT_MAX)
     """With ppo_kl: weight of the KL penalty; with ppo_kl_adaptive the weight to begin with."""
     trpo_delta: Scalar = _bounded(0.01, 0, open_low=True)
@@ -251,11 +252,26 @@ def _check_objective(config: Config) -> None:
             "discount_weight = true with causality = false: rewards of a whole episode are "
             "discounted from its first step on already; choose one of the two"
         )
-    by_baseline = config.objective == "reinforce_baseline"
-    if by_baseline and config.baseline == "mean" and config.num_envs == 1:
+    if (
+        config.discount_weight
+        and config.whole_episodes
+        and (config.advantage_normalization != "none")
+    ):
         raise ConfigError(
-            "baseline = mean with num_envs = 1: the mean is over the other environments' returns; "
-            "choose more environments"
+            f"discount_weight = true with advantage_normalization = "
+            f"{config.advantage_normalization}: would be standardised after it is weighed, and a "
+            "late step, which is to count for little, for as much as any; choose none"
+        )
+    if config.objective == "reinforce" and config.baseline not in ("value", "none"):
+        raise ConfigError(
+            f"objective = reinforce with baseline = {config.baseline}: has none; choose "
+            "objective = reinforce_baseline"
+        )
+    by_others = config.objective == "reinforce_baseline" and config.baseline in ("mean", "optimal")
+    if by_others and config.num_envs == 1:
+        raise ConfigError(
+            f"baseline = {config.baseline} with num_envs = 1: is made of the other environments' "
+            "returns; choose more environments"
         )
     if config.objective == "trpo" and config.shared_trunk:
         raise ConfigError(

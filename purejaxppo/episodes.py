@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from purejaxppo.collect import first_steps
@@ -34,10 +35,10 @@ def collect_episodes(
         ConfigError: if none may fit into a rollout, or the baseline cannot be had here.
     """
     limit = env.max_episode_steps
-    if limit is not None and config.num_steps < limit:
+    if limit is not None and not isinstance(limit, Tracer) and config.num_steps < limit:
         raise ConfigError(
             f"num_steps = {config.num_steps}: objective = {config.objective} counts whole "
-            f"episodes, and those of {config.env_id} have up to {limit} steps; choose at least as "
+            f"episodes, and {config.env_id} states a limit of {limit} steps; choose at least as "
             "many, or objective = a2c, whose critic stands for what is cut off"
         )
     if config.needs_outputs and not is_discrete(env.observation_space):
@@ -124,13 +125,13 @@ def _make_baseline(
 ) -> Baseline:
     def mean(rollout: Rollout, total: Steps) -> Array:
         """Of the other environments, since an episode's own return depends on its actions."""
-        own = jnp.sum(total * rollout.mask, axis=0), jnp.sum(rollout.mask, axis=0)
-        sums = all_sum(jax.tree.map(jnp.sum, own), axis)
-        others = jax.tree.map(jnp.subtract, sums, own)
-        return others[0] / jnp.maximum(others[1], 1.0)
+        sums = jnp.sum(total * rollout.mask, axis=0), jnp.sum(rollout.mask, axis=0)
+        returns, steps = (of_others(x, axis) for x in sums)
+        return returns / jnp.maximum(steps, 1.0)
 
     def optimal(rollout: Rollout, total: Steps) -> Array:
-        return optimal_baseline(policy, observation_space.n, rollout, total, axis)
+        otherwise, count = mean(rollout, total), observation_space.n
+        return optimal_baseline(policy, count, rollout, total, otherwise=otherwise, axis=axis)
 
     baselines: dict[str, Baseline] = {
         "none": lambda rollout, total: 0.0,
@@ -141,15 +142,29 @@ def _make_baseline(
     return baselines["none" if config.objective == "reinforce" else config.baseline]
 
 
+def of_others(values: Float[Array, "*batch N"], axis: str | None) -> Float[Array, "*batch N"]:
+    """For each environment the sum over all others, of all devices. Without subtracting its own,
+    which may be all but a rounding error of the whole."""
+    zeros = jnp.zeros_like(values[..., :1])
+    before = jnp.concatenate([zeros, jnp.cumsum(values, axis=-1)[..., :-1]], axis=-1)
+    back = jnp.cumsum(values[..., ::-1], axis=-1)[..., ::-1]
+    after = jnp.concatenate([back[..., 1:], zeros], axis=-1)
+    own = jnp.sum(values, axis=-1)
+    elsewhere = jnp.zeros_like(own) if axis is None else all_sum(own, axis) - own
+    return before + after + elsewhere[..., None]
+
+
 def optimal_baseline(
     policy: Policy,
     num_observations: int,
     rollout: Rollout,
     total: Steps,
+    *,
+    otherwise: Float[Array, " N"],
     axis: str | None = None,
 ) -> Steps:
     """b(s) = E[|g|^2 G | s] / E[|g|^2 | s] with g = grad log pi(a|s) by the policy's outputs, from
-    the other environments' visits to s.
+    the other environments' visits to s; `otherwise` where there are none.
 
     For a table of outputs, which are then the parameters, no b(s) leaves less variance (Greensmith
     et al. 2004, "Variance reduction techniques for gradient estimates", theorem 8).
@@ -162,13 +177,13 @@ def optimal_baseline(
     num_envs = total.shape[1]
     cells = rollout.obs * num_envs + jnp.arange(num_envs)
 
-    def by_state(values: Array) -> tuple[Array, Array]:
+    def by_state(values: Steps) -> Array:
+        """Sums `[observations, N]` over each one's visits by the other environments."""
         own = jax.ops.segment_sum(
             values.reshape(-1), cells.reshape(-1), num_observations * num_envs
-        ).reshape((num_observations, num_envs))
-        return own, jnp.sum(own, axis=1)
+        )
+        return of_others(own.reshape((num_observations, num_envs)), axis)
 
-    (own, total_), (own_weight, weight) = by_state(squares * total), by_state(squares)
-    total_, weight = all_sum((total_, weight), axis)
-    others = (total_[:, None] - own) / jnp.maximum(weight[:, None] - own_weight, 1e-8)
-    return jnp.take_along_axis(others, rollout.obs, axis=0)
+    weight, returns = by_state(squares), by_state(squares * total)
+    found = jnp.where(weight > 1e-8, returns / jnp.maximum(weight, 1e-8), otherwise)
+    return jnp.take_along_axis(found, rollout.obs, axis=0)

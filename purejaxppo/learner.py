@@ -25,9 +25,15 @@ from purejaxppo.normalize import (
 from purejaxppo.trpo import make_trpo
 from purejaxppo.types import (
     ActorState,
+    Advantage,
+    Collect,
+    Environment,
+    Improve,
     Learner,
     LearnerState,
     Metrics,
+    Network,
+    Policy,
     Rollout,
     RunningStats,
     TrainState,
@@ -57,13 +63,7 @@ def make_learner(
     policy = make_policy(config, environment.action_space)
     network = make_network(config, environment.observation_space, policy)
     check_contract(environment, policy)
-    collect = make_collect(config, environment, network, policy)
-    estimate = make_advantage(config)
-    if config.whole_episodes:
-        collect = collect_episodes(config, environment, network, collect)
-        estimate = make_episode_advantage(config, policy, environment.observation_space, axis)
-    make = make_trpo if config.objective == "trpo" else make_improve
-    improve = make(config, network, policy, axis)
+    collect, estimate, improve = _parts(config, environment, network, policy, axis)
     adaptive = config.objective == "ppo_kl_adaptive"
 
     def init(key: Key[Array, ""], hparams: HParams) -> TrainState:
@@ -96,12 +96,26 @@ def make_learner(
         done = (rollout.terminated | rollout.truncated) & (rollout.mask > 0)
         actors, episodes = count_episodes(actors, raw_reward * rollout.mask, done, axis)
         metrics["env_steps"] = env_steps(config, learner.updates)
-        metrics["explained_variance"] = explained_variance(rollout.value, target, axis)
+        metrics["explained_variance"] = explained_variance(
+            rollout.value, target, rollout.mask, axis
+        )
         new = TrainState(learner, actors)
         kept = keep_if_finite(metrics, new, state)
         return kept, metrics | episodes
 
     return Learner(init, update)
+
+
+def _parts(
+    config: Config, env: Environment, network: Network, policy: Policy, axis: str | None
+) -> tuple[Collect, Advantage, Improve]:
+    """What the objective is made of."""
+    collect, estimate = make_collect(config, env, network, policy), make_advantage(config)
+    if config.whole_episodes:
+        collect = collect_episodes(config, env, network, collect)
+        estimate = make_episode_advantage(config, policy, env.observation_space, axis)
+    make = make_trpo if config.objective == "trpo" else make_improve
+    return collect, estimate, make(config, network, policy, axis)
 
 
 def refresh_statistics(
@@ -176,11 +190,12 @@ def env_steps(config: Config, updates: Array) -> Array:
     return updates.astype(jnp.int32 if fits else jnp.float32) * config.batch_size
 
 
-def explained_variance(value: Array, target: Array, axis: str | None = None) -> Float[Array, ""]:
+def explained_variance(
+    value: Array, target: Array, mask: Array, axis: str | None = None
+) -> Float[Array, ""]:
     """1 - Var(target - value) / Var(target): 1 for a perfect critic, 0 for a constant one."""
 
     def variance(x: Array) -> Array:
-        mask = jnp.ones_like(x)
         return masked_mean(jnp.square(x - masked_mean(x, mask, axis)), mask, axis)
 
     return 1.0 - variance(target - value) / jnp.maximum(variance(target), 1e-8)

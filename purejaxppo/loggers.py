@@ -150,6 +150,8 @@ def read_metrics(run_dir: Path, position: Position, settings: Settings) -> HostM
         raise _unusable(path, "it was changed since")
     if settings.trials:
         return binary_metrics(content, settings.num_trainings)
+    if content and not content.startswith(_HEADER.encode()):
+        raise _unusable(path, "its columns are another version's")
     shape = (position.updates, settings.num_trainings)
     metrics = {
         name: np.full(shape, np.nan, float if name in _COUNTS else np.float32) for name in COLUMNS

@@ -14,10 +14,11 @@ Samples = Float[Array, "*batch"]
 
 def standardize(values: Samples, mask: Samples, axis: str | None = None) -> Samples:
     """`values` shifted and scaled to mean 0 and standard deviation 1 over the masked samples, of
-    all devices along `axis`."""
+    all devices along `axis`; 0 where they are equal but for rounding."""
     mean = masked_mean(values, mask, axis)
-    var = masked_mean(jnp.square(values - mean), mask, axis)
-    return (values - mean) / (jnp.sqrt(var) + 1e-8)
+    deviation = jnp.sqrt(masked_mean(jnp.square(values - mean), mask, axis))
+    scaled = (values - mean) / (deviation + 1e-8)
+    return jnp.where(deviation > 1e-6 * jnp.abs(mean), scaled, 0.0)
 
 
 class Terms(NamedTuple):

@@ -141,7 +141,7 @@ TOGETHER_WITH: dict[str, dict[str, Any]] = {
     "bootstrap_steps": {"advantage": "n_step"},
     "baseline": {"objective": "reinforce_baseline"} | REINFORCE,
     "causality": {"objective": "reinforce"} | REINFORCE,
-    "discount_weight": {"objective": "reinforce"} | REINFORCE,
+    "discount_weight": {"objective": "reinforce", "advantage_normalization": "none"} | REINFORCE,
     "cg_iterations": {"objective": "trpo"},
     "line_search_steps": {"objective": "trpo", "trpo_delta": 30.0},
     "trpo_delta": {"objective": "trpo"},

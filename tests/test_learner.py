@@ -420,8 +420,9 @@ def test_step_counts_do_not_overflow():
 
 def test_explained_variance():
     target = jnp.array([1.0, 2.0, 3.0, 4.0])
-    assert explained_variance(target, target) == 1.0
-    assert explained_variance(jnp.full(4, 7.0), target) == pytest.approx(0.0, abs=1e-6)
+    mask = jnp.ones(4)
+    assert explained_variance(target, target, mask) == 1.0
+    assert explained_variance(jnp.full(4, 7.0), target, mask) == pytest.approx(0.0, abs=1e-6)
 
 
 # Learning where the answer is known

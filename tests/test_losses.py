@@ -64,3 +64,9 @@ def test_masked_steps_count_for_nothing():
     standard = np.asarray(standardize(spoiled, weights))[mask]
     expected = (values[mask] - values[mask].mean()) / values[mask].std()
     np.testing.assert_allclose(standard, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [99.343, 0.1, -3.0, 0.0])
+def test_equal_advantages_standardise_to_0_and_not_to_their_rounding(value: float):
+    values = jnp.full((1000,), value, jnp.float32)
+    np.testing.assert_array_equal(standardize(values, jnp.ones(1000)), 0.0)

@@ -19,7 +19,12 @@ from purejaxppo.cli import main
 from purejaxppo.collect import first_steps, make_collect
 from purejaxppo.distributions import categorical, make_policy
 from purejaxppo.envs import make_environment
-from purejaxppo.episodes import make_episode_advantage, whole_episodes
+from purejaxppo.episodes import (
+    collect_episodes,
+    make_episode_advantage,
+    of_others,
+    whole_episodes,
+)
 from purejaxppo.improve import make_batch, make_loss
 from purejaxppo.losses import POLICY_LOSSES, Terms, clipped_surrogate
 from purejaxppo.networks import make_network
@@ -88,6 +93,7 @@ def sampled(
     collect = make_collect(config, environment, network, policy)
     loss = make_loss(config, network, policy)
     if config.whole_episodes:
+        collect = collect_episodes(config, environment, network, collect)
         estimate = make_episode_advantage(config, policy, environment.observation_space)
     else:
         estimate = make_advantage(config)
@@ -100,7 +106,8 @@ def sampled(
     def one(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         keys = jax.random.split(key, config.num_envs)
         _, rollout, _ = collect(learner, first_steps(environment, network, keys))
-        rollout = rollout._replace(mask=whole_episodes(rollout, Tabular.LIMIT))
+        if not config.whole_episodes:
+            rollout = rollout._replace(mask=whole_episodes(rollout, Tabular.LIMIT))
         advantage, target = estimate(rollout, hparams)
         batch = make_batch(rollout, advantage, target)
         gradient = jax.grad(lambda p: loss(p, batch, hparams, jnp.float32(1))[0])(params)
@@ -213,6 +220,13 @@ def test_a_wrong_critic_biases_the_others_as_theory_has_it(
     true = exact(mdp, logits, GAMMA, discounted=False).gradient
     ratio, error = per_episode(gradients, episodes)
     assert np.max(np.abs(ratio - true.reshape(-1)) / error) > 6
+
+
+def test_sums_over_the_others_keep_what_is_small_beside_the_own():
+    values = np.array([[1e8, 3.0, 0.25, 1e-3], [0.0, 1.0, 2.0, 4.0]])
+    wanted = [[np.delete(row, i).sum() for i in range(4)] for row in values]
+    found = of_others(jnp.asarray(values, jnp.float32), None)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
 def test_each_step_away_from_plain_reinforce_lowers_the_variance():
@@ -609,10 +623,15 @@ def test_each_objective_trains_from_the_command_line(objective: str, tmp_path: P
         ),
         ({"objective": "trpo", "shared_trunk": True}, "choose shared_trunk = false"),
         (
-            {"objective": "reinforce_baseline", "baseline": "mean", "num_envs": 1} | ONE_PASS,
+            {"objective": "reinforce_baseline", "baseline": "optimal", "num_envs": 1} | ONE_PASS,
             "choose more environments",
         ),
-        ({"objective": "reinforce"} | ONE_PASS, "num_steps = 128: .* up to 500 steps"),
+        (
+            {"objective": "reinforce", "baseline": "mean"} | ONE_PASS,
+            "choose objective = reinforce_",
+        ),
+        ({"objective": "reinforce", "discount_weight": True} | ONE_PASS, "as any; choose none"),
+        ({"objective": "reinforce"} | ONE_PASS, "num_steps = 128: .* a limit of 500 steps"),
         (
             {"objective": "reinforce_baseline", "baseline": "optimal", "num_steps": 500} | ONE_PASS,
             "not Discrete; choose value or mean",

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -132,6 +133,17 @@ def test_a_cluster_that_does_not_answer_is_refused(
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     assert main([*SWEEP, "--engine", "ray", "--run-dir", str(tmp_path / "s")]) == 2
     assert "RAY_ADDRESS = '127.0.0.1:1' cannot be joined" in capfd.readouterr().err
+    assert not (tmp_path / "s").exists()
+
+
+def test_an_address_that_is_no_cluster_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr("purejaxppo.sweeps.onray.ANSWER_SECONDS", 3.0)
+        assert main([*SWEEP, "--engine", "ray", "--run-dir", str(tmp_path / "s")]) == 2
+    assert "cannot be joined" in capfd.readouterr().err
     assert not (tmp_path / "s").exists()
 
 

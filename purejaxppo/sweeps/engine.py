@@ -20,7 +20,7 @@ from purejaxppo.run import check_scalars
 from purejaxppo.rundir import SWEEP
 from purejaxppo.sweeps import files
 from purejaxppo.sweeps.files import PlannedBatch, PlannedWave, wave_directory
-from purejaxppo.sweeps.onray import OnRay, cluster
+from purejaxppo.sweeps.onray import OnRay, cluster, leave_memory
 from purejaxppo.sweeps.outcomes import Outcome, curve_columns, ranked, result_rows
 from purejaxppo.sweeps.plan import Wave, filled, make_groups, population_of
 from purejaxppo.sweeps.progress import SweepProgress
@@ -156,6 +156,7 @@ def start_sweep(
             "disk that all machines share"
         )
     use_all_cores()
+    leave_memory(definition.sweep)
     _check_first_batch(definition, env, env_params)
     if compilation_cache:
         enable_compilation_cache()
@@ -190,6 +191,7 @@ def resume_sweep(
         enable_compilation_cache()
     with files.old_sweep(directory), ExitStack() as stack:
         definition = load_definition(directory / SWEEP)
+        leave_memory(definition.sweep)
         check_env(definition.settings, env, env_params)
         stack.enter_context(cluster(definition.sweep))
         shown = SweepProgress(definition, progress)

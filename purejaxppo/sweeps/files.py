@@ -63,7 +63,12 @@ def new_sweep(directory: Path, definition: Definition) -> Iterator[Path]:
                 "with it by `purejaxppo resume`, or choose another directory"
             )
         write(directory / SWEEP, dump_definition(definition))
-        yield directory
+        try:
+            yield directory
+        except ConfigError:
+            if not (directory / PLAN).exists():
+                (directory / SWEEP).unlink()  # or the corrected command would be refused
+            raise
 
 
 @contextmanager

@@ -7,9 +7,12 @@ another one goes on from the wave's newest checkpoint.
 import importlib
 import logging
 import os
+import pickle
 import platform
 import signal
 import socket
+import subprocess
+import sys
 import time
 import warnings
 from collections import Counter
@@ -74,6 +77,13 @@ class OnRay:
         self._task = _Task(definition, directory, env, env_params, cache, _versions())
         self._shown, self._ray = shown, importlib.import_module("ray")
         self._needs = needs(definition.sweep)
+        try:
+            self._ray.cloudpickle.dumps(self._task)
+        except (TypeError, ValueError, pickle.PicklingError) as error:
+            raise ConfigError(
+                f"env: cannot be sent to the machines of a cluster ({error}); pass one that can be "
+                "pickled, or choose engine = local"
+            ) from error
 
     def cut(self, group: Group) -> tuple[list[Wave], int]:
         """On a machine as waves will have it, into as many waves at least as run at a time."""
@@ -117,11 +127,19 @@ class OnRay:
     def _again(self, lost: "_Lost", job: Job, tries: Counter[int]) -> None:
         if tries[job.index] == TRIES:
             raise _given_up(f"wave {job.index}", lost, self._task.directory)
+        try:
+            places_of(self._ray.nodes(), self._needs)
+        except ConfigError as error:
+            why = _given_up(f"wave {job.index}", lost, self._task.directory, tries[job.index])
+            raise LostError(f"{why} ({error})") from error
         tries[job.index] += 1
         self._shown.begun_again(job.index, lost.why)
 
     def _begin(self, function: Any, *arguments: Any) -> Any:
-        remote = self._ray.remote(max_retries=0, **self._needs)(_guarded)
+        # Processes serve one number of devices alone: JAX takes no other once it has started.
+        count = str(self._task.definition.sweep.wave_cpus)
+        fresh = {"env_vars": {"JAX_NUM_CPU_DEVICES": count}}
+        remote = self._ray.remote(max_retries=0, runtime_env=fresh, **self._needs)(_guarded)
         return remote.remote(function, self._task, *arguments)
 
     def _found(self, task: Any) -> Any:
@@ -154,9 +172,9 @@ class _Lost(NamedTuple):
     why: str
 
 
-def _given_up(what: str, lost: _Lost, directory: Path | None) -> LostError:
+def _given_up(what: str, lost: _Lost, directory: Path | None, count: int = TRIES) -> LostError:
     how = f"; once there are machines again: {resume_command(directory)}" if directory else ""
-    return LostError(f"{what}: lost {TRIES} machines, the last one by {lost.why}{how}")
+    return LostError(f"{what}: lost {count} of its machines, the last by {lost.why}{how}")
 
 
 @contextmanager
@@ -185,6 +203,13 @@ def cluster(sweep: SweepSettings) -> Iterator[None]:
             ray.shutdown()
 
 
+def leave_memory(sweep: SweepSettings) -> None:
+    """Before JAX starts: have it not take most of a GPU's memory, which waves need that may run on
+    this machine."""
+    if sweep.engine == "ray":
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
 def _join(ray: Any) -> None:
     address = os.environ.get("RAY_ADDRESS", "")
     try:
@@ -193,21 +218,24 @@ def _join(ray: Any) -> None:
             # Of JAX, whose threads the processes that Ray starts do not need.
             warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except (
+        OSError, RuntimeError, ValueError, subprocess.SubprocessError, ray.exceptions.RayError
+    ) as error:  # fmt: skip
         first = str(error).strip().partition("\n")[0]
         raise ConfigError(
             f"engine = ray: RAY_ADDRESS = {address!r} cannot be joined ({first}); see to it by "
             "`ray status`, or choose engine = local"
         ) from error
-    # Machines of the cluster need the GPUs' memory, one of which this may be.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def _knock(address: str) -> None:
-    """Raise `OSError` if nobody listens there, which Ray takes minutes to say."""
+    """Raise `OSError` if nobody listens there, and `subprocess.TimeoutExpired` if it is no cluster:
+    Ray takes minutes to say so, in which it cannot be stopped."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
+        trial = [sys.executable, "-c", "import ray; ray.init(log_to_driver=False)"]
+        subprocess.run(trial, timeout=ANSWER_SECONDS, check=True, capture_output=True)
 
 
 @contextmanager
@@ -274,8 +302,6 @@ def _local(task: _Task) -> Local:
         sweep = task.definition.sweep
         if not sweep.wave_gpus and not sweep.wave_tpus:
             jax.config.update("jax_platforms", "cpu")
-        with suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", sweep.wave_cpus)
         if task.cache:
             enable_compilation_cache()
         _process.clear()
