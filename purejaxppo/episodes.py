@@ -166,7 +166,8 @@ def optimal_baseline(
     """b(s) = E[|g|^2 G | s] / E[|g|^2 | s] with g = grad log pi(a|s) by the policy's outputs, from
     the other environments' visits to s; `otherwise` where there are none.
 
-    For a table of outputs, which are then the parameters, no b(s) leaves less variance (Greensmith
+    For a table of outputs, which are then the parameters, no b(s) leaves each step's term less
+    variance; products between steps are left out (Greensmith
     et al. 2004, "Variance reduction techniques for gradient estimates", theorem 8).
     """
 

@@ -51,7 +51,7 @@ def assert_close(a: Any, b: Any, **tolerance: float) -> None:
         {},
         pytest.param({"memory": "gru", "memory_size": 4}, marks=pytest.mark.slow),
         {"objective": "trpo", "cg_iterations": 3},
-        {"objective": "ppo_kl_adaptive"},
+        pytest.param({"objective": "ppo_kl_adaptive"}, marks=pytest.mark.slow),
         {
             "objective": "reinforce_baseline", "baseline": "mean", "num_steps": 500,
             "update_epochs": 1, "total_timesteps": 5 * 8 * 500,

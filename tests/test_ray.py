@@ -21,7 +21,7 @@ from purejaxppo.sweeps.settings import SweepSettings
 # Of JAX, since nodes are started by a process that has begun to use it.
 pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 SWEEP = (
-    "sweep --hidden-sizes 16 --num-steps 32 --update-epochs 2 --total-timesteps 800000 "
+    "sweep --hidden-sizes 16 --num-steps 32 --update-epochs 2 --total-timesteps 600000 "
     "--sample learning_rate=loguniform:1e-4,1e-2 --trials 4 --strategy halving --eta 2 --rungs 1 "
     "--checkpoint-every 0.2 --eval-episodes 8"
 ).split()
