@@ -4,13 +4,14 @@
 
 For each pair a random search of `TRIALS` trainings of `SEARCH_SEEDS` seeds, and then `NUM_SEEDS`
 fresh seeds with the best of them. Pairs that the results file has already are left as they are.
-Speeds are measured at the end, and again with `--rates`, by a short training of one seed per core:
-nothing else may run then.
+Speeds are measured at the end, and again with `--rates`, by a short training of one seed: nothing
+else may run then.
 """
 
 import argparse
 import dataclasses
 import json
+import os
 import platform
 import time
 from pathlib import Path
@@ -105,13 +106,12 @@ def measure(env_id: str, objective: str) -> dict[str, Any]:
 
 
 def rate(env_id: str, objective: str, values: dict[str, Any]) -> float:
-    """Environment steps per second of one training on one core, with all cores busy."""
+    """Environment steps per second of one training, alone on one core."""
     config, hparams = config_of(env_id, objective)
     config, hparams = apply(values, config, hparams)
     config = dataclasses.replace(config, total_timesteps=RATE_STEPS)
-    cores = jax.device_count()
-    result = ppo.run(config, hparams, num_seeds=cores, eval_episodes=1, progress=False)
-    return result.summary["steps_per_second"] / cores
+    result = ppo.run(config, hparams, eval_episodes=1, progress=False)
+    return result.summary["steps_per_second"]
 
 
 def steps_to(metrics: dict[str, np.ndarray], threshold: float) -> np.ndarray:
@@ -147,16 +147,22 @@ def curve_of(metrics: dict[str, np.ndarray], points: int = 50) -> dict[str, list
     return {"steps": centres[keep].tolist(), "return": np.array(rows)[keep].tolist()}
 
 
+def measured(results: dict[str, Any]) -> list[str]:
+    """Environments on which all objectives have been."""
+    rows = results["rows"]
+    return [e for e in ENVIRONMENTS if all(f"{e} {name}" in rows for name in OBJECTIVES)]
+
+
 def table(results: dict[str, Any]) -> str:
     lines = [
         "| environment | objective | return, interquartile mean [95% interval] | seeds at the "
         "threshold | steps to it | seconds to it |",
         "|---|---|---|---|---|---|",
     ]
-    for env_id, about in ENVIRONMENTS.items():
+    for env_id in measured(results):
+        about = ENVIRONMENTS[env_id]
         for objective in OBJECTIVES:
-            if (row := results["rows"].get(f"{env_id} {objective}")) is None:
-                continue
+            row = results["rows"][f"{env_id} {objective}"]
             returns = np.array(row["returns"], float)
             low, high = bootstrap_interval(returns, interquartile_mean)
             steps = [x for x in row["steps_to_threshold"] if x is not None]
@@ -164,8 +170,7 @@ def table(results: dict[str, Any]) -> str:
             if len(steps) > len(returns) / 2:
                 every = [np.inf if x is None else x for x in row["steps_to_threshold"]]
                 to_it = f"{np.median(every):,.0f}"
-                if "steps_per_core_second" in row:
-                    seconds = f"{np.median(every) / row['steps_per_core_second']:.1f}"
+                seconds = f"{np.median(every) / row['steps_per_core_second']:.1f}"
             lines.append(
                 f"| {env_id} (>= {about['threshold']:g}) | `{objective}` | "
                 f"{float(interquartile_mean(returns)):.1f} [{low:.1f}, {high:.1f}] | "
@@ -186,18 +191,23 @@ def draw(results: dict[str, Any]) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), constrained_layout=True)
+    env_ids = measured(results)
+    rows = -(-len(env_ids) // 2)
+    figure, axes = plt.subplots(
+        rows, 2, figsize=(11, 3.75 * rows), constrained_layout=True, squeeze=False
+    )
     colors = plt.get_cmap("tab10").colors  # pyright: ignore[reportAttributeAccessIssue]
-    for axis, (env_id, about) in zip(axes.flat, ENVIRONMENTS.items(), strict=True):
+    for axis, env_id in zip(axes.flat, env_ids, strict=False):
         for color, objective in zip(colors, OBJECTIVES, strict=False):
-            if row := results["rows"].get(f"{env_id} {objective}"):
-                curve = row["curve"]
-                axis.plot(curve["steps"], curve["return"], label=objective, color=color, lw=1.6)
-        axis.axhline(about["threshold"], color="0.6", lw=0.8, ls="--")
+            curve = results["rows"][f"{env_id} {objective}"]["curve"]
+            axis.plot(curve["steps"], curve["return"], label=objective, color=color, lw=1.6)
+        axis.axhline(ENVIRONMENTS[env_id]["threshold"], color="0.6", lw=0.8, ls="--")
         axis.set_title(env_id)
         axis.set_xlabel("environment steps")
         axis.set_ylabel("training return (interquartile mean)")
         axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:.0f}k")
+    for axis in axes.flat[len(env_ids) :]:
+        axis.remove()
     axes.flat[0].legend(fontsize=8)
     figure.savefig(PICTURE, dpi=110)
     plt.close(figure)
@@ -233,7 +243,7 @@ def main() -> None:
     if RESULTS.exists():
         results = json.loads(RESULTS.read_text(encoding="utf-8"))
     if not args.table_only:
-        cores, python = jax.device_count(), platform.python_version()
+        cores, python = os.cpu_count(), platform.python_version()
         results["machine"] = f"{cores} CPU cores, jax {jax.__version__}, Python {python}"
         fill(results, [args.only] if args.only else list(ENVIRONMENTS), args.rates)
     draw(results)
