@@ -8,8 +8,9 @@ from purejaxppo.export import export_policy
 from purejaxppo.learner import make_learner
 from purejaxppo.load import Loaded, load
 from purejaxppo.run import Result, resume, run
-from purejaxppo.rundir import StorageError
+from purejaxppo.rundir import LostError, StorageError
 from purejaxppo.sweeps.engine import SweepResult, resume_sweep, sweep
+from purejaxppo.sweeps.settings import SweepSettings
 from purejaxppo.sweeps.space import choice, loguniform, uniform
 from purejaxppo.train import make_train, train_chunk
 from purejaxppo.types import Learner, TrainState
@@ -21,10 +22,12 @@ __all__ = [
     "HParams",
     "Learner",
     "Loaded",
+    "LostError",
     "MultiDiscrete",
     "Result",
     "StorageError",
     "SweepResult",
+    "SweepSettings",
     "TrainState",
     "available_environments",
     "choice",

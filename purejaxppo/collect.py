@@ -92,12 +92,8 @@ def make_collect(config: Config, env: Environment, network: Network, policy: Pol
         sequences = config.memory != "none"
         num_parts = 1 if sequences else parts_in_cache(network, start.size, config.num_steps)
         log_prob, value, outputs = _in_parts(look_back, (obs, start, action), num_parts)
-        _, _, last_value = network.apply(
-            learner.params,
-            moved.carry,
-            normalize_obs(learner.obs_stats, moved.obs)[None],
-            moved.start[None],
-        )
+        last_obs, last_start = normalize_obs(learner.obs_stats, moved.obs)[None], moved.start[None]
+        _, _, last_value = network.apply(learner.params, moved.carry, last_obs, last_start)
         following = jnp.concatenate([value[1:], last_value])
         rollout = Rollout(
             obs=obs,

@@ -131,7 +131,8 @@ def policy_terms(
     distribution = policy.distribution(outputs)
     log_prob = jnp.asarray(distribution.log_prob(batch.action))
     terms = Terms(log_prob, log_prob - batch.log_prob, batch.advantage)
-    if not isinstance(batch.outputs, tuple):
+    has_outputs = not isinstance(batch.outputs, tuple)
+    if has_outputs:
         old = policy.distribution(batch.outputs)
         terms = terms._replace(kl=jnp.asarray(old.kl_divergence(distribution)))
     higher = hparams.clip_eps if hparams.clip_higher is None else hparams.clip_higher
@@ -141,7 +142,7 @@ def policy_terms(
         "entropy": jnp.asarray(distribution.entropy()),
         "approx_kl": approximate_kl(terms.log_ratio),
         "clip_fraction": ((change > higher) | (change < -hparams.clip_eps)).astype(jnp.float32),
-    }
+    } | ({"kl": jnp.asarray(terms.kl)} if has_outputs else {})
 
 
 def kl_from_rollout(
@@ -167,6 +168,8 @@ def make_improve(
         if config.advantage_normalization == "batch":
             advantage = standardize(advantage, rollout.mask, axis)
         batch = make_batch(rollout, advantage, target)
+        if not penalized:
+            batch = batch._replace(outputs=())
         learner, metrics = descend(learner, batch, hparams)
         if penalized:
             after = partial(kl_from_rollout, network, policy, learner.params)

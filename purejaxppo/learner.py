@@ -95,12 +95,10 @@ def make_learner(
         learner = learner._replace(updates=learner.updates + 1)
         done = (rollout.terminated | rollout.truncated) & (rollout.mask > 0)
         actors, episodes = count_episodes(actors, raw_reward * rollout.mask, done, axis)
-        metrics["env_steps"] = env_steps(config, learner.updates)
-        metrics["explained_variance"] = explained_variance(
-            rollout.value, target, rollout.mask, axis
-        )
-        new = TrainState(learner, actors)
-        kept = keep_if_finite(metrics, new, state)
+        explained = explained_variance(rollout.value, target, rollout.mask, axis)
+        steps = env_steps(config, learner.updates)
+        metrics |= {"env_steps": steps, "explained_variance": explained}
+        kept = keep_if_finite(metrics, TrainState(learner, actors), state)
         return kept, metrics | episodes
 
     return Learner(init, update)

@@ -76,9 +76,7 @@ def make_trpo(config: Config, network: Network, policy: Policy, axis: str | None
             return kl_from_rollout(network, policy, unravel(flat), part, count)
 
         def measure(flat: Vector) -> Metrics:
-            return over_all(
-                config, network, batch, axis, lambda *x: terms(flat, *x) | {"kl": kl(flat, *x)}
-            )
+            return over_all(config, network, batch, axis, partial(terms, flat))
 
         def loss(flat: Vector, part: Batch, count: Array) -> Array:
             return _loss(terms(flat, part, count), hparams)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -57,25 +57,15 @@ def sweep(
     hparams: HParams | None = None,
     seeds: int = 1,
     seed: int = 0,
-    strategy: Literal["random", "sobol", "optuna", "halving", "pbt"] = "random",
-    engine: Literal["local", "ray"] = "local",
-    trials: int = 16,
-    batch: int = 16,
-    eta: int = 3,
-    rungs: int = 3,
-    interval: int = 10,
-    wave_cpus: int = 1,
-    wave_gpus: int = 0,
-    wave_tpus: int = 0,
     devices: int = 0,
     run_dir: str | Path | None = None,
     eval_episodes: int = 128,
     checkpoint_every: float = 300.0,
-    memory_gb: float = 0.0,
     compilation_cache: bool = True,
     progress: bool = True,
     env: Any = None,
     env_params: Any = None,
+    **search: Any,
 ) -> SweepResult:
     """Train every trial of a space with `seeds` seeds, as few compiled programs as there are
     different shapes, and find the best.
@@ -86,46 +76,28 @@ def sweep(
         space: settings by name. A list holds values of which each is tried, in every combination;
             `uniform`, `loguniform` and `choice` are drawn from.
         hparams: of what is not swept.
-        strategy, engine, trials, batch, eta, rungs, interval, wave_cpus, wave_gpus, wave_tpus: as
-            `SweepSettings` describes them.
         devices: how many to spread over; 0 takes all, where there are enough trainings.
         run_dir: takes `sweep.toml`, `results.csv`, `curves.npz`, `winner.toml`, `report.html` and
             the waves; None writes nothing.
         checkpoint_every: seconds between checkpoints of the trainings under way.
-        memory_gb: what trainings may take on each device; 0 takes half of what is free.
         others: as in `run`.
+        search: fields of `SweepSettings`, which describes them: strategy, trials, engine, ...
 
     Raises:
         ConfigError: before anything is compiled or written, if the space or a setting cannot work.
         StorageError: as `run`.
+        LostError: with engine = ray, if machines are lost too often.
     """
     host = RunSettings(
         seed, seeds, devices, eval_episodes, checkpoint_every, keep=1,
         custom_env=env is not None or env_params is not None,
     )  # fmt: skip
-    grid, sample = space_texts(space)
     definition = Definition(
-        Settings(config, hparams or HParams(), host),
-        SweepSettings(
-            grid,
-            sample,
-            strategy,
-            trials,
-            batch,
-            eta,
-            rungs,
-            interval,
-            memory_gb,
-            engine,
-            wave_cpus,
-            wave_gpus,
-            wave_tpus,
-        ),
+        Settings(config, hparams or HParams(), host), SweepSettings(*space_texts(space), **search)
     )
-    directory = None if run_dir is None else Path(run_dir)
     found = start_sweep(
-        definition, directory, progress=progress, compilation_cache=compilation_cache,
-        env=env, env_params=env_params,
+        definition, None if run_dir is None else Path(run_dir), progress=progress,
+        compilation_cache=compilation_cache, env=env, env_params=env_params,
     )  # fmt: skip
     assert found is not None
     return found
