@@ -421,10 +421,11 @@ def _unless_stopped(
 
 
 def _agreed(stop: StopRequest) -> bool:
-    """Whether any process was asked to stop; then each of them takes it as asked of itself."""
+    """Whether any process was asked to stop; then each of them takes it as asked of itself. A
+    signal amid this exchange, of which the others do not know, counts at the next."""
     asked = int(agree(stop.signum or 0).max())
     stop.signum = stop.signum or asked or None
-    return bool(stop)
+    return bool(asked)
 
 
 def _leave(stop: StopRequest, shown: Progress, directory: Path | None) -> NoReturn:

@@ -2,11 +2,13 @@
 
 import signal
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from commands import Process, assert_same_end, rows
 
@@ -14,6 +16,7 @@ import purejaxppo as ppo
 from purejaxppo import checkpoint
 from purejaxppo.cli import main
 from purejaxppo.processes import Processes, joined
+from purejaxppo.signals import StopRequest
 
 pytestmark = pytest.mark.usefixtures("one_cache")
 LONG = "--num-envs=8 --hidden-sizes=16 --normalize-obs --eval-episodes=4 --total-timesteps=150000"
@@ -82,6 +85,20 @@ def test_a_signal_to_one_process_stops_both(start_two: Any, tmp_path: Path):
     assert (first.end(), second.end()) == (143, 143), first.text() + second.text()
     assert "stopped; go on by: purejaxppo resume" in first.text()
     assert checkpoint.find(run)[0].position.updates == rows(run)
+
+
+def test_a_signal_amid_the_agreement_counts_at_the_next(monkeypatch: pytest.MonkeyPatch):
+    """The others were told of none, so to stop alone would leave them waiting for ever."""
+    stop = StopRequest()
+
+    def agree_late(*numbers: int) -> np.ndarray:
+        stop.signum = signal.SIGTERM
+        return np.asarray([numbers, [0] * len(numbers)])
+
+    run_module = sys.modules["purejaxppo.run"]  # the package's own `run` is the function
+    monkeypatch.setattr(run_module, "agree", agree_late)
+    assert not run_module._agreed(stop)
+    assert run_module._agreed(stop)
 
 
 @pytest.mark.parametrize(
