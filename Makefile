@@ -13,7 +13,9 @@ install: $(INSTALLED) ## make .venv with the locked versions of everything
 $(INSTALLED): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "purejaxppo needs Python 3.11 or newer; set PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --requirement requirements.lock
+	@# uv installs in a fifth of pip's time, but does not read pip's settings of a package index.
+	$(BIN)/pip install --quiet uv && $(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.lock \
+		|| $(BIN)/pip install --quiet --requirement requirements.lock
 	$(BIN)/pip install --quiet --no-deps --editable .
 	@touch $@
 
