@@ -167,8 +167,8 @@ def optimal_baseline(
     the other environments' visits to s; `otherwise` where there are none.
 
     For a table of outputs, which are then the parameters, no b(s) leaves each step's term less
-    variance; products between steps are left out (Greensmith
-    et al. 2004, "Variance reduction techniques for gradient estimates", theorem 8).
+    variance; products between steps are left out (Greensmith et al. 2004, "Variance reduction
+    techniques for gradient estimates", theorem 8).
     """
 
     def log_prob(outputs: Array) -> Array:

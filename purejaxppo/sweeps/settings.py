@@ -1,7 +1,7 @@
 """What a sweep is told, and `sweep.toml`, which holds all of it."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +10,14 @@ from purejaxppo.configfile import Settings, build, dump, dump_settings, from_fil
 from purejaxppo.sweeps.space import Range, Space, parse_space
 
 LEAST_POPULATION = 5
+
+
+def _count(default: int, low: int, **only_with: str) -> Any:
+    """A whole number that has an effect only where another setting has a certain value."""
+    return field(
+        default=default,
+        metadata={"low": low, "high": 2**20, "open_low": False, "only_with": only_with},
+    )
 
 
 @dataclass(frozen=True)
@@ -29,16 +37,16 @@ class SweepSettings:
     (optuna, which takes the grid's values as choices). halving draws like random, and trains the
     best 1 / eta of the trials on, again and again. pbt is one population, in which now and then
     the best fifth take the place of the worst, with numbers somewhat changed."""
-    trials: int = field(default=16, metadata={"low": 1, "high": 2**20, "open_low": False})
+    trials: int = _count(16, 1)
     """Samples drawn, each of which is tried at every point of the grid; with optuna all trials."""
-    batch: int = field(default=16, metadata={"low": 1, "high": 2**20, "open_low": False})
+    batch: int = _count(16, 1, strategy="optuna")
     """Trials that optuna is asked for at a time, which run side by side."""
-    eta: int = field(default=3, metadata={"low": 2, "high": 2**20, "open_low": False})
+    eta: int = _count(3, 2, strategy="halving")
     """With halving: the part of the trials that goes on, and how many times longer."""
-    rungs: int = field(default=3, metadata={"low": 1, "high": 64, "open_low": False})
+    rungs: int = _count(3, 1, strategy="halving")
     """With halving: how often trials are picked, at most; all begin with 1 / eta^rungs of their
     updates."""
-    interval: int = field(default=10, metadata={"low": 1, "high": 2**20, "open_low": False})
+    interval: int = _count(10, 1, strategy="pbt")
     """With pbt: updates from one exchange to the next."""
     memory_gb: float = field(default=0.0, metadata={"low": 0, "high": math.inf, "open_low": False})
     """Memory that trainings may take on each device; what does not fit runs in waves, one after
@@ -47,18 +55,29 @@ class SweepSettings:
     """Where waves run: here, or on the machines of a Ray cluster, several at a time. That is the
     one RAY_ADDRESS names, or that of this machine, or one begun here; the run directory must lie
     on a disk that all of them share."""
-    wave_cpus: int = field(default=1, metadata={"low": 1, "high": 2**20, "open_low": False})
+    wave_cpus: int = _count(1, 1, engine="ray")
     """With ray: the CPU cores that a wave takes, which are its devices if it has no others."""
-    wave_gpus: int = field(default=0, metadata={"low": 0, "high": 2**20, "open_low": False})
+    wave_gpus: int = _count(0, 0, engine="ray")
     """With ray: the GPUs that a wave takes."""
-    wave_tpus: int = field(default=0, metadata={"low": 0, "high": 2**20, "open_low": False})
+    wave_tpus: int = _count(0, 0, engine="ray")
     """With ray: the TPU chips that a wave takes."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+        self._check_effects()
         space = self.space
         if self.strategy == "pbt":
             _check_population(space, self.trials)
+
+    def _check_effects(self) -> None:
+        for f in fields(self):
+            for name, wanted in f.metadata.get("only_with", {}).items():
+                value, chosen = getattr(self, f.name), getattr(self, name)
+                if value != f.default and chosen != wanted:
+                    raise ConfigError(
+                        f"{f.name} = {value}: has no effect with {name} = {chosen}; leave it out, "
+                        f"or choose {name} = {wanted}"
+                    )
 
     @property
     def space(self) -> Space:
