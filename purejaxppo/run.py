@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, nullcontext
@@ -44,6 +45,7 @@ from purejaxppo.program import (
 from purejaxppo.progress import Progress
 from purejaxppo.rundir import (
     CONFIG,
+    RunWarning,
     StorageError,
     new_run,
     old_run,
@@ -500,8 +502,20 @@ class _Loop:
                 logger.write(self.done + 1, metrics, written)
         except OSError as error:
             raise _cannot_log(self.session.directory, error) from error
+        self._check_episodes(metrics)
         self.done += len(written)
         self.shown.update(self.done, self.parts[-1]["episode_return"])
+
+    def _check_episodes(self, metrics: HostMetrics) -> None:
+        config = self.session.settings.config
+        if config.whole_episodes and not np.any(metrics["episodes"]):
+            warnings.warn(
+                f"num_steps = {config.num_steps}: in updates on end no episode came to its end "
+                f"within as many steps, and objective = {config.objective} learns of nothing else; "
+                "choose more, or objective = a2c",
+                RunWarning,
+                stacklevel=2,
+            )
 
     def _until_save(self) -> int:
         """Updates left to the next checkpoint, where it is due at a number of them."""

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from envs import RandomWalk, Tabular
+from envs import Countdown, RandomWalk, Tabular
 from jax.flatten_util import ravel_pytree
 
 import purejaxppo as ppo
@@ -28,6 +28,7 @@ from purejaxppo.episodes import (
 from purejaxppo.improve import make_batch, make_loss
 from purejaxppo.losses import POLICY_LOSSES, Terms, clipped_surrogate
 from purejaxppo.networks import make_network
+from purejaxppo.rundir import RunWarning
 from purejaxppo.stats import mean_interval
 from purejaxppo.trpo import natural_step, second_derivative
 
@@ -647,3 +648,11 @@ def test_each_objective_trains_from_the_command_line(objective: str, tmp_path: P
 def test_combinations_that_make_no_sense_are_refused(settings: dict[str, Any], message: str):
     with pytest.raises(ppo.ConfigError, match=message):
         ppo.make_learner(ppo.Config(**settings))
+
+
+def test_rollouts_in_which_no_episode_ends_are_warned_of(tiny: ppo.Config):
+    """The environment states no limit, and its episodes are of 5 steps."""
+    config = dataclasses.replace(tiny, objective="reinforce", num_steps=4, **ONE_PASS)
+    with pytest.warns(RunWarning, match=r"num_steps = 4: .* choose more") as seen:
+        ppo.run(config, env=Countdown(), env_params=(), eval_episodes=1, progress=False)
+    assert len({str(warning.message) for warning in seen}) == 1  # is shown once
