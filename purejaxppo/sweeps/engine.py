@@ -28,7 +28,7 @@ from purejaxppo.sweeps.report import write_report
 from purejaxppo.sweeps.settings import Definition, SweepSettings, load_definition
 from purejaxppo.sweeps.space import apply, space_texts
 from purejaxppo.sweeps.strategies import Batch, Strategy, Trial, make_strategy
-from purejaxppo.sweeps.waves import Job, Local, Workers
+from purejaxppo.sweeps.waves import Job, Local, Work, Workers
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ def start_sweep(
         stack.enter_context(cluster(definition.sweep))
         if directory is not None and not dry_run:
             stack.enter_context(files.new_sweep(directory, definition))
-        where = None if dry_run else directory
-        engine = _Engine(definition, where, SweepProgress(definition, progress), env, env_params)
+        work = Work(definition, None if dry_run else directory, env, env_params)
+        engine = _Engine(work, SweepProgress(definition, progress))
         return engine.plan_only() if dry_run else engine.run()
 
 
@@ -167,7 +167,7 @@ def resume_sweep(
         check_env(definition.settings, env, env_params)
         stack.enter_context(cluster(definition.sweep))
         shown = SweepProgress(definition, progress)
-        return _Engine(definition, directory, shown, env, env_params).run()
+        return _Engine(Work(definition, directory, env, env_params), shown).run()
 
 
 def _check_first_batch(definition: Definition, env: Any, env_params: Any) -> None:
@@ -181,11 +181,8 @@ def _check_first_batch(definition: Definition, env: Any, env_params: Any) -> Non
 
 @dataclass
 class _Engine:
-    definition: Definition
-    directory: Path | None
+    work: Work
     shown: SweepProgress
-    env: Any
-    env_params: Any
     jobs: list[Job] = field(default_factory=list)
     """Waves begun, by their index."""
     latest: dict[int, tuple[Wave, int]] = field(default_factory=dict)
@@ -193,10 +190,11 @@ class _Engine:
     outcomes: dict[int, Outcome] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.definition, self.directory = self.work.definition, self.work.directory
         sweep, run = self.definition.sweep, self.definition.settings.run
-        given = (self.definition, self.directory, self.shown, self.env, self.env_params)
-        self.here = Local(*given)
-        self.workers: Workers = OnRay(*given) if sweep.engine == "ray" else self.here
+        self.here = Local(self.work, self.shown)
+        ray = sweep.engine == "ray"
+        self.workers: Workers = OnRay(self.work, self.shown) if ray else self.here
         self.strategy: Strategy = make_strategy(sweep, run.seed, self.directory)
 
     def plan_only(self) -> None:

@@ -32,7 +32,7 @@ from purejaxppo.signals import STOPPING, stop_requests
 from purejaxppo.sweeps.plan import Group, Wave
 from purejaxppo.sweeps.progress import SweepProgress
 from purejaxppo.sweeps.settings import Definition, SweepSettings
-from purejaxppo.sweeps.waves import Job, Local
+from purejaxppo.sweeps.waves import Job, Local, Work
 
 TRIES = 4
 """How often a wave is begun, before a sweep ends because its machines are lost."""
@@ -46,10 +46,7 @@ PACKAGES = ("purejaxppo", "jax", "jaxlib", "flax", "optax", "gymnax")
 class _Task(NamedTuple):
     """What a machine has to know of a sweep."""
 
-    definition: Definition
-    directory: Path | None
-    env: Any
-    env_params: Any
+    work: Work
     cache: bool
     versions: dict[str, str]
 
@@ -64,19 +61,12 @@ class Places(NamedTuple):
 class OnRay:
     """`Workers` on the cluster that was joined."""
 
-    def __init__(
-        self,
-        definition: Definition,
-        directory: Path | None,
-        shown: SweepProgress,
-        env: Any,
-        env_params: Any,
-    ):
-        directory = None if directory is None else directory.absolute()
+    def __init__(self, work: Work, shown: SweepProgress):
+        directory = None if work.directory is None else work.directory.absolute()
         cache = jax.config.jax_compilation_cache_dir is not None  # pyright: ignore[reportAttributeAccessIssue]
-        self._task = _Task(definition, directory, env, env_params, cache, _versions())
+        self._task = _Task(work._replace(directory=directory), cache, _versions())
         self._shown, self._ray = shown, importlib.import_module("ray")
-        self._needs = needs(definition.sweep)
+        self._needs = needs(work.definition.sweep)
         try:
             self._ray.cloudpickle.dumps(self._task)
         except (TypeError, ValueError, pickle.PicklingError) as error:
@@ -112,7 +102,7 @@ class OnRay:
             finally:
                 self._end(list(running))
             if stop:
-                directory = self._task.directory
+                directory = self._task.work.directory
                 self._shown.stopped(resume_command(directory) if directory else "")
                 stop.leave()
 
@@ -120,24 +110,24 @@ class OnRay:
         tries = 1
         while isinstance(found := self._found(self._begin(function, *arguments)), _Lost):
             if tries == TRIES:
-                raise _given_up("planning", found, self._task.directory)
+                raise _given_up("planning", found, self._task.work.directory)
             tries += 1
         return found
 
     def _again(self, lost: "_Lost", job: Job, tries: Counter[int]) -> None:
         if tries[job.index] == TRIES:
-            raise _given_up(f"wave {job.index}", lost, self._task.directory)
+            raise _given_up(f"wave {job.index}", lost, self._task.work.directory)
         try:
             places_of(self._ray.nodes(), self._needs)
         except ConfigError as error:
-            why = _given_up(f"wave {job.index}", lost, self._task.directory, tries[job.index])
+            why = _given_up(f"wave {job.index}", lost, self._task.work.directory, tries[job.index])
             raise LostError(f"{why} ({error})") from error
         tries[job.index] += 1
         self._shown.begun_again(job.index, lost.why)
 
     def _begin(self, function: Any, *arguments: Any) -> Any:
         # Processes serve one number of devices alone: JAX takes no other once it has started.
-        count = str(self._task.definition.sweep.wave_cpus)
+        count = str(self._task.work.definition.sweep.wave_cpus)
         fresh = {"env_vars": {"JAX_NUM_CPU_DEVICES": count}}
         remote = self._ray.remote(max_retries=0, runtime_env=fresh, **self._needs)(_guarded)
         return remote.remote(function, self._task, *arguments)
@@ -296,31 +286,31 @@ def _guarded(function: Any, task: _Task, *arguments: Any) -> Any:
 
 def _local(task: _Task) -> Local:
     """What this process keeps, since it serves many tasks: programs that it compiled."""
-    key = (task.definition, task.directory)
+    key = (task.work.definition, task.work.directory)
     if key not in _process:
         _check_machine(task)
-        sweep = task.definition.sweep
+        sweep = task.work.definition.sweep
         if not sweep.wave_gpus and not sweep.wave_tpus:
             jax.config.update("jax_platforms", "cpu")
         if task.cache:
             enable_compilation_cache()
         _process.clear()
-        silent = SweepProgress(task.definition, enabled=False)
-        _process[key] = Local(task.definition, task.directory, silent, task.env, task.env_params)
+        silent = SweepProgress(task.work.definition, enabled=False)
+        _process[key] = Local(task.work, silent)
     return _process[key]
 
 
 def _check_machine(task: _Task) -> None:
-    here, machine = _versions(), platform.node()
+    here, machine, directory = _versions(), platform.node(), task.work.directory
     for package, wanted in task.versions.items():
         if here[package] != wanted:
             raise ConfigError(
                 f"engine = ray: machine {machine} has {package} {here[package]}, and the sweep was "
                 f"begun with {wanted}; install the same versions on all machines"
             )
-    if task.directory is not None and not holds(task.directory, SWEEP):
+    if directory is not None and not holds(directory, SWEEP):
         raise ConfigError(
-            f"run_dir = {str(task.directory)!r}: machine {machine} of the cluster finds no {SWEEP} "
+            f"run_dir = {str(directory)!r}: machine {machine} of the cluster finds no {SWEEP} "
             "there; choose a directory on a disk that all of its machines share"
         )
 

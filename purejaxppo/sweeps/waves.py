@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,15 @@ from purejaxppo.sweeps.plan import Group, Programs, Wave, population_of
 from purejaxppo.sweeps.progress import SweepProgress
 from purejaxppo.sweeps.settings import Definition
 from purejaxppo.types import TrainState
+
+
+class Work(NamedTuple):
+    """What a sweep does, in which environment, and where it writes."""
+
+    definition: Definition
+    directory: Path | None
+    env: Any
+    env_params: Any
 
 
 @dataclass(frozen=True)
@@ -49,17 +58,9 @@ class Workers(Protocol):
 class Local:
     """Trains waves one after the other, in this process and on its devices."""
 
-    def __init__(
-        self,
-        definition: Definition,
-        directory: Path | None,
-        shown: SweepProgress,
-        env: Any,
-        env_params: Any,
-    ):
-        self._definition, self._directory, self._shown = definition, directory, shown
-        self._env, self._env_params = env, env_params
-        self._programs = Programs(definition.sweep, env, env_params)
+    def __init__(self, work: Work, shown: SweepProgress):
+        self._work, self._shown = work, shown
+        self._programs = Programs(work.definition.sweep, work.env, work.env_params)
         self._kept: dict[int, TrainState] = {}
 
     def cut(
@@ -75,7 +76,11 @@ class Local:
 
     def train_one(self, job: Job) -> dict[str, Any]:
         settings = job.wave.settings
-        where = None if self._directory is None else wave_directory(self._directory, job.index)
+        where = (
+            None
+            if self._work.directory is None
+            else wave_directory(self._work.directory, job.index)
+        )
         with self._shown.compiling():
             prepared = self._programs.of(settings)
         leg = Leg(job.planned.first, job.planned.last, self._states_before(job))
@@ -83,7 +88,7 @@ class Local:
             where.parent.mkdir(exist_ok=True)
         found = run_wave(
             settings, where, prepared, leg, self._shown.wave(job.index, job.planned, job.wave),
-            env=self._env, env_params=self._env_params,
+            env=self._work.env, env_params=self._work.env_params,
         )  # fmt: skip
         if where is None:
             self._kept[job.index] = found.states
@@ -91,11 +96,11 @@ class Local:
 
     def states_after(self, wave: Wave, index: int) -> TrainState:
         """What a finished wave came to."""
-        if self._directory is None:
+        if self._work.directory is None:
             return self._kept[index]
-        found, _ = checkpoint.find(wave_directory(self._directory, index))
-        learner = make_learner(wave.settings.config, self._env, self._env_params)
-        if population_of(wave.settings, self._definition.sweep) is not None:
+        found, _ = checkpoint.find(wave_directory(self._work.directory, index))
+        learner = make_learner(wave.settings.config, self._work.env, self._work.env_params)
+        if population_of(wave.settings, self._work.definition.sweep) is not None:
             learner = member_learner(learner)
         return restore_states(found, learner)
 
@@ -103,7 +108,7 @@ class Local:
         """Where the trials of a wave were left by earlier ones; None if they begin with it."""
         if job.planned.first == 0:
             return None
-        seeds = self._definition.settings.run.num_seeds
+        seeds = self._work.definition.settings.run.num_seeds
 
         def states() -> TrainState:
             parts, cache = [], {}
