@@ -28,7 +28,7 @@ lint: $(INSTALLED) ## format check, lint, types
 	$(BIN)/basedpyright
 
 test: lint ## lint, types and tests
-	$(BIN)/pytest -n auto
+	$(BIN)/pytest -n auto --durations=20
 
 test-slow: $(INSTALLED) ## the tests that take minutes
 	$(BIN)/pytest -n auto -m slow

@@ -108,9 +108,16 @@ def kill_and_resume(
 
 
 def test_killed_with_8_seeds_a_memory_and_statistics(start: Any, undisturbed: Any, tmp_path: Path):
-    arguments = [*STATEFUL, "--total-timesteps=20480"]
+    every = ["--checkpoint-every=4", "--checkpoint-unit=updates"]
+    arguments = [*STATEFUL, "--total-timesteps=10240", *every]
     alone, run = undisturbed(*arguments), tmp_path / "r"
-    assert kill_and_resume(start, alone, run, arguments, kills=1, seed=0) > 0
+    process = start("train", "--run-dir", run, *arguments)
+    process.until(lambda: checkpoint.has_any(run))
+    process.popen.send_signal(signal.SIGKILL)
+    assert process.end() == -signal.SIGKILL
+    process = start("resume", run)
+    assert process.end() == 0, process.text()
+    assert "going on after update" in process.text()
     assert_same_end(alone, run)
 
 
