@@ -4,6 +4,7 @@ Schulman et al. 2015 (arXiv:1502.05477), appendix C. The critic is fitted afterw
 epochs of its own.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -56,7 +57,8 @@ def make_trpo(config: Config, network: Network, policy: Policy, axis: str | None
     damping I) x)) x. It is halved until the objective rises within the constraint, and given up
     after `line_search_steps`: then the policy stays as it is, and `line_search_failed` is 1.
     """
-    fit_critic = make_descent(config, network, partial(critic_loss, network), axis)
+    no_advantages = dataclasses.replace(config, advantage_normalization="none")
+    fit_critic = make_descent(no_advantages, network, partial(critic_loss, network), axis)
 
     def improve(
         learner: LearnerState, rollout: Rollout, advantage: Array, target: Array, hparams: HParams

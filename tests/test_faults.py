@@ -263,7 +263,7 @@ def test_a_full_disk_costs_no_earlier_checkpoint_and_training_goes_on(start: Any
 def test_a_run_ended_by_a_full_disk_goes_on_once_there_is_space(
     start: Any, undisturbed: Any, tmp_path: Path, what: str
 ):
-    arguments = [*WIDE, "--total-timesteps=100000", "--eval-episodes=8"]
+    arguments = [*WIDE, "--total-timesteps=60000", "--eval-episodes=8"]
     run, logged = tmp_path / "r", ["--tensorboard"] if what == "tensorboard" else []
     process = start("train", "--run-dir", run, *arguments, *logged)
     process.until(lambda: rows(run) > 10)

@@ -19,7 +19,7 @@ from purejaxppo.processes import Processes, joined
 from purejaxppo.signals import StopRequest
 
 pytestmark = pytest.mark.usefixtures("one_cache")
-LONG = "--num-envs=8 --hidden-sizes=16 --normalize-obs --eval-episodes=4 --total-timesteps=150000"
+LONG = "--num-envs=8 --hidden-sizes=16 --normalize-obs --eval-episodes=4 --total-timesteps=60000"
 ENDED_WITHIN = 20.0
 
 

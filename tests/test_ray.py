@@ -21,9 +21,9 @@ from purejaxppo.sweeps.settings import SweepSettings
 # Of JAX, since nodes are started by a process that has begun to use it.
 pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 SWEEP = (
-    "sweep --hidden-sizes 16 --num-steps 32 --update-epochs 2 --total-timesteps 600000 "
+    "sweep --hidden-sizes 16 --num-steps 32 --update-epochs 2 --total-timesteps 400000 "
     "--sample learning_rate=loguniform:1e-4,1e-2 --trials 4 --strategy halving --eta 2 --rungs 1 "
-    "--checkpoint-every 0.2 --eval-episodes 8"
+    "--checkpoint-every 0.5 --eval-episodes 8"
 ).split()
 
 
@@ -32,6 +32,7 @@ def cluster() -> Iterator[Any]:
     """Two nodes of one core each; the commands that a test starts join it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")  # or waves would wait for the tests beside this
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(Path(".pytest_cache/xla").absolute()))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
         head = {"num_cpus": 1, "include_dashboard": False}
