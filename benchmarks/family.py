@@ -47,7 +47,7 @@ ENVIRONMENTS: dict[str, dict[str, Any]] = {
 ONE_PASS: dict[str, Any] = {"update_epochs": 1, "num_minibatches": 1}
 OBJECTIVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "reinforce": ({"advantage_normalization": "none"} | ONE_PASS, {}),
-    "reinforce_baseline": (ONE_PASS, {}),
+    "reinforce_baseline": ({"advantage_normalization": "none"} | ONE_PASS, {}),
     "a2c": ({"num_envs": 16, "num_steps": 16} | ONE_PASS, {}),
     "trpo": (
         {"num_envs": 16, "num_steps": 128, "update_epochs": 10, "num_minibatches": 16},
@@ -64,6 +64,13 @@ SPACE = {
     "gae_lambda": ppo.uniform(0.8, 1.0),
     "ent_coef": ppo.loguniform(1e-4, 3e-2),
 }
+
+
+def space_of(objective: str) -> dict[str, Any]:
+    read = SPACE | OBJECTIVES[objective][1]
+    if objective.startswith("reinforce"):
+        del read["gae_lambda"]
+    return read
 
 
 def config_of(env_id: str, objective: str) -> tuple[ppo.Config, ppo.HParams]:
@@ -84,7 +91,7 @@ def measure(env_id: str, objective: str) -> dict[str, Any]:
     about, (config, hparams) = ENVIRONMENTS[env_id], config_of(env_id, objective)
     began = time.perf_counter()
     found = ppo.sweep(
-        config, SPACE | OBJECTIVES[objective][1], hparams=hparams, seed=SEARCH_SEED,
+        config, space_of(objective), hparams=hparams, seed=SEARCH_SEED,
         trials=TRIALS, seeds=SEARCH_SEEDS, eval_episodes=32, progress=False,
     )  # fmt: skip
     searched = time.perf_counter() - began
@@ -120,11 +127,12 @@ def steps_to(metrics: dict[str, np.ndarray], threshold: float) -> np.ndarray:
     for returns, episodes, steps in zip(
         *(metrics[name] for name in ("episode_return", "episodes", "env_steps")), strict=True
     ):
-        totals = np.cumsum(np.where(episodes > 0, np.nan_to_num(returns) * episodes, 0.0))
-        counts = np.cumsum(np.nan_to_num(episodes))
-        before = np.maximum(np.searchsorted(counts, counts - 100.0), 0)
-        mean = (totals - totals[before]) / np.maximum(counts - counts[before], 1)
-        reached = np.flatnonzero((mean >= threshold) & (counts >= 100))
+        sums = np.where(episodes > 0, np.nan_to_num(returns) * episodes, 0.0)
+        totals, counts = (np.append(0.0, np.cumsum(x)) for x in (sums, np.nan_to_num(episodes)))
+        before = np.searchsorted(counts, counts[1:] - 100.0)
+        before = np.minimum(before, np.arange(len(episodes)))
+        mean = (totals[1:] - totals[before]) / np.maximum(counts[1:] - counts[before], 1)
+        reached = np.flatnonzero((mean >= threshold) & (counts[1:] >= 100))
         found.append(steps[reached[0]] if reached.size else np.nan)
     return np.array(found)
 

@@ -23,7 +23,9 @@ class ConfigError(Exception):
 
 
 def check_fields(instance: Any) -> None:
-    """Check each field of a settings dataclass against its type and range.
+    """Check each field of a settings dataclass against its type and range, and that it has an
+    effect: with `only_with` in its metadata, `{other: choices}`, it is left at its default unless
+    the other setting is one of the choices.
 
     Integers are accepted for floats, lists for tuples. Arrays and tracers are accepted for
     scalars; concrete ones have each element checked.
@@ -39,6 +41,15 @@ def check_fields(instance: Any) -> None:
         object.__setattr__(instance, f.name, value)
         if "low" in f.metadata and value is not None:
             _check_range(f.name, value, f.metadata)
+    for f in dataclasses.fields(instance):
+        value = getattr(instance, f.name)
+        for other, choices in f.metadata.get("only_with", {}).items():
+            chosen = getattr(instance, other, choices[0])
+            if chosen not in choices and value != f.default:
+                raise ConfigError(
+                    f"{f.name} = {value}: has no effect with {other} = {chosen}; leave it out, or "
+                    f"choose {other} = {' or '.join(choices)}"
+                )
 
 
 def _plain(value: Any, hint: Any) -> Any:

@@ -22,9 +22,27 @@ else:
 MAX_WIDTH = 2**16
 
 
-def _bounded(default: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> Any:
-    """A dataclass field whose value must lie in `[low, high]`, or `(low, high]` if `open_low`."""
-    return field(default=default, metadata={"low": low, "high": high, "open_low": open_low})
+EPISODIC = ("reinforce", "reinforce_baseline")
+PENALIZED = ("ppo_kl", "ppo_kl_adaptive")
+
+
+def _bounded(
+    default: Any,
+    low: float,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    **only_with: tuple[Any, ...],
+) -> Any:
+    """A dataclass field whose value must lie in `[low, high]`, or `(low, high]` if `open_low`, and
+    that has an effect only where other settings have certain values."""
+    rule = {"low": low, "high": high, "open_low": open_low, "only_with": only_with}
+    return field(default=default, metadata=rule)
+
+
+def _only_with(default: Any, **only_with: tuple[Any, ...]) -> Any:
+    """A dataclass field that has an effect only where other settings have certain values."""
+    return field(default=default, metadata={"only_with": only_with})
 
 
 @dataclass(frozen=True)
@@ -52,20 +70,23 @@ class Config:
     kl_beta steered so that the divergence comes to target_kl; ppo_clip: the clipped surrogate."""
     advantage: Literal["auto", "monte_carlo", "td0", "n_step", "gae", "lambda_return"] = "auto"
     """How advantages are estimated; auto takes monte_carlo for the two reinforce, else gae."""
-    bootstrap_steps: int = _bounded(5, 1)
+    bootstrap_steps: int = _bounded(5, 1, advantage=("n_step",))
     """n of n_step: rewards that are summed before the value stands for the rest."""
-    baseline: Literal["none", "mean", "value", "optimal"] = "value"
+    baseline: Literal["none", "mean", "value", "optimal"] = _only_with(
+        "value", objective=("reinforce_baseline",)
+    )
     """What reinforce_baseline subtracts: nothing, the mean return of the other environments, the
     critic's value, or what leaves the least variance (for discrete observations)."""
-    causality: bool = True
+    causality: bool = _only_with(True, objective=EPISODIC)
     """With reinforce: an action is weighed by the rewards after it; else by the whole episode's."""
-    discount_weight: bool = False
+    discount_weight: bool = _only_with(False, objective=EPISODIC)
     """With reinforce: step t is weighed by gamma^t, which the gradient of the discounted return has
     and most programs leave out."""
     update_epochs: int = _bounded(4, 1)
     """Passes over each rollout; with trpo of the critic alone."""
     num_minibatches: int = _bounded(4, 1)
-    """Gradient steps per pass. Divides num_envs * num_steps, or num_envs with a memory."""
+    """Gradient steps per pass, with trpo of the critic. Divides num_envs * num_steps, or num_envs
+    with a memory."""
     encoder: Literal["auto", "mlp", "cnn"] = "auto"
     """How an observation is read: `auto` takes cnn for [height, width, channels], else mlp."""
     memory: Literal["none", "gru", "lstm"] = "none"
@@ -83,19 +104,21 @@ class Config:
     log_std_init: float = _bounded(0.0, -10.0, 10.0)
     """Initial log standard deviation of continuous actions; without effect on discrete ones."""
     advantage_normalization: Literal["minibatch", "batch", "none"] = "minibatch"
-    """Over what advantages are shifted and scaled to mean 0 and standard deviation 1."""
+    """Over what advantages are shifted and scaled to mean 0 and standard deviation 1; with trpo,
+    whose policy takes one step per batch, minibatch is batch."""
     normalize_obs: bool = False
     """Whether observations are normalised by running statistics; discrete ones are one-hot."""
     normalize_reward: bool = False
     """Whether rewards are divided by the running deviation of the discounted return."""
-    cg_iterations: int = _bounded(10, 1)
+    cg_iterations: int = _bounded(10, 1, objective=("trpo",))
     """With trpo: steps of conjugate gradient."""
-    line_search_steps: int = _bounded(10, 1)
-    """With trpo: how often the step is halved, at most, before it is given up."""
+    line_search_steps: int = _bounded(10, 1, objective=("trpo",))
+    """With trpo: how many lengths of the step are tried, each half of the one before, until it is
+    given up."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rates go from their value to 0 over the training."""
     clip_schedule: Literal["linear", "cosine", "constant"] = "constant"
-    """How clip_eps and vf_clip_eps go from their value to 0 over the training."""
+    """How clip_eps, clip_higher and vf_clip_eps go from their value to 0 over the training."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -123,13 +146,13 @@ class Config:
     @property
     def whole_episodes(self) -> bool:
         """Whether rollouts begin with new episodes, and only whole ones count."""
-        return self.objective in ("reinforce", "reinforce_baseline")
+        return self.objective in EPISODIC
 
     @property
     def needs_outputs(self) -> bool:
         """Whether the objective reads what the policy's head said when it acted."""
         optimal = self.objective == "reinforce_baseline" and self.baseline == "optimal"
-        return optimal or self.objective in ("trpo", "ppo_kl", "ppo_kl_adaptive")
+        return optimal or self.objective in ("trpo", *PENALIZED)
 
     @property
     def has_critic(self) -> bool:
@@ -152,38 +175,40 @@ class HParams:
     """
 
     learning_rate: Scalar = _bounded(2.5e-4, 0, FLOAT_MAX)
-    """Adam's step size at the start of training."""
-    critic_learning_rate: Scalar | None = _bounded(None, 0, FLOAT_MAX)
+    """Adam's step size at the start of training; with trpo of the critic alone."""
+    critic_learning_rate: Scalar | None = _bounded(None, 0, FLOAT_MAX, has_critic=(True,))
     """Step size of the critic's own parameters; None means learning_rate."""
     gamma: Scalar = _bounded(0.99, 0, 1)
     """Discount per step."""
-    gae_lambda: Scalar = _bounded(0.95, 0, 1)
+    gae_lambda: Scalar = _bounded(0.95, 0, 1, estimator=("gae", "lambda_return"))
     """Generalised advantage estimation: 0 is one-step TD, 1 is Monte Carlo."""
-    clip_eps: Scalar = _bounded(0.2, 0, open_low=True)
+    clip_eps: Scalar = _bounded(0.2, 0, open_low=True, objective=("ppo_clip",))
     """With ppo_clip: the probability ratio is clipped to [1 - clip_eps, 1 + clip_eps]; of others
     the part of ratios beyond it is logged."""
-    clip_higher: Scalar | None = _bounded(None, 0, open_low=True)
+    clip_higher: Scalar | None = _bounded(None, 0, open_low=True, objective=("ppo_clip",))
     """With ppo_clip: another upper end of that range, 1 + clip_higher; None takes clip_eps."""
-    dual_clip: Scalar | None = _bounded(None, 1, open_low=True)
+    dual_clip: Scalar | None = _bounded(None, 1, open_low=True, objective=("ppo_clip",))
     """With ppo_clip: where the advantage A is negative, the objective is at least dual_clip A, so
     that no ratio however large counts for more; None sets no such bound."""
-    vf_clip_eps: Scalar | None = _bounded(None, 0, open_low=True)
+    vf_clip_eps: Scalar | None = _bounded(None, 0, open_low=True, has_critic=(True,))
     """How far a value may move from the rollout's in the value loss; None does not clip."""
     ent_coef: Scalar = _bounded(0.01, 0, FLOAT_MAX)
     """Weight of the entropy bonus."""
-    vf_coef: Scalar = _bounded(0.5, 0, FLOAT_MAX)
+    vf_coef: Scalar = _bounded(0.5, 0, FLOAT_MAX, has_critic=(True,))
     """Weight of the value loss."""
     max_grad_norm: Scalar = _bounded(0.5, 0, open_low=True)
     """Gradients are scaled down to this global norm; inf does not clip."""
-    target_kl: Scalar | None = _bounded(None, 0, open_low=True)
+    target_kl: Scalar | None = _bounded(
+        None, 0, open_low=True, objective=("ppo_clip", "ppo_kl", "ppo_kl_adaptive")
+    )
     """After an epoch whose mean approximate KL exceeds this, the update's other epochs are
     left out; None never stops. With ppo_kl_adaptive what the divergence is steered to, 0.01 if
     None; without effect on trpo, and where there is one pass."""
-    kl_beta: Scalar = _bounded(1.0, 0, FLOAT_MAX)
+    kl_beta: Scalar = _bounded(1.0, 0, FLOAT_MAX, objective=PENALIZED)
     """With ppo_kl: weight of the KL penalty; with ppo_kl_adaptive the weight to begin with."""
-    trpo_delta: Scalar = _bounded(0.01, 0, open_low=True)
-    """With trpo: the KL divergence that one update may have."""
-    cg_damping: Scalar = _bounded(0.1, 0, FLOAT_MAX)
+    trpo_delta: Scalar = _bounded(0.01, 1e-6, 1e3, objective=("trpo",))
+    """With trpo: the KL divergence that one update may have; far smaller ones drown in rounding."""
+    cg_damping: Scalar = _bounded(0.1, 0, FLOAT_MAX, objective=("trpo",))
     """With trpo: added to the diagonal of the Fisher matrix."""
     adam_eps: Scalar = _bounded(1e-5, 0, FLOAT_MAX, open_low=True)
     """Adam's epsilon."""
@@ -217,6 +242,15 @@ jax.tree_util.register_pytree_with_keys(
 )
 
 
+def why_unread(config: Config, name: str) -> str | None:
+    """What makes a hyperparameter useless to a training, in words; None if it has an effect."""
+    (found,) = (f for f in dataclasses.fields(HParams) if f.name == name)
+    for other, choices in found.metadata["only_with"].items():
+        if (chosen := getattr(config, other)) not in choices:
+            return f"{other} = {chosen}"
+    return None
+
+
 def _check_sizes(config: Config) -> None:
     """Samples of a batch and updates of a training are counted by 32-bit integers."""
     if config.batch_size >= 2**31:
@@ -236,7 +270,7 @@ def _check_objective(config: Config) -> None:
     """Combinations that make no sense."""
     objective = f"objective = {config.objective}"
     passes = (config.update_epochs, config.num_minibatches)
-    if config.objective in ("reinforce", "reinforce_baseline", "a2c") and passes != (1, 1):
+    if config.objective in (*EPISODIC, "a2c") and passes != (1, 1):
         raise ConfigError(
             f"{objective} with update_epochs, num_minibatches = {passes[0]}, {passes[1]}: its "
             "gradient is that of the policy that acted, for one step; choose 1 and 1, or an "
@@ -247,25 +281,16 @@ def _check_objective(config: Config) -> None:
             f"{objective} with advantage = {config.advantage}: it weighs actions by whole returns, "
             "without a value in place of rewards; choose monte_carlo, or objective = a2c"
         )
-    if config.whole_episodes and config.discount_weight and not config.causality:
+    if config.discount_weight and not config.causality:
         raise ConfigError(
             "discount_weight = true with causality = false: rewards of a whole episode are "
             "discounted from its first step on already; choose one of the two"
         )
-    if (
-        config.discount_weight
-        and config.whole_episodes
-        and (config.advantage_normalization != "none")
-    ):
+    if config.discount_weight and config.advantage_normalization != "none":
         raise ConfigError(
             f"discount_weight = true with advantage_normalization = "
             f"{config.advantage_normalization}: would be standardised after it is weighed, and a "
             "late step, which is to count for little, for as much as any; choose none"
-        )
-    if config.objective == "reinforce" and config.baseline not in ("value", "none"):
-        raise ConfigError(
-            f"objective = reinforce with baseline = {config.baseline}: has none; choose "
-            "objective = reinforce_baseline"
         )
     by_others = config.objective == "reinforce_baseline" and config.baseline in ("mean", "optimal")
     if by_others and config.num_envs == 1:

@@ -111,32 +111,37 @@ def make_episode_advantage(
         if not config.causality:
             began = jnp.arange(to_go.shape[0])[:, None] - elapsed
             total = jnp.take_along_axis(to_go, began, axis=0)
-        weight = jnp.asarray(hparams.gamma) ** elapsed if config.discount_weight else 1.0
-        return weight * (total - baseline(rollout, total)), to_go
+        weight = jnp.ones_like(to_go)
+        if config.discount_weight:
+            weight = jnp.asarray(hparams.gamma) ** elapsed
+        return weight * (total - baseline(rollout, total, weight)), to_go
 
     return advantage
 
 
-Baseline = Callable[[Rollout, Steps], Array | float]
+Baseline = Callable[[Rollout, Steps, Steps], Array | float]
+"""`(rollout, returns, weight of each step) -> baseline`."""
 
 
 def _make_baseline(
     config: Config, policy: Policy, observation_space: Any, axis: str | None
 ) -> Baseline:
-    def mean(rollout: Rollout, total: Steps) -> Array:
+    def mean(rollout: Rollout, total: Steps, weight: Steps) -> Array:
         """Of the other environments, since an episode's own return depends on its actions."""
         sums = jnp.sum(total * rollout.mask, axis=0), jnp.sum(rollout.mask, axis=0)
         returns, steps = (of_others(x, axis) for x in sums)
         return returns / jnp.maximum(steps, 1.0)
 
-    def optimal(rollout: Rollout, total: Steps) -> Array:
-        otherwise, count = mean(rollout, total), observation_space.n
-        return optimal_baseline(policy, count, rollout, total, otherwise=otherwise, axis=axis)
+    def optimal(rollout: Rollout, total: Steps, weight: Steps) -> Array:
+        otherwise, count = mean(rollout, total, weight), observation_space.n
+        return optimal_baseline(
+            policy, count, rollout, total, weight, otherwise=otherwise, axis=axis
+        )
 
     baselines: dict[str, Baseline] = {
-        "none": lambda rollout, total: 0.0,
+        "none": lambda rollout, total, weight: 0.0,
         "mean": mean,
-        "value": lambda rollout, total: rollout.value,
+        "value": lambda rollout, total, weight: rollout.value,
         "optimal": optimal,
     }
     return baselines["none" if config.objective == "reinforce" else config.baseline]
@@ -159,12 +164,14 @@ def optimal_baseline(
     num_observations: int,
     rollout: Rollout,
     total: Steps,
+    weight: Steps,
     *,
     otherwise: Float[Array, " N"],
     axis: str | None = None,
 ) -> Steps:
-    """b(s) = E[|g|^2 G | s] / E[|g|^2 | s] with g = grad log pi(a|s) by the policy's outputs, from
-    the other environments' visits to s; `otherwise` where there are none.
+    """b(s) = E[|w g|^2 G | s] / E[|w g|^2 | s] with g = grad log pi(a|s) by the policy's outputs
+    and w the step's `weight`, from the other environments' visits to s; `otherwise` where there are
+    none.
 
     For a table of outputs, which are then the parameters, no b(s) leaves each step's term less
     variance; products between steps are left out (Greensmith et al. 2004, "Variance reduction
@@ -174,7 +181,8 @@ def optimal_baseline(
     def log_prob(outputs: Array) -> Array:
         return jnp.sum(jnp.asarray(policy.distribution(outputs).log_prob(rollout.action)))
 
-    squares = jnp.sum(jnp.square(jax.grad(log_prob)(rollout.outputs)), axis=-1) * rollout.mask
+    squares = jnp.sum(jnp.square(jax.grad(log_prob)(rollout.outputs)), axis=-1)
+    squares = squares * jnp.square(weight) * rollout.mask
     num_envs = total.shape[1]
     cells = rollout.obs * num_envs + jnp.arange(num_envs)
 
@@ -185,6 +193,6 @@ def optimal_baseline(
         )
         return of_others(own.reshape((num_observations, num_envs)), axis)
 
-    weight, returns = by_state(squares), by_state(squares * total)
-    found = jnp.where(weight > 1e-8, returns / jnp.maximum(weight, 1e-8), otherwise)
+    sums, returns = by_state(squares), by_state(squares * total)
+    found = jnp.where(sums > 1e-8, returns / jnp.maximum(sums, 1e-8), otherwise)
     return jnp.take_along_axis(found, rollout.obs, axis=0)

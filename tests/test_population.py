@@ -142,6 +142,10 @@ def test_the_best_member_comes_out_as_a_config_file(alone: Path):
     [
         ("--sample gamma=choice:0.9,0.99", "gamma has a list of values; give it a range"),
         ("--grid num_envs=4 --sample gamma=uniform:0.9,1", "num_envs has a list of values"),
+        (
+            "--sample kl_beta=uniform:0.5,5 --trials 5 --objective ppo_kl_adaptive",
+            "kl_beta is swept, and has no effect with objective = ppo_kl_adaptive, after the first",
+        ),
         ("--sample gamma=uniform:0.9,1 --trials 4", "a population has at least 5 members"),
         ("--sample gamma=uniform:0.9,1 --seeds 2", "leave seeds at 1, and choose trials"),
     ],

@@ -272,6 +272,8 @@ def test_optuna_goes_where_returns_are_high_and_on_where_it_was(tmp_path: Path):
         ("--grid num_minibatches=3", "does not divide into num_minibatches = 3"),
         ("--grid gamma=0.9 --devices 99", "devices = 99: there are 4"),
         ("--grid gamma=0.9 --trials 0", "trials = 0: must be at least 1"),
+        ("--grid kl_beta=1,2", "kl_beta is swept, and has no effect with objective = ppo_clip"),
+        ("--sample gae_lambda=uniform:0,1 --advantage td0", "has no effect with estimator = td0"),
         ("--grid gamma=0.9 --eta 2", "eta = 2: has no effect with strategy = random"),
         ("--grid gamma=0.9 --wave-gpus 1", "leave it out, or choose engine = ray"),
         ("--grid env_id=A,B", "env_id: returns of different environments do not compare"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from purejaxppo.config import Config, ConfigError, HParams
+from purejaxppo.config import Config, ConfigError, HParams, why_unread
 from purejaxppo.configfile import RunSettings, Settings, dump_settings
 from purejaxppo.learner import make_learner
 from purejaxppo.load import check_env
@@ -173,10 +173,30 @@ def resume_sweep(
 def _check_first_batch(definition: Definition, env: Any, env_params: Any) -> None:
     """Every setting of it, before anything is compiled."""
     batch = make_strategy(definition.sweep, definition.settings.run.seed, None).ask()
-    for group in make_groups(definition.settings, batch.trials if batch else []):
+    groups = make_groups(definition.settings, batch.trials if batch else [])
+    _check_effects(definition, [group.settings.config for group in groups])
+    for group in groups:
         make_learner(group.settings.config, env, env_params)
         if definition.sweep.engine == "local":
             choose_spread(group.waves(filled(len(group.members), group.settings))[0].settings)
+
+
+def _check_effects(definition: Definition, configs: list[Config]) -> None:
+    """Each number that is swept has to matter to some trial."""
+    steered = definition.sweep.strategy == "pbt" and (
+        definition.settings.config.objective == "ppo_kl_adaptive"
+    )
+    for name in definition.sweep.space.names:
+        if name not in HParams.__dataclass_fields__:
+            continue
+        reasons = [why_unread(config, name) for config in configs]
+        if steered and name == "kl_beta":
+            reasons = ["objective = ppo_kl_adaptive, after the first update"]
+        if reasons and all(reasons):
+            raise ConfigError(
+                f"{name} is swept, and has no effect with {reasons[0]}; leave it out, or choose "
+                "settings that read it"
+            )
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """What a sweep is told, and `sweep.toml`, which holds all of it."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +14,10 @@ LEAST_POPULATION = 5
 
 def _count(default: int, low: int, **only_with: str) -> Any:
     """A whole number that has an effect only where another setting has a certain value."""
+    choices = {name: (value,) for name, value in only_with.items()}
     return field(
         default=default,
-        metadata={"low": low, "high": 2**20, "open_low": False, "only_with": only_with},
+        metadata={"low": low, "high": 2**20, "open_low": False, "only_with": choices},
     )
 
 
@@ -64,20 +65,9 @@ class SweepSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        self._check_effects()
         space = self.space
         if self.strategy == "pbt":
             _check_population(space, self.trials)
-
-    def _check_effects(self) -> None:
-        for f in fields(self):
-            for name, wanted in f.metadata.get("only_with", {}).items():
-                value, chosen = getattr(self, f.name), getattr(self, name)
-                if value != f.default and chosen != wanted:
-                    raise ConfigError(
-                        f"{f.name} = {value}: has no effect with {name} = {chosen}; leave it out, "
-                        f"or choose {name} = {wanted}"
-                    )
 
     @property
     def space(self) -> Space:
