@@ -95,7 +95,7 @@ def test_help_shows_each_setting_with_its_docstring_and_default(capsys: Any):
     assert "[CONFIG.toml]" in text
 
 
-def test_train_and_eval_end_to_end(tmp_path: Path):
+def test_train_and_eval_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """In a process of its own: config file, command line over it, run directory, evaluation."""
     (tmp_path / "my.toml").write_text(
         'env_id = "CartPole-v1"\nnum_envs = 2\n[hparams]\ngamma = 0.9\n[run]\nnum_seeds = 3\n'
@@ -120,7 +120,8 @@ def test_train_and_eval_end_to_end(tmp_path: Path):
     evaluation = json.loads(command("eval", "m[/x]", "--episodes", "9", "--json").stdout)
     assert len(evaluation["return_per_seed"]) == 3
     assert evaluation["episodes"] == 9
-    plain = command("eval", "m[/x]", "--deterministic", "--episodes", "5").stdout
+    assert main(["eval", str(tmp_path / "m[/x]"), "--deterministic", "--episodes", "5"]) == 0
+    plain = capsys.readouterr().out
     assert plain.startswith("seed 0: return ")
     assert "mean: " in plain
 

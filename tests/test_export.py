@@ -63,7 +63,7 @@ def test_ten_lines_without_the_package_give_the_agents_actions(
     assert "is there already" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("memory", ["gru", "lstm"])
+@pytest.mark.parametrize("memory", [pytest.param("gru", marks=pytest.mark.slow), "lstm"])
 def test_a_memory_goes_in_and_out(memory: Any):
     config = small(memory=memory, memory_size=4)
     state = trained(config)

@@ -158,7 +158,9 @@ def stop_and_resume(start: Any, folder: Path, moment: str, signum: int) -> Path:
     return run
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment", ["compiling", pytest.param("chunk", marks=pytest.mark.faults), "saving"]
+)
 def test_sigterm_saves_and_exits_with_143(
     start: Any, undisturbed: Any, tmp_path: Path, moment: str
 ):

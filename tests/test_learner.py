@@ -200,7 +200,7 @@ def test_the_first_minibatch_ratio_is_exactly_1_with_the_default_sizes():
     np.testing.assert_array_equal(metrics["clip_fraction"], 0.0)
 
 
-@pytest.mark.parametrize("memory", ["gru", "lstm"])
+@pytest.mark.parametrize("memory", [pytest.param("gru", marks=pytest.mark.slow), "lstm"])
 def test_replaying_a_rollout_reproduces_what_was_acted_on(memory: str):
     """Two rollouts in a row, episodes ending inside: each action's log-probability under the
     stepwise network equals that of the replayed sequence, and the carry goes on across rollouts."""

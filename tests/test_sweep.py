@@ -88,7 +88,15 @@ class Killed(BaseException):
     """In place of a signal that no process survives."""
 
 
-@pytest.mark.parametrize(("calls", "stopped"), [(0, False), (5, True), (14, False), (14, True)])
+@pytest.mark.parametrize(
+    ("calls", "stopped"),
+    [
+        (0, False),
+        (14, True),
+        pytest.param(5, True, marks=pytest.mark.slow),
+        pytest.param(14, False, marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_sweep_goes_on_as_if_nothing_had_happened(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int, stopped: bool
 ):
