@@ -46,8 +46,9 @@ def check_fields(instance: Any) -> None:
         for other, choices in f.metadata.get("only_with", {}).items():
             chosen = getattr(instance, other, choices[0])
             if chosen not in choices and value != f.default:
+                shown = str(value).lower() if isinstance(value, bool) else value
                 raise ConfigError(
-                    f"{f.name} = {value}: has no effect with {other} = {chosen}; leave it out, or "
+                    f"{f.name} = {shown}: has no effect with {other} = {chosen}; leave it out, or "
                     f"choose {other} = {' or '.join(choices)}"
                 )
 

@@ -247,7 +247,8 @@ def why_unread(config: Config, name: str) -> str | None:
     (found,) = (f for f in dataclasses.fields(HParams) if f.name == name)
     for other, choices in found.metadata["only_with"].items():
         if (chosen := getattr(config, other)) not in choices:
-            return f"{other} = {chosen}"
+            no_critic = f"objective = {config.objective}, which learns no value here"
+            return no_critic if other == "has_critic" else f"{other} = {chosen}"
     return None
 
 

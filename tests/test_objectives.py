@@ -674,7 +674,10 @@ def test_each_objective_trains_from_the_command_line(objective: str, tmp_path: P
             {"objective": "reinforce_baseline", "baseline": "optimal", "num_steps": 500} | ONE_PASS,
             "not Discrete; choose value or mean",
         ),
-        ({"objective": "a2c", "discount_weight": True} | ONE_PASS, "has no effect with objective"),
+        (
+            {"objective": "a2c", "discount_weight": True} | ONE_PASS,
+            "discount_weight = true: has no effect with objective = a2c; .* choose objective = rei",
+        ),
         ({"bootstrap_steps": 3}, "choose advantage = n_step"),
         ({"objective": "ppo"}, "must be one of reinforce, .*did you mean"),
     ],

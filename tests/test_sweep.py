@@ -281,6 +281,11 @@ def test_optuna_goes_where_returns_are_high_and_on_where_it_was(tmp_path: Path):
         ("--grid gamma=0.9 --devices 99", "devices = 99: there are 4"),
         ("--grid gamma=0.9 --trials 0", "trials = 0: must be at least 1"),
         ("--grid kl_beta=1,2", "kl_beta is swept, and has no effect with objective = ppo_clip"),
+        (
+            "--grid vf_coef=0.5,1 --objective reinforce --num-steps 500 --update-epochs 1 "
+            "--num-minibatches 1",
+            "vf_coef is swept, and has no effect with objective = reinforce, which learns no value",
+        ),
         ("--sample gae_lambda=uniform:0,1 --advantage td0", "has no effect with estimator = td0"),
         ("--grid gamma=0.9 --eta 2", "eta = 2: has no effect with strategy = random"),
         ("--grid gamma=0.9 --wave-gpus 1", "leave it out, or choose engine = ray"),
