@@ -13,7 +13,7 @@ import numpy as np
 
 import purejaxppo as ppo
 
-PATIENCE = 240.0
+PATIENCE = 120.0
 
 
 class Process:

@@ -12,12 +12,12 @@ from purejaxppo.sweeps.space import Range, Space, parse_space
 LEAST_POPULATION = 5
 
 
-def _count(default: int, low: int, **only_with: str) -> Any:
+def _count(default: int, low: int, high: int = 2**20, **only_with: str) -> Any:
     """A whole number that has an effect only where another setting has a certain value."""
     choices = {name: (value,) for name, value in only_with.items()}
     return field(
         default=default,
-        metadata={"low": low, "high": 2**20, "open_low": False, "only_with": choices},
+        metadata={"low": low, "high": high, "open_low": False, "only_with": choices},
     )
 
 
@@ -44,7 +44,7 @@ class SweepSettings:
     """Trials that optuna is asked for at a time, which run side by side."""
     eta: int = _count(3, 2, strategy="halving")
     """With halving: the part of the trials that goes on, and how many times longer."""
-    rungs: int = _count(3, 1, strategy="halving")
+    rungs: int = _count(3, 1, 64, strategy="halving")
     """With halving: how often trials are picked, at most; all begin with 1 / eta^rungs of their
     updates."""
     interval: int = _count(10, 1, strategy="pbt")
