@@ -21,7 +21,7 @@ from typing import Any
 from readme import write_table
 
 import purejaxppo as ppo
-from purejaxppo.configfile import RunSettings
+from purejaxppo.host.configfile import RunSettings
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/checkpoints.json"

@@ -23,8 +23,8 @@ import numpy as np
 from readme import write_table
 
 import purejaxppo as ppo
-from purejaxppo.configfile import load_settings
-from purejaxppo.stats import bootstrap_interval, interquartile_mean
+from purejaxppo.host.configfile import load_settings
+from purejaxppo.host.stats import bootstrap_interval, interquartile_mean
 from purejaxppo.sweeps.space import apply
 
 HERE = Path(__file__).parent

@@ -15,7 +15,7 @@ from typing import Any
 from readme import write_table
 
 import purejaxppo as ppo
-from purejaxppo.configfile import load_settings
+from purejaxppo.host.configfile import load_settings
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/learning.json"

@@ -16,7 +16,7 @@ import numpy as np
 from readme import write_table
 
 import purejaxppo as ppo
-from purejaxppo.stats import mean_interval
+from purejaxppo.host.stats import mean_interval
 
 RESULTS = Path(__file__).parent / "results/search.json"
 CONFIG = ppo.Config("Acrobot-v1", total_timesteps=61_440)

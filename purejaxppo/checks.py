@@ -3,14 +3,12 @@
 import dataclasses
 import difflib
 import math
+import sys
 import types
 import typing
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 FLOAT_MAX = float(np.finfo(np.float32).max)
 
@@ -88,15 +86,26 @@ def _check_type(name: str, value: Any, hint: Any, default: Any) -> None:
 def _is_number(value: Any) -> bool:
     if isinstance(value, bool):
         return False
-    if isinstance(value, int | float | Tracer):
+    if isinstance(value, int | float) or is_traced(value):
         return True
-    return isinstance(value, np.ndarray | np.generic | jax.Array) and (
-        jnp.issubdtype(value.dtype, np.number)
+    if isinstance(value, np.ndarray | np.generic):
+        return np.issubdtype(value.dtype, np.number)
+    jax = sys.modules.get("jax")
+    return (
+        jax is not None
+        and isinstance(value, jax.Array)
+        and (jax.numpy.issubdtype(value.dtype, np.number))
     )
 
 
+def is_traced(value: Any) -> bool:
+    """Whether JAX is tracing with this value in place of a number. Does not import JAX."""
+    core = sys.modules.get("jax.core")
+    return core is not None and isinstance(value, core.Tracer)
+
+
 def _check_range(name: str, value: Any, rule: Any) -> None:
-    if isinstance(value, Tracer):
+    if is_traced(value):
         return
     numbers = np.asarray(value)
     low, high = rule["low"], rule["high"]

@@ -17,9 +17,9 @@ from typing import Annotated, Any
 import tyro
 
 from purejaxppo.config import Config, ConfigError, HParams
-from purejaxppo.configfile import RunSettings, Settings, dump_settings, load_settings
-from purejaxppo.rundir import SWEEP, LostError, RunWarning, StorageError, holds, write_whole
-from purejaxppo.signals import exit_at_second_signal
+from purejaxppo.host.configfile import RunSettings, Settings, dump_settings, load_settings
+from purejaxppo.host.rundir import SWEEP, LostError, RunWarning, StorageError, holds, write_whole
+from purejaxppo.host.signals import exit_at_second_signal
 from purejaxppo.sweeps.settings import Definition, SweepSettings, load_definition
 
 _Flags = tyro.conf.arg(name="")
@@ -264,8 +264,8 @@ def _parse(args: list[str]) -> Any:
 
 
 def _train(command: Train) -> int:
-    from purejaxppo.processes import joined  # after the arguments are known to be good
-    from purejaxppo.run import run_settings
+    from purejaxppo.host.processes import joined  # after the arguments are known to be good
+    from purejaxppo.host.run import run_settings
 
     _refuse_custom_env(command.run, "trained")
     stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -280,7 +280,7 @@ def _train(command: Train) -> int:
 
 
 def _processes(flags: ProcessFlags) -> Any:
-    from purejaxppo.processes import Processes
+    from purejaxppo.host.processes import Processes
 
     if flags.coordinator is not None:
         return Processes(
@@ -313,8 +313,8 @@ def _sweep(command: Sweep) -> int:
 
 
 def _resume(command: Resume) -> int:
-    from purejaxppo.processes import joined
-    from purejaxppo.run import resume
+    from purejaxppo.host.processes import joined
+    from purejaxppo.host.run import resume
 
     if holds(command.run_dir, SWEEP):
         return _resume_sweep(command)
@@ -368,10 +368,10 @@ def _eval(command: Eval) -> int:
     import jax
     import numpy as np
 
-    from purejaxppo.evaluate import LATER_EVALUATION, evaluate, evaluation_keys
+    from purejaxppo.evaluation import LATER_EVALUATION, evaluate, evaluation_keys
+    from purejaxppo.host.load import find_with_warnings, restore_states
+    from purejaxppo.host.program import enable_compilation_cache
     from purejaxppo.learner import make_learner
-    from purejaxppo.load import find_with_warnings, restore_states
-    from purejaxppo.program import enable_compilation_cache
 
     if command.episodes < 1:
         raise ConfigError(f"episodes = {command.episodes}: must be at least 1")
@@ -395,7 +395,7 @@ def _eval(command: Eval) -> int:
 
 def _export(command: Export) -> int:
     from purejaxppo.export import export_policy
-    from purejaxppo.load import load
+    from purejaxppo.host.load import load
 
     if os.path.lexists(command.file):
         raise ConfigError(f"file {str(command.file)!r}: is there already; choose another name")
@@ -418,7 +418,7 @@ def _report(command: Eval, config: Config, episodes: Any, failed: Any) -> None:
     """Print returns `episodes[S, E]`; seeds that `failed[S]` do not count in the mean."""
     import numpy as np
 
-    from purejaxppo.stats import mean_interval
+    from purejaxppo.host.stats import mean_interval
 
     per_seed = episodes.mean(axis=1)
     mean, low, high = mean_interval(np.where(failed, np.nan, per_seed))

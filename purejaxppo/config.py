@@ -9,11 +9,11 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-import jax
-
 from purejaxppo.checks import FLOAT_MAX, ConfigError, check_fields
 
 if TYPE_CHECKING:
+    import jax
+
     Scalar = float | jax.Array
 else:
     Scalar = float
@@ -218,28 +218,6 @@ class HParams:
         if all(value is None or isinstance(value, int) for value in values):
             return
         check_fields(self)
-
-
-def _flatten_hparams(hparams: HParams) -> tuple[list[Any], None]:
-    return [getattr(hparams, f.name) for f in dataclasses.fields(HParams)], None
-
-
-def _flatten_hparams_with_keys(hparams: HParams) -> tuple[list[Any], None]:
-    names = [f.name for f in dataclasses.fields(HParams)]
-    return [(jax.tree_util.GetAttrKey(n), getattr(hparams, n)) for n in names], None
-
-
-def _unflatten_hparams(_: None, values: Any) -> HParams:
-    """Past `__post_init__`: what transforms put into a pytree (gradients, axes) needs no check."""
-    hparams = object.__new__(HParams)
-    for f, value in zip(dataclasses.fields(HParams), values, strict=True):
-        object.__setattr__(hparams, f.name, value)
-    return hparams
-
-
-jax.tree_util.register_pytree_with_keys(
-    HParams, _flatten_hparams_with_keys, _unflatten_hparams, _flatten_hparams
-)
 
 
 def why_unread(config: Config, name: str) -> str | None:

@@ -12,10 +12,14 @@ Axis letters, used on every array in this package:
 A trailing `...` stands for the shape of one observation or action.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 from jaxtyping import Array, Bool, Float, Int, Key
+
+from purejaxppo.config import HParams
 
 PyTree = Any
 Metrics = dict[str, Array]
@@ -169,3 +173,26 @@ Advantage = Callable[[Rollout, Any], tuple[Array, Array]]
 """`(rollout, hparams) -> (advantage[T, N], target[T, N])`."""
 Improve = Callable[[LearnerState, Rollout, Array, Array, Any], tuple[LearnerState, Metrics]]
 """`(learner, rollout, advantage[T, N], target[T, N], hparams) -> (learner, metrics)`."""
+
+
+# Here rather than beside HParams, so that settings can be read without importing JAX.
+def _flatten_hparams(hparams: HParams) -> tuple[list[Any], None]:
+    return [getattr(hparams, f.name) for f in dataclasses.fields(HParams)], None
+
+
+def _flatten_hparams_with_keys(hparams: HParams) -> tuple[list[Any], None]:
+    names = [f.name for f in dataclasses.fields(HParams)]
+    return [(jax.tree_util.GetAttrKey(n), getattr(hparams, n)) for n in names], None
+
+
+def _unflatten_hparams(_: None, values: Any) -> HParams:
+    """Past `__post_init__`: what transforms put into a pytree (gradients, axes) needs no check."""
+    hparams = object.__new__(HParams)
+    for f, value in zip(dataclasses.fields(HParams), values, strict=True):
+        object.__setattr__(hparams, f.name, value)
+    return hparams
+
+
+jax.tree_util.register_pytree_with_keys(
+    HParams, _flatten_hparams_with_keys, _unflatten_hparams, _flatten_hparams
+)

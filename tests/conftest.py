@@ -10,8 +10,8 @@ import pytest
 from jaxtyping import install_import_hook
 
 CHECKED = (
-    "advantages agent collect collectives distributions envs episodes evaluate improve learner "
-    "losses networks normalize plots shuffle stats train trpo"
+    "advantages agent collect collectives distributions envs episodes evaluation improve learner "
+    "losses networks normalize shuffle train trpo host.plots host.stats"
 )
 install_import_hook([f"purejaxppo.{name}" for name in CHECKED.split()], "beartype.beartype")
 

@@ -11,7 +11,7 @@ import pytest
 from envs import RandomWalk
 
 import purejaxppo as ppo
-from purejaxppo.configfile import RunSettings, Settings, dump_settings, load_settings
+from purejaxppo.host.configfile import RunSettings, Settings, dump_settings, load_settings
 
 BAD_CONFIGS = [
     ({"num_envs": 0}, "num_envs = 0: must be at least 1"),

@@ -17,11 +17,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 import purejaxppo as ppo
-from purejaxppo import checkpoint
 from purejaxppo.cli import main
 from purejaxppo.config import Config, ConfigError, HParams
-from purejaxppo.configfile import RunSettings, Settings, dump_settings, load_settings
-from purejaxppo.rundir import RunWarning
+from purejaxppo.host import checkpoint
+from purejaxppo.host.configfile import RunSettings, Settings, dump_settings, load_settings
+from purejaxppo.host.rundir import RunWarning
 
 SMALL = ppo.Config(total_timesteps=192, num_steps=8, hidden_sizes=(4,))
 

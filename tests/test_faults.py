@@ -16,8 +16,8 @@ import pytest
 from commands import PATIENCE, Process, assert_same_end, rows
 
 import purejaxppo as ppo
-from purejaxppo import checkpoint
 from purejaxppo.cli import main
+from purejaxppo.host import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_cache")
 

@@ -26,11 +26,11 @@ from purejaxppo.episodes import (
     optimal_baseline,
     whole_episodes,
 )
+from purejaxppo.host.rundir import RunWarning
+from purejaxppo.host.stats import mean_interval
 from purejaxppo.improve import make_batch, make_loss
 from purejaxppo.losses import POLICY_LOSSES, Terms, clipped_surrogate
 from purejaxppo.networks import make_network
-from purejaxppo.rundir import RunWarning
-from purejaxppo.stats import mean_interval
 from purejaxppo.trpo import natural_step, second_derivative
 from purejaxppo.types import Rollout
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import purejaxppo as ppo
-from purejaxppo.configfile import RunSettings, Settings
-from purejaxppo.parallel import choose_spread
-from purejaxppo.program import compile_program, stacked_hparams
+from purejaxppo.host.configfile import RunSettings, Settings
+from purejaxppo.host.parallel import choose_spread
+from purejaxppo.host.program import compile_program, stacked_hparams
 from purejaxppo.types import TrainState
 
 WHOLE = ppo.Config(
@@ -124,7 +124,7 @@ def test_every_core_is_a_device_unless_told_otherwise(told: dict[str, str], expe
     """In a process of its own, where nothing has started JAX: importing the package must not."""
     script = (
         "import os, jax, purejaxppo\n"
-        "from purejaxppo.parallel import use_all_cores\n"
+        "from purejaxppo.host.parallel import use_all_cores\n"
         "use_all_cores()\n"
         "print(jax.device_count(), len(os.sched_getaffinity(0)))"
     )

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 
 import purejaxppo as ppo
 from purejaxppo.cli import main
-from purejaxppo.parallel import ENVS, SEEDS, Spread
-from purejaxppo.population import (
+from purejaxppo.host.parallel import ENVS, SEEDS, Spread
+from purejaxppo.host.population import (
     FACTORS,
     Member,
     Population,

@@ -13,10 +13,10 @@ import pytest
 from commands import Process, assert_same_end, rows
 
 import purejaxppo as ppo
-from purejaxppo import checkpoint
 from purejaxppo.cli import main
-from purejaxppo.processes import Processes, joined
-from purejaxppo.signals import StopRequest
+from purejaxppo.host import checkpoint
+from purejaxppo.host.processes import Processes, joined
+from purejaxppo.host.signals import StopRequest
 
 pytestmark = pytest.mark.usefixtures("one_cache")
 LONG = "--num-envs=8 --hidden-sizes=16 --normalize-obs --eval-episodes=4 --total-timesteps=60000"
@@ -95,7 +95,7 @@ def test_a_signal_amid_the_agreement_counts_at_the_next(monkeypatch: pytest.Monk
         stop.signum = signal.SIGTERM
         return np.asarray([numbers, [0] * len(numbers)])
 
-    run_module = sys.modules["purejaxppo.run"]  # the package's own `run` is the function
+    run_module = sys.modules["purejaxppo.host.run"]  # the package's own `run` is the function
     monkeypatch.setattr(run_module, "agree", agree_late)
     assert not run_module._agreed(stop)
     assert run_module._agreed(stop)

@@ -12,9 +12,9 @@ import pytest
 
 import purejaxppo as ppo
 from purejaxppo.cli import main
-from purejaxppo.configfile import RunSettings, Settings
-from purejaxppo.loggers import COLUMNS
-from purejaxppo.stats import bootstrap_interval, interquartile_mean
+from purejaxppo.host.configfile import RunSettings, Settings
+from purejaxppo.host.loggers import COLUMNS
+from purejaxppo.host.stats import bootstrap_interval, interquartile_mean
 from purejaxppo.sweeps import files
 from purejaxppo.sweeps.report import read_results, write_report
 from purejaxppo.sweeps.settings import Definition, SweepSettings

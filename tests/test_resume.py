@@ -18,13 +18,13 @@ from envs import Params, RandomWalk
 from flax import struct
 
 import purejaxppo as ppo
-from purejaxppo import checkpoint
-from purejaxppo.configfile import RunSettings, load_settings
-from purejaxppo.rundir import RunWarning
-from purejaxppo.saver import Saver
-from purejaxppo.signals import StopRequest
+from purejaxppo.host import checkpoint
+from purejaxppo.host.configfile import RunSettings, load_settings
+from purejaxppo.host.rundir import RunWarning
+from purejaxppo.host.saver import Saver
+from purejaxppo.host.signals import StopRequest
 
-run_module = importlib.import_module("purejaxppo.run")
+run_module = importlib.import_module("purejaxppo.host.run")
 LENGTH = 12
 CONFIG = ppo.Config(
     env_id="RandomWalk", total_timesteps=LENGTH * 32, num_steps=8, hidden_sizes=(8,),
@@ -437,9 +437,9 @@ import sys, jax
 jax.config.update("jax_num_cpu_devices", 4)
 import numpy as np, purejaxppo as ppo
 from pathlib import Path
-from purejaxppo import checkpoint
+from purejaxppo.host import checkpoint
 from purejaxppo.learner import make_learner
-from purejaxppo.load import restore_states
+from purejaxppo.host.load import restore_states
 found, _ = checkpoint.find(Path(sys.argv[1]))
 states = restore_states(found, make_learner(found.settings.config))
 assert len(jax.devices()) == 4

@@ -13,11 +13,11 @@ import pytest
 from envs import Poisoned, RandomWalk
 
 import purejaxppo as ppo
-from purejaxppo.configfile import load_settings
-from purejaxppo.evaluate import FINAL_EVALUATION, LATER_EVALUATION, evaluation_keys
-from purejaxppo.loggers import COLUMNS
-from purejaxppo.plots import smooth
-from purejaxppo.stats import mean_interval
+from purejaxppo.evaluation import FINAL_EVALUATION, LATER_EVALUATION, evaluation_keys
+from purejaxppo.host.configfile import load_settings
+from purejaxppo.host.loggers import COLUMNS
+from purejaxppo.host.plots import smooth
+from purejaxppo.host.stats import mean_interval
 
 FILES = {
     "config.toml", "metrics.csv", "summary.json", "learning_curve.png", "checkpoints", ".lock",

@@ -13,13 +13,13 @@ from envs import RandomWalk
 
 import purejaxppo as ppo
 from purejaxppo.cli import main
-from purejaxppo.configfile import RunSettings, Settings, load_settings
-from purejaxppo.parallel import choose_spread
+from purejaxppo.host.configfile import RunSettings, Settings, load_settings
+from purejaxppo.host.parallel import choose_spread
 from purejaxppo.sweeps.plan import filled, make_groups
 from purejaxppo.sweeps.settings import Definition, SweepSettings, dump_definition, load_definition
 from purejaxppo.sweeps.strategies import Batch, Halving, Optuna, Trial, all_trials
 
-run_module = importlib.import_module("purejaxppo.run")
+run_module = importlib.import_module("purejaxppo.host.run")
 LENGTH = 9
 CONFIG = ppo.Config(
     env_id="RandomWalk", total_timesteps=LENGTH * 32, num_steps=8, hidden_sizes=(8,),

@@ -9,8 +9,8 @@ import numpy as np
 import worker
 
 import purejaxppo as ppo
-from purejaxppo.configfile import RunSettings, Settings
-from purejaxppo.program import (
+from purejaxppo.host.configfile import RunSettings, Settings
+from purejaxppo.host.program import (
     CHUNK_CAPACITY,
     compile_program,
     enable_compilation_cache,

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 import purejaxppo as ppo
-from purejaxppo.program import enable_compilation_cache
+from purejaxppo.host.program import enable_compilation_cache
 
 CHUNK = 20
 EPISODES = 100

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from purejaxppo.config import Config, ConfigError, HParams, why_unread
-from purejaxppo.configfile import RunSettings, Settings, dump_settings
+from purejaxppo.host.configfile import RunSettings, Settings, dump_settings
+from purejaxppo.host.load import check_env
+from purejaxppo.host.loggers import binary_metrics
+from purejaxppo.host.parallel import choose_spread, use_all_cores
+from purejaxppo.host.program import enable_compilation_cache
+from purejaxppo.host.run import check_scalars
+from purejaxppo.host.rundir import SWEEP
 from purejaxppo.learner import make_learner
-from purejaxppo.load import check_env
-from purejaxppo.loggers import binary_metrics
-from purejaxppo.parallel import choose_spread, use_all_cores
-from purejaxppo.program import enable_compilation_cache
-from purejaxppo.run import check_scalars
-from purejaxppo.rundir import SWEEP
 from purejaxppo.sweeps import files
 from purejaxppo.sweeps.files import PlannedBatch, PlannedWave, wave_directory
 from purejaxppo.sweeps.onray import OnRay, cluster, leave_memory

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from purejaxppo.config import ConfigError
-from purejaxppo.loggers import COLUMNS
-from purejaxppo.rundir import (
+from purejaxppo.host.loggers import COLUMNS
+from purejaxppo.host.rundir import (
     BINARY_METRICS,
     CONFIG,
     SUMMARY,

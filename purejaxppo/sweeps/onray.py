@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 import jax
 
 from purejaxppo.config import ConfigError
-from purejaxppo.loggers import require
-from purejaxppo.program import enable_compilation_cache
-from purejaxppo.rundir import SWEEP, BusyError, LostError, StorageError, holds, resume_command
-from purejaxppo.signals import STOPPING, stop_requests
+from purejaxppo.host.loggers import require
+from purejaxppo.host.program import enable_compilation_cache
+from purejaxppo.host.rundir import SWEEP, BusyError, LostError, StorageError, holds, resume_command
+from purejaxppo.host.signals import STOPPING, stop_requests
 from purejaxppo.sweeps.plan import Group, Wave
 from purejaxppo.sweeps.progress import SweepProgress
 from purejaxppo.sweeps.settings import Definition, SweepSettings

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from purejaxppo.configfile import Settings, toml
-from purejaxppo.loggers import COLUMNS, HostMetrics
+from purejaxppo.host.configfile import Settings, toml
+from purejaxppo.host.loggers import COLUMNS, HostMetrics
 from purejaxppo.sweeps.settings import Definition
 from purejaxppo.sweeps.space import apply
 from purejaxppo.sweeps.strategies import Trial

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import jax
 
 from purejaxppo.config import Config, ConfigError, HParams
-from purejaxppo.configfile import Settings
-from purejaxppo.population import Population
-from purejaxppo.program import Prepared, prepare
+from purejaxppo.host.configfile import Settings
+from purejaxppo.host.population import Population
+from purejaxppo.host.program import Prepared, prepare
 from purejaxppo.sweeps.settings import SweepSettings
 from purejaxppo.sweeps.space import Range, apply
 from purejaxppo.sweeps.strategies import Trial

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from purejaxppo.checkpoint import Checkpoint
-from purejaxppo.progress import Progress, make_console
+from purejaxppo.host.checkpoint import Checkpoint
+from purejaxppo.host.progress import Progress, make_console
 from purejaxppo.sweeps.files import PlannedWave
 from purejaxppo.sweeps.plan import Group, Wave
 from purejaxppo.sweeps.settings import Definition

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from purejaxppo.config import ConfigError
-from purejaxppo.plots import bare_axes, smooth
-from purejaxppo.rundir import SWEEP, StorageError, holds, resume_command
-from purejaxppo.stats import bootstrap_interval, interquartile_mean, mean_interval
+from purejaxppo.host.plots import bare_axes, smooth
+from purejaxppo.host.rundir import SWEEP, StorageError, holds, resume_command
+from purejaxppo.host.stats import bootstrap_interval, interquartile_mean, mean_interval
 from purejaxppo.sweeps import files
 from purejaxppo.sweeps.settings import Definition, load_definition
 from purejaxppo.sweeps.space import Range, parse_values

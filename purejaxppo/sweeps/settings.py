@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from purejaxppo.config import ConfigError, check_fields
-from purejaxppo.configfile import Settings, build, dump, dump_settings, from_file, settings_from
+from purejaxppo.host.configfile import (
+    Settings,
+    build,
+    dump,
+    dump_settings,
+    from_file,
+    settings_from,
+)
 from purejaxppo.sweeps.space import Range, Space, parse_space
 
 LEAST_POPULATION = 5

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from purejaxppo.config import Config, ConfigError, HParams
-from purejaxppo.configfile import toml
+from purejaxppo.host.configfile import toml
 
 _CONFIG = {f.name: f for f in dataclasses.fields(Config) if f.name != "env_id"}
 _HPARAMS = {f.name: f for f in dataclasses.fields(HParams)}

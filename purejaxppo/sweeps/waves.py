@@ -8,11 +8,11 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from purejaxppo import checkpoint
+from purejaxppo.host import checkpoint
+from purejaxppo.host.load import restore_states
+from purejaxppo.host.population import member_learner
+from purejaxppo.host.run import Leg, run_wave
 from purejaxppo.learner import make_learner
-from purejaxppo.load import restore_states
-from purejaxppo.population import member_learner
-from purejaxppo.run import Leg, run_wave
 from purejaxppo.sweeps.files import PlannedWave, wave_directory
 from purejaxppo.sweeps.plan import Group, Programs, Wave, population_of
 from purejaxppo.sweeps.progress import SweepProgress

@@ -9,12 +9,12 @@ from threading import Lock
 import jax
 import numpy as np
 
-from purejaxppo import checkpoint
-from purejaxppo.checkpoint import Checkpoint, Position
-from purejaxppo.configfile import Settings
-from purejaxppo.processes import is_first
-from purejaxppo.rundir import RunWarning, StorageError, resume_command
-from purejaxppo.signals import StopRequest
+from purejaxppo.host import checkpoint
+from purejaxppo.host.checkpoint import Checkpoint, Position
+from purejaxppo.host.configfile import Settings
+from purejaxppo.host.processes import is_first
+from purejaxppo.host.rundir import RunWarning, StorageError, resume_command
+from purejaxppo.host.signals import StopRequest
 from purejaxppo.types import TrainState
 
 _POLL_SECONDS = 0.05

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from purejaxppo.checkpoint import Checkpoint, Position
-from purejaxppo.configfile import Settings
-from purejaxppo.parallel import choose_spread
-from purejaxppo.plots import learning_curve
-from purejaxppo.rundir import CURVE, SUMMARY, StorageError, resume_command, write_whole
-from purejaxppo.stats import mean_interval
+from purejaxppo.host.checkpoint import Checkpoint, Position
+from purejaxppo.host.configfile import Settings
+from purejaxppo.host.parallel import choose_spread
+from purejaxppo.host.plots import learning_curve
+from purejaxppo.host.rundir import CURVE, SUMMARY, StorageError, resume_command, write_whole
+from purejaxppo.host.stats import mean_interval
 from purejaxppo.types import TrainState
 
 

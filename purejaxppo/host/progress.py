@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from purejaxppo.checkpoint import Checkpoint
-from purejaxppo.configfile import Settings
+from purejaxppo.host.checkpoint import Checkpoint
+from purejaxppo.host.configfile import Settings
 
 _PLAIN_SECONDS = 5.0
 

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from purejaxppo.checkpoint import Position
 from purejaxppo.config import ConfigError
-from purejaxppo.configfile import Settings
-from purejaxppo.rundir import BINARY_METRICS, METRICS
+from purejaxppo.host.checkpoint import Position
+from purejaxppo.host.configfile import Settings
+from purejaxppo.host.rundir import BINARY_METRICS, METRICS
 
 COLUMNS = (
     "env_steps",

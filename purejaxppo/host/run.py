@@ -13,12 +13,11 @@ from typing import Any, Literal, NamedTuple, NoReturn
 import jax
 import numpy as np
 
-from purejaxppo.checkpoint import Checkpoint, Position, best, check_same_run
 from purejaxppo.config import Config, ConfigError, HParams, check_fields
-from purejaxppo.configfile import RunSettings, Settings, load_settings
-from purejaxppo.learner import MUST_BE_FINITE, make_learner
-from purejaxppo.load import check_env, newest_or_none, restore_states
-from purejaxppo.loggers import (
+from purejaxppo.host.checkpoint import Checkpoint, Position, best, check_same_run
+from purejaxppo.host.configfile import RunSettings, Settings, load_settings
+from purejaxppo.host.load import check_env, newest_or_none, restore_states
+from purejaxppo.host.loggers import (
     COLUMNS,
     AppendedLogger,
     BinaryLogger,
@@ -31,9 +30,9 @@ from purejaxppo.loggers import (
     read_metrics,
     require,
 )
-from purejaxppo.parallel import choose_spread, use_all_cores
-from purejaxppo.processes import agree, is_first
-from purejaxppo.program import (
+from purejaxppo.host.parallel import choose_spread, use_all_cores
+from purejaxppo.host.processes import agree, is_first
+from purejaxppo.host.program import (
     CHUNK_CAPACITY,
     Prepared,
     Program,
@@ -42,8 +41,8 @@ from purejaxppo.program import (
     make_evaluation,
     stacked_hparams,
 )
-from purejaxppo.progress import Progress
-from purejaxppo.rundir import (
+from purejaxppo.host.progress import Progress
+from purejaxppo.host.rundir import (
     CONFIG,
     RunWarning,
     StorageError,
@@ -52,9 +51,10 @@ from purejaxppo.rundir import (
     resume_command,
     write_settings,
 )
-from purejaxppo.saver import Saver
-from purejaxppo.signals import StopRequest, stop_requests
-from purejaxppo.summary import Training, summarize, write_results
+from purejaxppo.host.saver import Saver
+from purejaxppo.host.signals import StopRequest, stop_requests
+from purejaxppo.host.summary import Training, summarize, write_results
+from purejaxppo.learner import MUST_BE_FINITE, make_learner
 from purejaxppo.types import Learner, Metrics, TrainState
 
 CHUNK_SECONDS = 0.5

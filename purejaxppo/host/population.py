@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from purejaxppo.config import HParams
-from purejaxppo.parallel import SEEDS, each_seed
+from purejaxppo.host.parallel import SEEDS, each_seed
 from purejaxppo.types import Learner, LearnerState, Metrics, PyTree, TrainState
 
 TRUNCATION = 0.2

@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from purejaxppo.config import Config, ConfigError
-from purejaxppo.configfile import Settings, dump_settings, settings_from
-from purejaxppo.processes import agree, is_first
-from purejaxppo.rundir import CHECKPOINTS, StorageError, write_whole
+from purejaxppo.host.configfile import Settings, dump_settings, settings_from
+from purejaxppo.host.processes import agree, is_first
+from purejaxppo.host.rundir import CHECKPOINTS, StorageError, write_whole
 from purejaxppo.types import TrainState
 
 FORMAT = 1

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from purejaxppo.config import ConfigError
-from purejaxppo.configfile import Settings, dump_settings
+from purejaxppo.host.configfile import Settings, dump_settings
 
 CONFIG, METRICS, SUMMARY, CURVE = "config.toml", "metrics.csv", "summary.json", "learning_curve.png"
 CHECKPOINTS = "checkpoints"

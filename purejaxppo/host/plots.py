@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from purejaxppo.stats import mean_interval
+from purejaxppo.host.stats import mean_interval
 
 _POINTS = 200
 

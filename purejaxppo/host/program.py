@@ -12,16 +12,16 @@ from jax.experimental.compilation_cache import compilation_cache as jax_cache
 from jax.sharding import PartitionSpec
 
 from purejaxppo.config import HParams
-from purejaxppo.configfile import Settings
-from purejaxppo.evaluate import FINAL_EVALUATION, evaluate, evaluation_keys
-from purejaxppo.learner import make_learner
-from purejaxppo.parallel import choose_spread, each_seed
-from purejaxppo.population import (
+from purejaxppo.evaluation import FINAL_EVALUATION, evaluate, evaluation_keys
+from purejaxppo.host.configfile import Settings
+from purejaxppo.host.parallel import choose_spread, each_seed
+from purejaxppo.host.population import (
     Population,
     member_learner,
     train_population,
     without_members,
 )
+from purejaxppo.learner import make_learner
 from purejaxppo.types import Learner, Metrics, TrainState
 
 CHUNK_CAPACITY = 1024

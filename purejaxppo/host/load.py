@@ -6,13 +6,13 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-from purejaxppo import checkpoint
-from purejaxppo.checkpoint import Checkpoint
 from purejaxppo.config import Config, ConfigError, HParams
-from purejaxppo.configfile import Settings
+from purejaxppo.host import checkpoint
+from purejaxppo.host.checkpoint import Checkpoint
+from purejaxppo.host.configfile import Settings
+from purejaxppo.host.program import stacked_hparams
+from purejaxppo.host.rundir import SUMMARY, RunWarning
 from purejaxppo.learner import make_learner
-from purejaxppo.program import stacked_hparams
-from purejaxppo.rundir import SUMMARY, RunWarning
 from purejaxppo.types import Learner, TrainState
 
 

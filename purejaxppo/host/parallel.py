@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from purejaxppo.config import Config, ConfigError
-from purejaxppo.configfile import Settings
+from purejaxppo.host.configfile import Settings
 from purejaxppo.types import PyTree, TrainState
 
 SEEDS, ENVS = "seeds", "envs"

@@ -1,0 +1,5 @@
+"""`python -m purejaxppo`."""
+
+from purejaxppo.cli import entry
+
+entry()
