@@ -6,7 +6,9 @@ every number that can be traced, so that a whole training can be `vmap`ped over 
 
 import dataclasses
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from purejaxppo.checks import FLOAT_MAX, ConfigError, check_fields
@@ -45,6 +47,42 @@ def _only_with(default: Any, **only_with: tuple[Any, ...]) -> Any:
     return field(default=default, metadata={"only_with": only_with})
 
 
+class EnvParams(Mapping[str, float | int | bool]):
+    """Numbers by name: hashable, and never changed.
+
+    Raises `ConfigError` if `values` is no mapping of names to numbers, true or false.
+    """
+
+    def __init__(self, values: Mapping[str, float | int | bool] = MappingProxyType({})):
+        if not isinstance(values, Mapping):
+            raise ConfigError(
+                f"env_params = {values!r}: must be a table of names and numbers, such as "
+                "{'max_steps_in_episode': 200}"
+            )
+        for name, value in values.items():
+            if not isinstance(name, str) or not isinstance(value, bool | int | float):
+                raise ConfigError(
+                    f"env_params.{name} = {value!r}: must be a number, true or false; pass other "
+                    "parameters from Python as env_params=..."
+                )
+        self._values = {name: values[name] for name in sorted(values)}
+
+    def __getitem__(self, name: str) -> float | int | bool:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._values.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._values)
+
+
 @dataclass(frozen=True)
 class Config:
     """What fixes the shapes and code paths of a training. Static and hashable.
@@ -55,6 +93,9 @@ class Config:
 
     env_id: str = "CartPole-v1"
     """Environment to train on; `purejaxppo envs` lists them. A label if `env` is passed."""
+    env_params: EnvParams = EnvParams()
+    """Parameters of the environment that differ from its defaults, by name; the environment's own
+    documentation lists them."""
     total_timesteps: int = _bounded(500_000, 1)
     """Environment steps of the whole training, rounded up to whole updates."""
     num_envs: int = _bounded(4, 1)
@@ -121,6 +162,7 @@ class Config:
     """How clip_eps, clip_higher and vf_clip_eps go from their value to 0 over the training."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "env_params", EnvParams(self.env_params))
         check_fields(self)
         if any(not 1 <= size <= MAX_WIDTH for size in self.hidden_sizes):
             raise ConfigError(

@@ -1,8 +1,11 @@
 """Environments by name."""
 
+import dataclasses
 import difflib
 import functools
 from typing import Any
+
+import numpy as np
 
 from purejaxppo.config import Config, ConfigError
 from purejaxppo.envs.gymnax import from_gymnax, import_gymnax
@@ -21,16 +24,57 @@ def make_environment(config: Config, env: Any = None, env_params: Any = None) ->
 
     Args:
         env: an object that keeps gymnax 1.x's contract.
-        env_params: its parameters; None takes its defaults.
+        env_params: its parameters; None takes its defaults, changed by `config.env_params`.
 
     Raises:
-        ConfigError: if no environment has that name (the nearest is named), or an environment
-            is missing part of the contract.
+        ConfigError: if no environment has that name (the nearest is named), an environment
+            is missing part of the contract, or it has no such parameters.
     """
     if env is None:
         env, default_params = _make_gymnax(config.env_id)
-        env_params = default_params if env_params is None else env_params
+    else:
+        default_params = getattr(env, "default_params", None)
+    if env_params is None:
+        env_params = _changed(config, default_params)
+    elif config.env_params:
+        raise ConfigError(
+            f"env_params = {config.env_params} in Config, and env_params is passed as an argument "
+            "too; give one of the two"
+        )
     return from_gymnax(config.env_id, env, env_params)
+
+
+def _changed(config: Config, params: Any) -> Any:
+    """An environment's default parameters with the values of `config.env_params`."""
+    if not config.env_params:
+        return params
+    known = [f.name for f in dataclasses.fields(params)] if dataclasses.is_dataclass(params) else []
+    changed = {}
+    for name, value in config.env_params.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]}? " if near else ""
+            listed = ", ".join(known) or "none"
+            raise ConfigError(
+                f"env_params.{name}: {config.env_id} has no such parameter; {hint}It has: {listed}"
+            )
+        changed[name] = _of_type(name, value, getattr(params, name))
+    return dataclasses.replace(params, **changed)
+
+
+def _of_type(name: str, value: float | int | bool, default: Any) -> Any:
+    """`value` in the type of the parameter's default."""
+    kind = np.asarray(default)
+    whole, truth = kind.dtype.kind in "iu", kind.dtype.kind == "b"
+    if kind.shape != () or kind.dtype.kind not in "iufb":
+        rule = f"its default is {default!r}, which is no single number; pass env_params from Python"
+    elif isinstance(value, bool) != truth:
+        rule = f"must be {'true or false' if truth else 'a number'}; the default is {default!r}"
+    elif whole and value != int(value):
+        rule = f"must be a whole number; the default is {default!r}"
+    else:
+        return value if truth else int(value) if whole else float(value)
+    raise ConfigError(f"env_params.{name} = {value}: {rule}")
 
 
 @functools.lru_cache

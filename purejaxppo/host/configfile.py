@@ -5,8 +5,9 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -128,7 +129,7 @@ def settings_from(table: dict[str, Any]) -> Settings:
     if not isinstance(trials, list) or not all(isinstance(x, dict) for x in trials):
         raise ConfigError(f"trials = {trials!r}: must be tables, each written as [[trials]]")
     return Settings(
-        config=build(Config, table, "", also=("hparams", "run")),
+        config=build(Config, table, "", also=("hparams", "run", "env_params")),
         hparams=build(HParams, parts["hparams"], "hparams."),
         run=build(RunSettings, parts["run"], "run."),
         trials=tuple(build(HParams, trial, "trials.") for trial in trials),
@@ -160,6 +161,9 @@ def _nearest(key: str, prefix: str, also: tuple[str, ...]) -> str:
 def dump_settings(settings: Settings) -> str:
     """The TOML text that `load_settings` reads back to equal settings."""
     lines = dump(settings.config)
+    if settings.config.env_params:
+        values = settings.config.env_params.items()
+        lines += ["", "[env_params]", *(f"{_key(name)} = {toml(x)}" for name, x in values)]
     lines += ["", "[hparams]", *dump(settings.hparams)]
     lines += ["", "[run]", *dump(settings.run)]
     for trial in settings.trials:
@@ -168,9 +172,15 @@ def dump_settings(settings: Settings) -> str:
 
 
 def dump(instance: Any) -> list[str]:
-    """A line of TOML for each field that is not None."""
+    """A line of TOML for each field that is neither None nor a table."""
     values = {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance)}
-    return [f"{name} = {toml(value)}" for name, value in values.items() if value is not None]
+    plain = {k: v for k, v in values.items() if v is not None and not isinstance(v, Mapping)}
+    return [f"{name} = {toml(value)}" for name, value in plain.items()]
+
+
+def _key(name: str) -> str:
+    """A name as TOML writes it on the left of an equals sign."""
+    return name if re.fullmatch("[A-Za-z0-9_-]+", name) else toml(name)
 
 
 def toml(value: Any) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from purejaxppo.config import Config, ConfigError, HParams
 from purejaxppo.host.configfile import toml
 
-_CONFIG = {f.name: f for f in dataclasses.fields(Config) if f.name != "env_id"}
+_CONFIG = {f.name: f for f in dataclasses.fields(Config) if f.name not in ("env_id", "env_params")}
 _HPARAMS = {f.name: f for f in dataclasses.fields(HParams)}
 Values = dict[str, Any]
 """Of one trial, by the names of their settings."""
