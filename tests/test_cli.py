@@ -1,17 +1,22 @@
 """The command line, as a person types it."""
 
+import csv
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import gymnax
+import numpy as np
 import pytest
 
 import purejaxppo as ppo
-from purejaxppo.cli import main
+from purejaxppo.cli import main, options
+from purejaxppo.host.configfile import Settings, load_settings, settings_from
 
 SMALL = ["--total-timesteps=640", "--num-steps=8", "--hidden-sizes=8", "--num-minibatches=2"]
 
@@ -34,13 +39,32 @@ def failed_with_2(argv: list[str], capsys: Any) -> str:
     [
         ("train --env-id CartPol-v1", "did you mean CartPole-v1?"),
         ("train --num-env 4", "--num-envs"),
-        ("train --hparams.lerning-rate 1", "--hparams.learning-rate"),
-        ("train --num-envs x", "invalid literal for int"),
+        ("train --hparams.lerning-rate 1", "did you mean --learning-rate?"),
+        ("train --lr 1", "did you mean --learning-rate?"),
+        ("sweep --seeds 4", "--seeds: sweep has no such option; did you mean --num-seeds?"),
+        ("train --run.keeep 1", "did you mean --keep?"),
+        ("train --num-envs x", "--num-envs x: must be a whole number"),
+        ("train --num-envs", "--num-envs: needs a value"),
+        ("train --hidden-sizes 8 a", "'a': no such environment"),
+        ("train --hidden-sizes a", "--hidden-sizes a: must be a whole number"),
+        ("train --gamma much", "--gamma much: must be a number"),
+        ("train --gamma=1.2", "gamma = 1.2: must be at least 0 and at most 1"),
+        ("train cartpol", "no such file, shipped config or environment; did you mean cartpole?"),
+        ("train a.toml b.toml", "'b.toml': train takes one config or environment"),
+        ("train --env-params.max_step 3", "did you mean max_steps_in_episode?"),
+        ("train --env-params.gravity true", "env_params.gravity = True: must be a number"),
+        ("train --env-params.gravity=strong", "must be a number, true or false"),
+        ("train --eval-every 1.5", "must be a whole number, since eval_unit = updates"),
+        ("eval", "eval needs RUN_DIR, as in `purejaxppo eval RUN_DIR`"),
+        ("export x", "export needs FILE"),
+        ("plot a b", "'b': one argument too many"),
+        ("eval . --trial best", "is no sweep; leave --trial out"),
+        ("resume . --seed 1", "seed = 1: goes with --trial"),
         ("train --num-envs 0", "num_envs = 0: must be at least 1"),
         ("train --hparams.gamma 1.2", "purejaxppo: gamma = 1.2: must be at least 0 and at most 1"),
         ("train --hparams.clip-eps -1", "clip_eps = -1.0: must be greater than 0"),
         ("train --num-minibatches 3", "does not divide into num_minibatches = 3"),
-        ("train --activation rellu", "invalid choice"),
+        ("train --activation rellu", "must be one of tanh, relu, gelu, silu (did you mean relu?)"),
         ("train none.toml", "config file 'none.toml': No such file or directory"),
         ("train --run-dir /proc/none/here", "cannot be written"),
         ("train --encoder cnn", "use auto or mlp"),
@@ -49,7 +73,7 @@ def failed_with_2(argv: list[str], capsys: Any) -> str:
         ("train --num-envs 1000000000", "must be below 2^31"),
         ("train --wandb", "pip install 'purejaxppo[wandb]'"),
         ("train --eval-episodes 0", "eval_episodes = 0"),
-        ("eval /proc/none", "run directory '/proc/none': is not there"),
+        ("eval /proc/none", "run directory '/proc/none': does not exist"),
         ("eval . --checkpoint last", "must be newest, best, or a number"),
         ("eval .", "has no whole checkpoint (there: none)"),
         ("resume /proc/none", "no run to go on with"),
@@ -61,8 +85,8 @@ def failed_with_2(argv: list[str], capsys: Any) -> str:
         ("train --keep 0", "keep = 0"),
         ("train --checkpoint-every 0", "checkpoint_every = 0.0: must be greater than 0"),
         ("train --checkpoint-every 0.5 --checkpoint-unit updates", "must be a whole number"),
-        ("trane", "train"),
-        ("", "train"),
+        ("trane", "did you mean train?"),
+        ("", "no command given; the commands are train, sweep"),
     ],
 )
 def test_bad_input_ends_with_one_clear_message(
@@ -74,25 +98,131 @@ def test_bad_input_ends_with_one_clear_message(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_bad_file_and_a_file_in_the_wrong_place(tmp_path: Path, capsys: Any):
+def test_a_bad_file_is_refused(tmp_path: Path, capsys: Any):
     path = tmp_path / "my.toml"
     path.write_text("num_env = 3")
     assert "did you mean num_envs?" in failed_with_2(["train", str(path)], capsys)
-    path.write_text("num_envs = 3")
-    assert "right after `train`" in failed_with_2(
-        ["train", "--num-minibatches", "1", str(path)], capsys
+
+
+def printed_config(capsys: Any, *arguments: str) -> Settings:
+    assert main([*arguments, "--print-config"]) == 0
+    table = tomllib.loads(capsys.readouterr().out)
+    table.pop("sweep", None)
+    return settings_from(table)
+
+
+@pytest.mark.parametrize("source", ["configs/cartpole.toml", "cartpole"])
+def test_the_config_may_stand_anywhere_and_options_override_it(source: str, capsys: Any):
+    shipped = load_settings("configs/cartpole.toml")
+    assert printed_config(capsys, "train", source) == shipped
+    found = printed_config(
+        capsys, "train", "--num-seeds", "3", source, "--hidden-sizes", "8", "--normalize-obs"
     )
+    assert found.config.num_envs == shipped.config.num_envs
+    assert (found.run.num_seeds, found.config.hidden_sizes) == (3, (8,))
+    assert found.config.normalize_obs
+    found = printed_config(
+        capsys, "train", "--hparams.gamma", "0.5", "--hidden-sizes", "8", "16",
+        "--learning_rate=1e-5", source,
+    )  # fmt: skip
+    assert found.config.hidden_sizes == (8, 16)
+    assert (found.hparams.gamma, found.hparams.learning_rate) == (0.5, 1e-5)
+    assert found.hparams.gae_lambda == shipped.hparams.gae_lambda
 
 
-def test_help_shows_each_setting_with_its_docstring_and_default(capsys: Any):
+def test_an_environment_may_be_named_in_place_of_a_config(capsys: Any):
+    found = printed_config(capsys, "train", "Acrobot-v1", "--num-envs", "2")
+    assert found == Settings(ppo.Config(env_id="Acrobot-v1", num_envs=2))
+    assert printed_config(capsys, "sweep", "Acrobot-v1").config.env_id == "Acrobot-v1"
+
+
+def test_parameters_of_the_environment_are_trained_recorded_and_restored(
+    tmp_path: Path, capsys: Any
+):
+    run = str(tmp_path / "r")
+    limit = ["--env-params.max-steps-in-episode", "7"]
+    assert main(["train", "CartPole-v1", *limit, "--run-dir", run, *SMALL]) == 0
+    text = (tmp_path / "r/config.toml").read_text()
+    assert "[env_params]\nmax_steps_in_episode = 7\n" in text
+    with (tmp_path / "r/metrics.csv").open() as file:
+        lengths = [float(row["episode_length"]) for row in csv.DictReader(file)]
+    assert np.nanmax(lengths) <= 7
+    capsys.readouterr()
+    assert main(["eval", run, "--json", "--episodes", "4"]) == 0
+    assert json.loads(capsys.readouterr().out)["return_mean"] <= 7
+    assert main(["train", str(tmp_path / "r/config.toml"), "--print-config"]) == 0
+    assert "max_steps_in_episode = 7" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_help_shows_each_setting_once_with_its_docstring_in_groups(command: str, capsys: Any):
     with pytest.raises(SystemExit) as stop:
-        main(["train", "--help"])
+        main([command, "--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "--num-envs INT N, environments stepped side by side. (default: 4)" in text
-    assert "--hparams.gamma FLOAT Discount per step. (default: 0.99)" in text
-    assert "--seed INT" in text
-    assert "[CONFIG.toml]" in text
+    assert "--gamma FLOAT Discount per step. (default: 0.99)" in text
+    assert "[CONFIG]" in text
+    groups = [f"{name} options" for name in ("common", "algorithm", "network", "hyperparameter")]
+    at = [text.index(name) for name in groups]
+    assert at == sorted(at)
+    for table in (ppo.Config, ppo.HParams):
+        for name in (f.name for f in dataclasses.fields(table) if f.name != "env_params"):
+            option = f" --{name.replace('_', '-')}"
+            shown = text.count(f"{option} ") + text.count(f"{option}, --no-")
+            assert shown >= 1, option
+
+
+def test_every_option_has_a_description():
+    """Also those of the groups, which are made from the settings."""
+    options.join_help_lines()
+    for command in (options.Train, options.Sweep):
+        for group in dataclasses.fields(command):
+            for option in () if group.name == "config" else dataclasses.fields(group.type):
+                assert option.metadata.get("help"), option.name
+
+
+def test_help_and_refusals_do_not_import_jax():
+    code = """
+import sys
+from purejaxppo.cli import main, options
+from purejaxppo.host.configfile import Settings, load_settings, settings_from
+try:
+    main(["train", "--help"])
+except SystemExit:
+    pass
+assert main(["train", "--num-env", "4"]) == 2
+assert main(["train", "cartpole", "--print-config"]) == 0
+assert main(["--version"]) == 0
+assert "jax" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_closed_pipe_ends_in_silence():
+    """As in `purejaxppo envs | head`, where the reader leaves before everything is written."""
+    code = """
+import sys
+from purejaxppo.cli import commands, entry
+commands._envs = lambda: [print("x" * 99) for _ in range(9999)] and 0
+sys.argv = ["purejaxppo", "envs"]
+entry()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 141
+
+
+def test_a_shell_can_complete_options(capsys: Any):
+    with pytest.raises(SystemExit) as stop:
+        main(["--tyro-print-completion", "bash"])
+    assert not stop.value.code
+    assert "--learning-rate" in capsys.readouterr().out
 
 
 def test_train_and_eval_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -103,14 +233,19 @@ def test_train_and_eval_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture
 
     def command(*argv: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "purejaxppo.cli", *argv],
+            [sys.executable, "-m", "purejaxppo", *argv],
             cwd=tmp_path, capture_output=True, text=True, check=True,
             env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
         )  # fmt: skip
 
     trained = command("train", "my.toml", "--num-envs", "4", "--run-dir", "m[/x]", *SMALL)
     assert "\x1b" not in trained.stdout  # plain lines when the output is no terminal
-    assert "640 environment steps each" in trained.stdout
+    assert trained.stdout.startswith("purejaxppo 0.1.0: loading JAX\n")
+    assert "= 640 environment steps per seed" in trained.stdout
+    assert " CPU core" in trained.stdout
+    assert " steps/s over 3 seeds" in trained.stdout
+    assert "evaluation return, sampled actions: " in trained.stdout
+    assert "evaluation return, deterministic actions: " in trained.stdout
     assert "learning curve: m[/x]/learning_curve.png" in trained.stdout
     text = (tmp_path / "m[/x]/config.toml").read_text()
     assert "num_envs = 4" in text
@@ -127,7 +262,7 @@ def test_train_and_eval_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_run_that_diverges_exits_1(tmp_path: Path, capsys: Any):
-    argv = ["train", "--run-dir", str(tmp_path / "r"), "--hparams.learning-rate", "1e38", *SMALL]
+    argv = ["train", "--run-dir", str(tmp_path / "r"), "--learning-rate", "1e38", *SMALL]
     assert main(argv) == 1
     assert "the loss is not finite at update" in capsys.readouterr().out
 
@@ -141,7 +276,7 @@ def test_a_run_on_an_environment_object_is_not_taken_for_another(tmp_path: Path,
 
 
 def test_eval_names_seeds_that_failed_and_leaves_them_out(tmp_path: Path, capsys: Any):
-    argv = ["train", "--run-dir", str(tmp_path / "r"), "--hparams.learning-rate", "1e38", *SMALL]
+    argv = ["train", "--run-dir", str(tmp_path / "r"), "--learning-rate", "1e38", *SMALL]
     main([*argv, "--no-compilation-cache"])
     capsys.readouterr()
     assert main(["eval", str(tmp_path / "r"), "--json", "--no-compilation-cache"]) == 0
@@ -149,7 +284,7 @@ def test_eval_names_seeds_that_failed_and_leaves_them_out(tmp_path: Path, capsys
     assert evaluation["failed_seeds"] == [0]
     assert evaluation["return_mean"] is None
     assert main(["eval", str(tmp_path / "r")]) == 0
-    assert "its training failed" in capsys.readouterr().out
+    assert "this seed failed" in capsys.readouterr().out
 
 
 def test_envs_lists_what_can_be_trained(capsys: Any):

@@ -1,0 +1,5 @@
+"""The command line."""
+
+from purejaxppo.cli.main import entry, main
+
+__all__ = ["entry", "main"]

@@ -1,0 +1,178 @@
+"""What a person typed, checked before tyro parses it: each refusal is one line."""
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from purejaxppo.config import Config, ConfigError
+
+_PREFIXES = ("--hparams.", "--run.", "--sweep.")
+_OTHER_NAMES = {
+    "--seeds": "--num-seeds",
+    "--lr": "--learning-rate",
+    "--env": "--env-id",
+    "--algorithm": "--objective",
+    "--epochs": "--update-epochs",
+    "--timesteps": "--total-timesteps",
+    "--entropy-coef": "--ent-coef",
+}
+"""Names that other libraries use."""
+_ENV_PARAMS = re.compile(r"--env[-_]params\.([^=]+)(?:=(.*))?", re.DOTALL)
+
+
+class Arguments(NamedTuple):
+    """The arguments of a command."""
+
+    positional: list[str]
+    options: list[str]
+    """Options and their values, in tyro's spelling."""
+    env_params: dict[str, float | int | bool]
+
+
+def read_arguments(command: str, args: Sequence[str], flags: Mapping[str, Any]) -> Arguments:
+    """Sort arguments into positional ones, options and parameters of the environment.
+
+    Args:
+        flags: the types of the options that the command has, by name.
+
+    Raises:
+        ConfigError: for an option that the command does not have (the nearest is named), or a value
+            of the wrong type.
+    """
+    found, left = Arguments([], [], {}), list(args)
+    while left:
+        word = left.pop(0)
+        parameter = _ENV_PARAMS.fullmatch(word)
+        if parameter and "env_id" in flags:
+            name, text = parameter[1].replace("-", "_"), parameter[2]
+            text = _next_value(word, left) if text is None else text
+            found.env_params[name] = _number_or_truth(word, text)
+        elif word.startswith("--"):
+            found.options.extend(_option(command, word, left, flags))
+        elif word.startswith("-") and word != "-":
+            found.options.append(word)
+        else:
+            found.positional.append(word)
+    return found
+
+
+def _option(command: str, word: str, left: list[str], flags: Mapping[str, Any]) -> list[str]:
+    """An option with its values, which are taken from `left`."""
+    prefix = next((p for p in _PREFIXES if word.startswith(p)), "--")
+    typed, equals, text = word.removeprefix(prefix).partition("=")
+    name = typed.replace("-", "_")
+    plain = f"--{typed.replace('_', '-')}"
+    if name in ("help", "version"):
+        return [plain]
+    negated = name.removeprefix("no_")
+    if negated != name and flags.get(negated) is bool:
+        return [plain]
+    if name not in flags:
+        raise ConfigError(_unknown(command, word.partition("=")[0], flags))
+    hint = flags[name]
+    if hint is bool:
+        return [plain]
+    if hint == tuple[int, ...]:
+        texts = [text] if equals else []
+        while not equals and left and not left[0].startswith("-") and _is_whole(left[0]):
+            texts.append(left.pop(0))
+        if not equals and not texts and left and not left[0].startswith("-"):
+            texts.append(left.pop(0))
+        for one in texts:
+            _check(plain, one, int)
+        return [plain, *texts]
+    value = text if equals else _next_value(plain, left)
+    _check(plain, value, hint)
+    return [f"{plain}={value}"] if value.startswith("-") else [plain, value]
+
+
+def _next_value(word: str, left: list[str]) -> str:
+    if not left or left[0].startswith("--"):
+        raise ConfigError(f"{word}: needs a value")
+    return left.pop(0)
+
+
+def _check(option: str, text: str, hint: Any) -> None:
+    """Raises `ConfigError` if the text is no value of the option's type."""
+    optional = isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)
+    if optional:
+        if text == "None":
+            return
+        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+    if typing.get_origin(hint) is Literal and text not in typing.get_args(hint):
+        choices = typing.get_args(hint)
+        near = difflib.get_close_matches(text, choices, n=1)
+        hint_ = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(f"{option} {text}: must be one of {', '.join(choices)}{hint_}")
+    if hint is int and not _is_whole(text):
+        raise ConfigError(f"{option} {text}: must be a whole number")
+    if hint is float and not _is_number(text):
+        raise ConfigError(f"{option} {text}: must be a number{' or None' if optional else ''}")
+
+
+def _is_whole(text: str) -> bool:
+    return re.fullmatch(r"[+-]?\d(_?\d)*", text) is not None and len(text) < 4000
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _number_or_truth(option: str, text: str) -> float | int | bool:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if _is_whole(text):
+        return int(text)
+    if _is_number(text):
+        return float(text)
+    raise ConfigError(f"{option.partition('=')[0]} {text}: must be a number, true or false")
+
+
+def _unknown(command: str, word: str, flags: Mapping[str, Any]) -> str:
+    known = {f"--{name.replace('_', '-')}": name for name in flags}
+    known |= {f"--no-{n.replace('_', '-')}": n for n, hint in flags.items() if hint is bool}
+    last = f"--{word.rpartition('.')[2].lstrip('-')}".replace("_", "-")
+    last = _OTHER_NAMES.get(last, last)
+    near = difflib.get_close_matches(last, list(known), n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"`purejaxppo {command} --help` lists them"
+    return f"{word}: {command} has no such option; {hint}"
+
+
+def find_config(text: str) -> Path | Config:
+    """What a person means by the positional argument: a file, a shipped config, or an environment.
+
+    Raises:
+        ConfigError: if it looks like a file and does not exist.
+    """
+    path = Path(text)
+    try:
+        exists = path.is_file()
+    except OSError as error:
+        raise ConfigError(f"config file {text!r}: {error.strerror}; check the path") from error
+    if exists or "/" in text or text.endswith(".toml"):
+        return path
+    shipped = shipped_configs()
+    if text in shipped:
+        return shipped[text]
+    near = difflib.get_close_matches(text, list(shipped), n=1, cutoff=0.75)
+    if near and text.islower():  # environments have capital letters
+        raise ConfigError(
+            f"{text!r}: no such file, shipped config or environment; did you mean {near[0]}?"
+        )
+    return Config(env_id=text)
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Config files that come with the package, by the names that the command line takes."""
+    package = Path(__file__).parents[1]
+    folders = (package / "configs", package.parent / "configs")  # installed; a checkout
+    folder = next((f for f in folders if f.is_dir()), None)
+    return {} if folder is None else {p.stem: p for p in sorted(folder.rglob("*.toml"))}

@@ -1,0 +1,348 @@
+"""What each command does."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from purejaxppo.cli.options import Envs, Eval, Export, Plot, ProcessFlags, Resume, pick
+from purejaxppo.config import Config, ConfigError, HParams
+from purejaxppo.host.configfile import RunSettings, Settings, dump_settings
+from purejaxppo.host.rundir import SWEEP, StorageError, holds, write_whole
+from purejaxppo.host.signals import exit_at_second_signal
+from purejaxppo.sweeps.settings import Definition, dump_definition
+
+
+class TrainCommand(NamedTuple):
+    """`train`, with its settings and the values of its other options."""
+
+    settings: Settings
+    values: Mapping[str, Any]
+
+
+class SweepCommand(NamedTuple):
+    """`sweep`, with its definition and the values of its other options."""
+
+    definition: Definition
+    values: Mapping[str, Any]
+
+
+def settings_from_values(values: Mapping[str, Any]) -> Settings:
+    """Settings by their names, whichever table they belong to."""
+    return Settings(
+        Config(**pick(values, Config)),
+        HParams(**pick(values, HParams)),
+        RunSettings(**pick(values, RunSettings)),
+    )
+
+
+def run_command(command: Any) -> int:
+    """Run a parsed command and return the exit status."""
+    if isinstance(command, TrainCommand | SweepCommand | Resume):
+        with exit_at_second_signal():
+            if isinstance(command, TrainCommand):
+                return _train(command)
+            return _sweep(command) if isinstance(command, SweepCommand) else _resume(command)
+    if isinstance(command, Eval):
+        return _eval(command)
+    if isinstance(command, Plot):
+        return _plot(command)
+    assert isinstance(command, Export | Envs)
+    return _export(command) if isinstance(command, Export) else _envs()
+
+
+def _say_loading() -> None:
+    """Importing JAX takes seconds, in which a person should know what is happening."""
+    print(f"purejaxppo {version('purejaxppo')}: loading JAX", flush=True)
+
+
+def _train(command: TrainCommand) -> int:
+    settings, values = command
+    _refuse_custom_env(settings.run, "trained")
+    if values["print_config"]:
+        print(dump_settings(settings), end="")
+        return 0
+    flags = ProcessFlags(**pick(values, ProcessFlags))
+    _say_loading()
+    from purejaxppo.host.processes import joined  # after the arguments are known to be good
+    from purejaxppo.host.run import run_settings
+
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    with joined(_processes(flags), dump_settings(settings)):
+        result = run_settings(
+            settings,
+            values["run_dir"] or Path("runs", settings.config.env_id, stamp),
+            compilation_cache=values["compilation_cache"],
+        )
+    return 1 if result.failed else 0
+
+
+def _processes(flags: ProcessFlags) -> Any:
+    from purejaxppo.host.processes import Processes
+
+    if flags.coordinator is not None:
+        return Processes(
+            flags.coordinator, flags.num_processes, flags.process_id, flags.wait_seconds
+        )
+    if flags.num_processes != 1 or flags.process_id:
+        raise ConfigError(
+            f"num_processes = {flags.num_processes}, process_id = {flags.process_id}: without "
+            "coordinator there is one process; give --coordinator HOST:PORT"
+        )
+    return None
+
+
+def _sweep(command: SweepCommand) -> int:
+    definition, values = command
+    _refuse_custom_env(definition.settings.run, "swept")
+    if values["print_config"]:
+        print(dump_definition(definition), end="")
+        return 0
+    _say_loading()
+    from purejaxppo.sweeps.engine import start_sweep
+
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    found = start_sweep(
+        definition,
+        values["run_dir"] or Path("runs", definition.settings.config.env_id, f"sweep-{stamp}"),
+        dry_run=values["dry_run"],
+        compilation_cache=values["compilation_cache"],
+    )
+    return 1 if found is not None and found.best is None else 0
+
+
+def _resume(command: Resume) -> int:
+    if command.seed is not None and command.trial is None:
+        raise ConfigError(f"seed = {command.seed}: goes with --trial; a run resumes all its seeds")
+    _say_loading()
+    from purejaxppo.host.processes import joined
+    from purejaxppo.host.run import resume
+
+    run_dir = command.run_dir
+    if holds(run_dir, SWEEP) and command.trial is None:
+        return _resume_sweep(command)
+    if command.trial is not None:
+        from purejaxppo.sweeps.trials import extract_trial
+
+        run_dir = extract_trial(run_dir, _trial(command.trial), command.seed)
+    task = f"{run_dir.absolute()} {command.total_timesteps}"
+    with joined(_processes(command.processes), task):
+        result = resume(
+            run_dir,
+            total_timesteps=command.total_timesteps,
+            compilation_cache=command.compilation_cache,
+        )
+    return 1 if result.failed else 0
+
+
+def _resume_sweep(command: Resume) -> int:
+    from purejaxppo.sweeps.engine import resume_sweep
+
+    if command.total_timesteps is not None:
+        raise ConfigError(
+            "total_timesteps: the trials of a sweep keep their length; extend one of them with "
+            "--trial best"
+        )
+    if command.processes != ProcessFlags():
+        raise ConfigError("coordinator: a sweep runs in one process; leave it out")
+    found = resume_sweep(command.run_dir, compilation_cache=command.compilation_cache)
+    return 0 if found.best else 1
+
+
+def _plot(command: Plot) -> int:
+    from purejaxppo.sweeps.report import write_report
+
+    print(write_report(command.run_dir))
+    return 0
+
+
+def _refuse_custom_env(settings: RunSettings, what: str) -> None:
+    if settings.custom_env:
+        raise ConfigError(
+            "run.custom_env = true: the environment or its parameters were passed from Python, so "
+            f"the run can only be {what} from there"
+        )
+
+
+def _which(checkpoint: str) -> Any:
+    if checkpoint in ("newest", "best"):
+        return checkpoint
+    if not checkpoint.isdecimal() or len(checkpoint) > 18:
+        raise ConfigError(
+            f"checkpoint = {checkpoint!r}: must be newest, best, or a number of updates"
+        )
+    return int(checkpoint)
+
+
+class _Trained(NamedTuple):
+    """What `eval` and `export` take from a directory."""
+
+    config: Config
+    states: Any
+    """Leaves `[S, ...]`."""
+    seeds: list[int]
+    """`[S]` their numbers."""
+    failed: list[int]
+    """Seeds whose state is the last good one before their loss turned non-finite."""
+
+
+def _trained(command: Eval | Export, what: str) -> _Trained:
+    """The states of a run's checkpoint, or of a sweep's trial."""
+    if holds(command.run_dir, SWEEP):
+        return _trained_in_sweep(command, what)
+    if command.trial is not None:
+        raise ConfigError(
+            f"trial = {command.trial}: {str(command.run_dir)!r} is no sweep; leave --trial out"
+        )
+    from purejaxppo.host.load import find_with_warnings, restore_states
+    from purejaxppo.learner import make_learner
+
+    found = find_with_warnings(command.run_dir, _which(command.checkpoint))
+    _refuse_custom_env(found.settings.run, what)
+    states = restore_states(found, make_learner(found.settings.config))
+    seeds = list(range(found.settings.num_trainings))
+    trained = _Trained(found.settings.config, states, seeds, sorted(found.position.failed))
+    return trained if command.seed is None else _only(trained, command.seed)
+
+
+def _trained_in_sweep(command: Eval | Export, what: str) -> _Trained:
+    from purejaxppo.sweeps.settings import load_definition
+    from purejaxppo.sweeps.trials import load_trial
+
+    if command.checkpoint != "newest":
+        raise ConfigError(
+            f"checkpoint = {command.checkpoint}: a sweep keeps the last checkpoint of each trial; "
+            "leave --checkpoint out"
+        )
+    settings = load_definition(command.run_dir / SWEEP).settings
+    _refuse_custom_env(settings.run, what)
+    config, _, states = load_trial(command.run_dir, _trial(command.trial))
+    trained = _Trained(config, states, list(range(settings.run.num_seeds)), [])
+    return trained if command.seed is None else _only(trained, command.seed)
+
+
+def _only(trained: _Trained, seed: int) -> _Trained:
+    import jax
+
+    if seed not in trained.seeds:
+        raise ConfigError(f"seed = {seed}: the seeds are 0 to {len(trained.seeds) - 1}")
+    one = jax.tree.map(lambda x: x[seed : seed + 1], trained.states)
+    return trained._replace(states=one, seeds=[seed])
+
+
+def _trial(text: str | None) -> Any:
+    if text is None or text == "best":
+        return "best"
+    if not text.isdecimal() or len(text) > 18:
+        raise ConfigError(f"trial = {text!r}: must be best, or the number of a trial")
+    return int(text)
+
+
+def _eval(command: Eval) -> int:
+    if command.episodes < 1:
+        raise ConfigError(f"episodes = {command.episodes}: must be at least 1")
+    RunSettings(seed=command.eval_seed)
+    import jax
+    import numpy as np
+
+    from purejaxppo.evaluation import LATER_EVALUATION, evaluate, evaluation_keys
+    from purejaxppo.host.program import enable_compilation_cache
+
+    if command.compilation_cache:
+        enable_compilation_cache()
+    trained = _trained(command, "evaluated")
+    keys = evaluation_keys(command.eval_seed, max(trained.seeds) + 1, LATER_EVALUATION)
+
+    def returns(state: Any, key: jax.Array) -> jax.Array:
+        return evaluate(
+            trained.config, state, key, command.episodes, deterministic=command.deterministic
+        )
+
+    rows = np.asarray(trained.seeds)
+    episodes = np.asarray(jax.jit(jax.vmap(returns))(trained.states, keys[rows]))
+    _report(command, trained, episodes)
+    return 0
+
+
+def _report(command: Eval, trained: _Trained, episodes: Any) -> None:
+    """Print returns `episodes[S, E]`, NaN for episodes that did not end. Seeds that failed do not
+    count in the mean."""
+    import numpy as np
+
+    from purejaxppo.host.stats import episode_mean, mean_interval
+
+    per_seed = episode_mean(episodes)
+    failed = np.isin(trained.seeds, trained.failed)
+    mean, low, high = (float(x) for x in mean_interval(np.where(failed, np.nan, per_seed)))
+    interval = None if np.isnan(low) else [low, high]
+    unfinished = int(np.isnan(episodes).sum())
+    if command.json:
+        result = {
+            "env_id": trained.config.env_id,
+            "episodes": command.episodes,
+            "unfinished_episodes": unfinished,
+            "actions": "deterministic" if command.deterministic else "sampled",
+            "seeds": trained.seeds,
+            "return_per_seed": [None if np.isnan(x) else float(x) for x in per_seed],
+            "return_mean": None if np.isnan(mean) else mean,
+            "return_interval_95": interval,
+            "failed_seeds": trained.failed,
+        }
+        print(json.dumps(result))
+        return
+    for seed, ended, bad in zip(trained.seeds, episodes, failed, strict=True):
+        returns = ended[np.isfinite(ended)]
+        note = "; this seed failed, and this is its last good state" if bad else ""
+        shown = f"{returns.mean():.2f} (standard deviation {returns.std():.2f})"
+        print(f"seed {seed}: return {shown if returns.size else '-'}{note}")
+    between = f" (95% interval {interval[0]:.2f} to {interval[1]:.2f})" if interval else ""
+    actions = "deterministic" if command.deterministic else "sampled"
+    if not np.isnan(mean):
+        print(f"mean: {mean:.2f}{between}, {command.episodes} episodes per seed, {actions} actions")
+    if unfinished:
+        print(f"{unfinished} of {episodes.size} episodes did not end and are left out")
+
+
+def _export(command: Export) -> int:
+    if os.path.lexists(command.file):
+        raise ConfigError(f"file {str(command.file)!r}: already exists; choose another name")
+    import jax
+
+    from purejaxppo.export import export_policy
+
+    config, states, _, _ = _trained(command, "exported")
+    state = jax.tree.map(lambda x: x[0], states)
+    exported = export_policy(config, state, sample=command.sample)
+    try:
+        write_whole(command.file, exported.serialize())
+    except OSError as error:
+        raise StorageError(
+            f"file {str(command.file)!r}: cannot be written: {error.strerror}"
+        ) from error
+    takes = ", ".join(str(x) for x in exported.in_avals)
+    gives = ", ".join(str(x) for x in exported.out_avals)
+    print(f"{command.file}: takes {takes}; gives {gives}")
+    return 0
+
+
+def _envs() -> int:
+    from purejaxppo.envs import available_environments, make_environment
+
+    rows = []
+    for name in available_environments():
+        env = make_environment(Config(env_id=name))
+        rows.append((name, _space(env.observation_space), _space(env.action_space)))
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    print(f"{'environment':{widths[0]}}  {'observation':{widths[1]}}  action")
+    for name, observation, action in rows:
+        print(f"{name:{widths[0]}}  {observation:{widths[1]}}  {action}")
+    return 0
+
+
+def _space(space: Any) -> str:
+    if hasattr(space, "n"):
+        return f"Discrete({space.n})"
+    return f"Box{list(space.shape)}" if hasattr(space, "shape") else repr(space)

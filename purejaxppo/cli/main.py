@@ -1,0 +1,185 @@
+"""`purejaxppo`: reads the arguments, runs a command, turns errors into one line and a status."""
+
+import contextlib
+import difflib
+import io
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import tyro
+
+from purejaxppo.cli import commands, options
+from purejaxppo.cli.arguments import find_config, read_arguments
+from purejaxppo.cli.options import COMMANDS, Sweep, Train
+from purejaxppo.config import Config, ConfigError
+from purejaxppo.host.configfile import Settings, load_settings
+from purejaxppo.host.rundir import LostError, RunWarning, StorageError
+from purejaxppo.sweeps.settings import Definition, SweepSettings, load_definition
+
+_CLOSED_PIPE = 141
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return the exit status.
+
+    0; 1 if a run failed or something could not be written; 2 for bad input; 130 or 143 if stopped
+    by SIGINT or SIGTERM; 141 if the reader of the output has closed it.
+    """
+    args = sys.argv[1:] if argv is None else argv
+    try:
+        if "--version" in args[:1]:
+            print(f"purejaxppo {version('purejaxppo')}")
+            return 0
+        command = _parse(args)
+        with _plain_warnings():
+            return commands.run_command(command)
+    except ConfigError as error:
+        print(f"purejaxppo: {error}", file=sys.stderr)
+        return 2
+    except (StorageError, LostError) as error:
+        print(f"purejaxppo: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        return _CLOSED_PIPE
+    except KeyboardInterrupt:
+        return 130
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show our warnings in one line each, without the place in the code."""
+
+    def show(message: Any, category: Any, *place: Any, **more: Any) -> None:
+        if category is RunWarning:
+            print(f"purejaxppo: warning: {message}", file=sys.stderr)
+        else:
+            usual(message, category, *place, **more)
+
+    with warnings.catch_warnings():
+        usual, warnings.showwarning = warnings.showwarning, show
+        # Left by a save that failed.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        yield
+
+
+def _parse(args: Sequence[str]) -> Any:
+    """The command with its options, as an instance of one of `COMMANDS`' classes, or a
+    `commands.TrainCommand` or `commands.SweepCommand`."""
+    wants_help = bool({"-h", "--help"} & set(args))
+    if wants_help:
+        options.join_help_lines()
+    name = args[0] if args else ""
+    if name not in COMMANDS:
+        return _all_commands(args)
+    kind = COMMANDS[name]
+    if wants_help:
+        default = options.with_defaults(kind, {}) if kind in (Train, Sweep) else None
+        return _tyro(kind, name, ["--help"], default)
+    given = read_arguments(name, args[1:], options.flags_of(kind))
+    if kind not in (Train, Sweep):
+        _check_positional(name, given.positional)
+        return _tyro(kind, name, [*given.positional, *given.options], None)
+    return _with_settings(name, given)
+
+
+def _check_positional(name: str, given: Sequence[str]) -> None:
+    needed = {"export": ["RUN_DIR", "FILE"], "envs": []}.get(name, ["RUN_DIR"])
+    usage = " ".join(["purejaxppo", name, *needed])
+    if len(given) < len(needed):
+        raise ConfigError(f"{name} needs {needed[len(given)]}, as in `{usage}`")
+    if len(given) > len(needed):
+        raise ConfigError(f"{given[len(needed)]!r}: one argument too many for `{usage}`")
+
+
+def _with_settings(name: str, given: Any) -> Any:
+    """A `train` or `sweep`: its settings are the config file's, and options override them."""
+    if len(given.positional) > 1:
+        raise ConfigError(
+            f"{given.positional[1]!r}: {name} takes one config or environment, and "
+            f"{given.positional[0]!r} is given already"
+        )
+    settings, search, source = Settings(), SweepSettings(), None
+    if given.positional:
+        source = find_config(given.positional[0])
+    if isinstance(source, Config):
+        settings = Settings(config=source)
+    elif source is not None and name == "sweep":
+        definition = load_definition(source)
+        settings, search = definition.settings, definition.sweep
+    elif source is not None:
+        settings = load_settings(source)
+    defaults: dict[str, Any] = {}
+    for part in (settings.config, settings.hparams, settings.run, search):
+        defaults |= vars(part)
+    kind = COMMANDS[name]
+    parsed = _tyro(kind, name, given.options, options.with_defaults(kind, defaults))
+    values = options.values_of(parsed)
+    values["env_params"] = {**settings.config.env_params, **given.env_params}
+    values["custom_env"] = settings.run.custom_env
+    if name == "train":
+        return commands.TrainCommand(commands.settings_from_values(values), values)
+    sweep = SweepSettings(**options.pick(values, SweepSettings))
+    # A sweep keeps one checkpoint of each wave, and evaluates at the end.
+    of_file = {"tensorboard": settings.run.tensorboard, "wandb": settings.run.wandb, "keep": 1}
+    definition = Definition(commands.settings_from_values(values | of_file), sweep)
+    return commands.SweepCommand(definition, values)
+
+
+def _tyro(kind: Any, name: str, args: list[str], default: Any) -> Any:
+    """Raises `ConfigError` where tyro prints a box of errors."""
+    errors = io.StringIO()
+    options_: dict[str, Any] = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(kind, prog=f"purejaxppo {name}", args=args, config=_MARKERS, **options_)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    lines = [line.strip("│╭╮╰╯─ ") for line in errors.getvalue().splitlines()[1:]]
+    said = " ".join(lines[: next((i for i, x in enumerate(lines) if not x), None)])
+    raise ConfigError(f"{said.rstrip('.')}; `purejaxppo {name} --help` lists the options")
+
+
+def _all_commands(args: Sequence[str]) -> Any:
+    """Help on all commands, or a shell's completion script; anything else is refused."""
+    listed = f"the commands are {', '.join(COMMANDS)}"
+    if not args:
+        raise ConfigError(f"no command given; {listed} (`purejaxppo --help` describes them)")
+    if args[0] not in ("-h", "--help") and not args[0].startswith("--tyro-"):
+        near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else listed
+        raise ConfigError(f"{args[0]!r}: no such command; {hint}")
+    every: Any = None
+    for name, kind in COMMANDS.items():
+        default = options.with_defaults(kind, {}) if kind in (Train, Sweep) else tyro.MISSING
+        one: Any = Annotated[kind, tyro.conf.subcommand(name, default=default, prefix_name=False)]
+        every = one if every is None else every | one
+    tyro.cli(every, prog="purejaxppo", args=list(args), config=_MARKERS)
+    raise SystemExit(2)
+
+
+_MARKERS = (tyro.conf.OmitArgPrefixes,)
+
+
+def entry() -> None:
+    """The console script: `main`, and then exit at once, without waiting for threads that evaluate
+    or failed to write."""
+    try:
+        status = main()
+    except SystemExit as left:
+        status = left.code if isinstance(left.code, int) else int(left.code is not None)
+    except BrokenPipeError:
+        status = _CLOSED_PIPE
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)

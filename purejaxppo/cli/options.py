@@ -1,0 +1,307 @@
+"""The options of each command, in the groups in which `--help` shows them."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from purejaxppo.config import Config, HParams
+from purejaxppo.host.configfile import RunSettings
+from purejaxppo.sweeps.settings import SweepSettings
+
+_Positional = tyro.conf.Positional
+
+
+@dataclass
+class ProcessFlags:
+    """Several processes, on one or more machines, that train one run together."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, to which the others connect; the same for all processes."""
+    num_processes: int = 1
+    """Number of processes."""
+    process_id: int = 0
+    """Index of this process, from 0; process 0 writes and reports."""
+    wait_seconds: float = 60.0
+    """Seconds to wait for the other processes to connect."""
+
+
+@dataclass
+class Outputs:
+    """Where and how a run is written."""
+
+    run_dir: Path | None = None
+    """Directory to write; must not hold a run yet. None uses runs/ENV_ID/DATE-TIME."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder."""
+    print_config: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print the effective settings as a config file and stop."""
+
+
+@dataclass
+class SweepOutputs(Outputs):
+    """Where and how a sweep is written."""
+
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Compile, print the plan and stop."""
+
+
+_RUN_OF_SWEEP = "seed num_seeds devices eval_episodes checkpoint_every"
+_FIRST = "total_timesteps num_envs num_steps objective learning_rate gamma ent_coef num_seeds seed"
+_GROUPS = {
+    "common": f"{_FIRST} run_dir",
+    "search": " ".join(f.name for f in dataclasses.fields(SweepSettings)),
+    "environment": "env_id",
+    "algorithm": (
+        "advantage bootstrap_steps bootstrap_time_limits baseline causality discount_weight "
+        "update_epochs num_minibatches advantage_normalization normalize_obs normalize_reward "
+        "lr_schedule clip_schedule cg_iterations line_search_steps"
+    ),
+    "network": (
+        "encoder memory hidden_sizes memory_size activation shared_trunk action_distribution "
+        "log_std_init"
+    ),
+    "hyperparameter": " ".join(f.name for f in dataclasses.fields(HParams)),
+    "run": (
+        "eval_episodes eval_every eval_unit checkpoint_every checkpoint_unit keep tensorboard "
+        "wandb compilation_cache print_config dry_run"
+    ),
+    "device": "devices coordinator num_processes process_id wait_seconds",
+}
+"""Which settings are shown together; a name in several groups is shown in the first."""
+_NOT_OPTIONS = ("custom_env", "env_params")
+
+
+@dataclass
+class Resume:
+    """Resume a run or sweep that was stopped or killed, or extend a finished run.
+
+    The results are those of an undisturbed run, bit for bit. Damaged checkpoints are skipped. A
+    finished run is left as it is, unless --total-timesteps extends it.
+    """
+
+    run_dir: _Positional[Path]
+    """A directory that `train` or `sweep` wrote."""
+    trial: str | None = None
+    """Of a finished sweep: continue this trial, `best` or its number, as a run of its own."""
+    seed: int | None = None
+    """With --trial: continue only this seed, counted from 0."""
+    total_timesteps: int | None = None
+    """New length of the run; schedules run over it from here on."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder."""
+    processes: Annotated[ProcessFlags, tyro.conf.arg(name="process")] = dataclasses.field(
+        default_factory=ProcessFlags
+    )
+
+
+@dataclass
+class Eval:
+    """Evaluate a checkpoint of a run, or a trial of a sweep, on fresh episodes."""
+
+    run_dir: _Positional[Path]
+    """A directory that `train` or `sweep` wrote."""
+    trial: str | None = None
+    """Of a sweep: which trial, `best` or its number; None uses the best."""
+    seed: int | None = None
+    """Evaluate only this seed, counted from 0; None evaluates all."""
+    checkpoint: str = "newest"
+    """Of a run: `newest`, `best` (by evaluation), or a number of updates."""
+    episodes: int = 128
+    """Episodes per seed."""
+    deterministic: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Use the policy's most likely action instead of sampling."""
+    eval_seed: int = 0
+    """Random seed of the evaluation."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print one JSON object."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder."""
+
+
+@dataclass
+class Export:
+    """Write a policy as StableHLO, for programs that have jax but not this package."""
+
+    run_dir: _Positional[Path]
+    """A directory that `train` or `sweep` wrote."""
+    file: _Positional[Path]
+    """The file to write; must not exist yet."""
+    trial: str | None = None
+    """Of a sweep: which trial, `best` or its number; None uses the best."""
+    seed: int = 0
+    """Which seed's policy, counted from 0."""
+    checkpoint: str = "newest"
+    """Of a run: `newest`, `best` (by evaluation), or a number of updates."""
+    sample: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Sample actions, from a key that the caller passes, instead of using the most likely one."""
+
+
+@dataclass
+class Plot:
+    """Draw a sweep's results again: pictures, and report.html, which holds them all."""
+
+    run_dir: _Positional[Path]
+    """A directory that `sweep` wrote."""
+
+
+@dataclass
+class Envs:
+    """List the environments that can be trained."""
+
+
+class Setting(typing.NamedTuple):
+    """An option that is made from a field of a settings class."""
+
+    hint: Any
+    default: Any
+    field: Any
+
+
+def _settings(*tables: Any) -> dict[str, Setting]:
+    found = {}
+    for table in tables:
+        hints = typing.get_type_hints(table, include_extras=True)
+        for f in dataclasses.fields(table):
+            if f.name not in _NOT_OPTIONS:
+                found.setdefault(f.name, Setting(hints[f.name], f.default, f))
+    return found
+
+
+def _command(name: str, doc: str, settings: Mapping[str, Setting]) -> Any:
+    """A dataclass with a positional argument and one nested dataclass per group of settings."""
+    positional = Annotated[_Positional[str | None], tyro.conf.arg(metavar="[CONFIG]")]
+    fields: list[Any] = [
+        ("config", positional, dataclasses.field(default=None, metadata={"help": _CONFIG_HELP}))
+    ]
+    left = dict(settings)
+    for group, names in _GROUPS.items():
+        own = {n: left.pop(n) for n in names.split() if n in left}
+        if own:
+            fields.append((group, _group(group, own), dataclasses.field(default=None)))
+    assert not left, f"options in no group: {sorted(left)}"
+    made: Any = dataclasses.make_dataclass(name, fields)
+    made.__doc__ = doc
+    return made
+
+
+def _group(name: str, settings: Mapping[str, Setting]) -> Any:
+    fields: list[Any] = []
+    for key, setting in settings.items():
+        append = typing.get_origin(setting.hint) is tuple and setting.hint == tuple[str, ...]
+        hint = tyro.conf.UseAppendAction[setting.hint] if append else setting.hint
+        made = dataclasses.field(default=setting.default, metadata={"source": setting.field})
+        fields.append((key, hint, made))
+    table: Any = dataclasses.make_dataclass(name.title(), fields)
+    table.__doc__ = None
+    return table
+
+
+_CONFIG_HELP = (
+    "A config file (TOML), the name of a shipped config (cartpole), or an environment "
+    "(CartPole-v1). Options override it. --env-params.NAME VALUE sets a parameter of the "
+    "environment, as in --env-params.max-steps-in-episode 200."
+)
+TRAIN_SETTINGS = _settings(Config, HParams, RunSettings, Outputs, ProcessFlags)
+SWEEP_SETTINGS = _settings(Config, HParams, SweepSettings, SweepOutputs) | {
+    name: setting
+    for name, setting in _settings(RunSettings).items()
+    if name in _RUN_OF_SWEEP.split()
+}
+Train = _command(
+    "Train",
+    "Train an agent and write the results to a run directory.\n\n"
+    "purejaxppo train CartPole-v1\n\npurejaxppo train cartpole --num-seeds 8 --learning-rate 1e-3",
+    TRAIN_SETTINGS,
+)
+Sweep = _command(
+    "Sweep",
+    "Train with many settings, several seeds each, and find the best.\n\n"
+    "purejaxppo sweep cartpole --num-seeds 4 --trials 8 --grid num_envs=4,16 --sample "
+    "learning_rate=loguniform:1e-4,1e-2 trains 8 samples at each point of the grid. A config file "
+    "may have a table [sweep]. The plan is printed first.",
+    SWEEP_SETTINGS,
+)
+COMMANDS = {
+    "train": Train,
+    "sweep": Sweep,
+    "resume": Resume,
+    "eval": Eval,
+    "export": Export,
+    "plot": Plot,
+    "envs": Envs,
+}
+
+
+def flags_of(command: Any) -> dict[str, Any]:
+    """The type of each option of a command, by its name."""
+    hints = typing.get_type_hints(command, include_extras=True)
+    plain, found = typing.get_type_hints(command), {}
+    for name, hint in plain.items():
+        if dataclasses.is_dataclass(hint):
+            found |= typing.get_type_hints(hint)
+        elif hints[name] == hint or tyro.conf.Positional[hint] != hints[name]:
+            found[name] = hint
+    found.pop("config", None)
+    return found
+
+
+def with_defaults(command: Any, values: Mapping[str, Any]) -> Any:
+    """An instance of `Train` or `Sweep` whose settings have these values as defaults."""
+    groups = {}
+    for f in dataclasses.fields(command):
+        if f.name != "config":
+            table: Any = f.type
+            own = {x.name: values.get(x.name, x.default) for x in dataclasses.fields(table)}
+            groups[f.name] = table(**own)
+    return command(config=None, **groups)
+
+
+def values_of(parsed: Any) -> dict[str, Any]:
+    """Each setting of a parsed `Train` or `Sweep` by its name."""
+    groups = [value for name, value in vars(parsed).items() if name != "config"]
+    return {name: value for group in groups for name, value in vars(group).items()}
+
+
+def pick(values: Mapping[str, Any], table: Any) -> dict[str, Any]:
+    """Those values that are fields of a settings class."""
+    names = {f.name for f in dataclasses.fields(table)}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def join_help_lines() -> None:
+    """Give each option its docstring as one line: tyro would keep the source's line breaks.
+
+    Takes 0.15 s, so only where help is shown.
+    """
+    from docstring_parser import parse_from_object
+
+    tables = (Config, HParams, RunSettings, SweepSettings, ProcessFlags, Outputs, SweepOutputs)
+    texts = {}
+    for table in (*tables, Resume, Eval, Export, Plot):
+        own = {p.arg_name: p.description for p in parse_from_object(table).params}
+        for f in dataclasses.fields(table):
+            if f.name in own:
+                texts[(table, f.name)] = " ".join((own[f.name] or "").split())
+                f.metadata = MappingProxy({**f.metadata, "help": texts[(table, f.name)]})
+    for command in (Train, Sweep):
+        for group in (f.type for f in dataclasses.fields(command) if f.name != "config"):
+            for f in dataclasses.fields(group):
+                f.metadata = MappingProxy({**f.metadata, **_help_of(f.metadata["source"])})
+
+
+def _help_of(source: Any) -> dict[str, str]:
+    return {"help": source.metadata["help"]} if "help" in source.metadata else {}
+
+
+MappingProxy = types.MappingProxyType
+
+
+def names(flags: Iterable[str]) -> list[str]:
+    """Options as a person types them."""
+    return [f"--{name.replace('_', '-')}" for name in flags]
