@@ -78,7 +78,7 @@ def resume_seconds(run: Path) -> float:
         cut = Path(shutil.copytree(run, Path(folder) / "cut"))
         shutil.rmtree(max((cut / "checkpoints").iterdir()))
         began = time.perf_counter()
-        command = [sys.executable, "-u", "-m", "purejaxppo.cli", "resume", str(cut)]
+        command = [sys.executable, "-u", "-m", "purejaxppo", "resume", str(cut)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             lines = process.stdout or []
             seconds = [time.perf_counter() - began for x in lines if x.startswith("compiled in")]

@@ -61,9 +61,6 @@ class Contestant:
     ) -> None:
         self.name = name
         variables = environment(cache, accelerator)
-        if name.startswith("ours"):
-            # JAX has started before the program is compiled: then it is too late to choose.
-            variables["JAX_NUM_CPU_DEVICES"] = str(spec["devices"])
         self._errors = cache / "standard-error.txt"
         cache.mkdir(parents=True, exist_ok=True)
         with self._errors.open("wb") as errors:

@@ -30,8 +30,6 @@ from speed_report import plot, table
 
 RESULTS = ROOT / "benchmarks/results"
 CORES = os.cpu_count() or 1
-DEVICES = 1 << (CORES.bit_length() - 1)
-"""Of ours where it may use all cores: a power of two, as environments and seeds are."""
 NUM_STEPS = 128
 QUICK_SOLVE_ROUNDS = 3
 FULL_LENGTH = 2
@@ -47,8 +45,6 @@ class Case:
     """Environment steps of one training and seed, for each contestant."""
     env: str = "CartPole-v1"
     seeds: int = 1
-    devices: int = 1
-    """Of ours; peers take what they take."""
     limit: bool = False
     only_full: bool = False
 
@@ -60,7 +56,6 @@ class Case:
             "num_steps": NUM_STEPS,
             "total": batch * max(1, round(self.steps[name] * scale / batch)),
             "seeds": self.seeds,
-            "devices": min(self.devices, self.seeds if self.seeds > 1 else self.num_envs),
             "encoder": "mlp" if name == "ours" else "auto",
         }
 
@@ -71,16 +66,14 @@ def both(steps: int) -> dict[str, int]:
 
 CASES = {
     "cartpole-4": Case(4, both(512_000) | {"sbx": 20_000, "sb3": 20_000}, limit=True),
-    "cartpole-64": Case(64, both(1_048_576), devices=DEVICES, limit=True),
-    "cartpole-1024": Case(1024, both(2_097_152), devices=DEVICES, limit=True),
-    "breakout-64": Case(
-        64, both(81_920) | {"ours, conv": 32_768}, "Breakout-MinAtar", devices=DEVICES
-    ),
+    "cartpole-64": Case(64, both(1_048_576), limit=True),
+    "cartpole-1024": Case(1024, both(2_097_152), limit=True),
+    "breakout-64": Case(64, both(81_920) | {"ours, conv": 32_768}, "Breakout-MinAtar"),
     "pendulum-4": Case(4, both(256_000), "Pendulum-v1"),
-    "seeds-4": Case(4, both(128_000), seeds=4, devices=DEVICES),
-    "seeds-16": Case(4, both(64_000), seeds=16, devices=DEVICES),
-    "seeds-64": Case(4, both(32_000), seeds=64, devices=DEVICES, only_full=True),
-    "seeds-256": Case(4, both(8_000), seeds=256, devices=DEVICES, only_full=True),
+    "seeds-4": Case(4, both(128_000), seeds=4),
+    "seeds-16": Case(4, both(64_000), seeds=16),
+    "seeds-64": Case(4, both(32_000), seeds=64, only_full=True),
+    "seeds-256": Case(4, both(8_000), seeds=256, only_full=True),
 }
 ACCELERATOR_CASES = (
     {f"cartpole-{n}": Case(n, both(128 * n * 16)) for n in (64, 1024, 8192, 65_536)}
@@ -159,6 +152,8 @@ class Benchmark:
                 for name, racer in racers.items():
                     runs[name].append(racer.ask("go"))
             rows = {name: row(racers[name].ready, runs[name], runs["ours"]) for name in names}
+            for name in (n for n in names if n.startswith("ours")):
+                rows[name]["devices"] = racers[name].ask("devices")["value"]
             for name in names if case.seeds == 1 and not self.accelerator else []:
                 rows[name]["evaluation"] = racers[name].ask("return")["value"]
             with Contestant(
@@ -167,7 +162,7 @@ class Benchmark:
                 rows["ours"]["warm_compile_seconds"] = second.ready["compile_seconds"]
         measured: dict[str, Any] = {"seeds": case.seeds, "contestants": rows}
         if case.limit and not self.accelerator:
-            measured["limit"] = limit(case, rows["ours"]["steps_per_second"][0])
+            measured["limit"] = limit(case, rows["ours"])
         return measured
 
     def solve(self) -> dict[str, Any]:
@@ -206,7 +201,7 @@ class Benchmark:
         """Peak memory of our process, and XLA's figure; long trainings run only in full."""
         measured = {}
         for name, (seeds, steps) in MEMORY.items():
-            case = Case(4, {"ours": steps}, seeds=seeds, devices=DEVICES if seeds > 1 else 1)
+            case = Case(4, {"ours": steps}, seeds=seeds)
             spec = case.spec("ours", self.scale)
             with (
                 tempfile.TemporaryDirectory() as cache,
@@ -236,19 +231,19 @@ def row(
     }
 
 
-def limit(case: Case, ours: float) -> dict[str, Any]:
+def limit(case: Case, ours: dict[str, Any]) -> dict[str, Any]:
     """Steps per second if stepping and arithmetic went at the machine's rates, on the cores that
-    ours may use, and our fraction of it."""
+    ours uses, and our fraction of it."""
     spec = case.spec("ours", 1.0)
     with tempfile.TemporaryDirectory() as cache:
         one = output_of("ours", "limit.py", spec, Path(cache))
     arithmetic = one["flops_per_step"] / (one["gflops"] * 1e9)
-    bound = case.devices / (1 / one["random_steps_per_second"] + arithmetic)
+    bound = ours["devices"] / (1 / one["random_steps_per_second"] + arithmetic)
     return {
         "one_core": one,
-        "cores": case.devices,
+        "cores": ours["devices"],
         "steps_per_second": bound,
-        "fraction": ours / bound,
+        "fraction": ours["steps_per_second"][0] / bound,
     }
 
 
@@ -262,14 +257,25 @@ def runs_on_accelerator(name: str) -> bool:
 
 
 def hardware(name: str) -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
     return {
         "name": name,
-        "cpu": models[0] if models else platform.processor(),
+        "cpu": processor(),
         "cores": CORES,
         "platform": platform.platform(),
     }
+
+
+def processor() -> str:
+    """Name, family and model, and the widest vector extension: machines of one name differ."""
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return platform.processor()
+    found = dict(re.findall(r"^([^\t:]+)\s*: (.*)$", path.read_text().split("\n\n")[0], re.M))
+    flags = found.get("flags", "").split()
+    vectors = {"avx512f": "AVX-512", "avx2": "AVX2"}
+    widest = next((name for flag, name in vectors.items() if flag in flags), "no AVX2")
+    family = f"family {found.get('cpu family', '?')} model {found.get('model', '?')}"
+    return f"{found.get('model name', platform.processor())}, {family}, {widest}"
 
 
 def accelerator_name() -> str:

@@ -93,9 +93,9 @@ def targets(cases: dict[str, Any]) -> str:
 
 def speeds(cases: dict[str, Any]) -> str:
     lines = [
-        "| case | contestant | steps/s | steps per CPU second | ours over it | compile | "
+        "| case | contestant | cores | steps/s | steps per CPU second | ours over it | compile | "
         "compile again | return after steps |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, case in cases.items():
         if name in ("solve", "memory"):
@@ -103,7 +103,8 @@ def speeds(cases: dict[str, Any]) -> str:
         for who, r in case["contestants"].items():
             again, judged = r.get("warm_compile_seconds"), r.get("evaluation")
             lines.append(
-                f"| {name} | {who} | {bracketed(r['steps_per_second'], ',.0f')} | "
+                f"| {name} | {who} | {r.get('devices', '')} | "
+                f"{bracketed(r['steps_per_second'], ',.0f')} | "
                 f"{r['steps_per_cpu_second']:,.0f} | {bracketed(r['ours_over'], '.2f')} | "
                 f"{r['compile_seconds']:.1f} s | {f'{again:.1f} s' if again else ''} | "
                 f"{'{mean:.1f} after {after_steps:,}'.format(**judged) if judged else ''} |"
@@ -164,9 +165,10 @@ def footnote(results: dict[str, Any]) -> str:
     devices = sorted({c["contestants"]["ours"]["device"] for c in races})
     return (
         f"Median [lowest, highest] of {rounds} rounds{noted} in which the contestants train in "
-        "turn; ratios are taken round by round. Seeds train side by side and their steps are "
-        f"summed. Compiling counts from tracing on. On {', '.join(devices)}, "
-        f"{hardware['cores']} CPU cores ({hardware['cpu']}), with {', '.join(versions)}."
+        "turn; ratios are taken round by round. Ours is the default call, which chooses how many "
+        "cores to use; peers use what they use. Seeds train side by side and their steps are "
+        f"summed. Compile times include tracing. On {', '.join(devices)}, {hardware['cores']} "
+        f"cores of {hardware['cpu']}, with {', '.join(versions)}."
     )
 
 

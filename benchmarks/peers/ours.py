@@ -1,4 +1,4 @@
-"""purejaxppo's contestant: the program that `purejaxppo.run` runs."""
+"""purejaxppo's contestant: the program that `purejaxppo.run` runs by default."""
 
 import time
 from collections.abc import Callable
@@ -10,6 +10,7 @@ import worker
 
 import purejaxppo as ppo
 from purejaxppo.host.configfile import RunSettings, Settings
+from purejaxppo.host.parallel import choose_spread, use_all_cores, with_devices
 from purejaxppo.host.program import (
     CHUNK_CAPACITY,
     compile_program,
@@ -31,9 +32,9 @@ def make(spec: dict[str, Any]) -> tuple[float, dict[str, Callable[[], Any]]]:
         encoder=spec["encoder"],
         lr_schedule="constant",
     )
+    use_all_cores()
     ppo.make_learner(config)  # imports gymnax, as `run` does before it compiles
-    run = RunSettings(num_seeds=spec["seeds"], devices=spec["devices"])
-    settings = Settings(config, ppo.HParams(), run)
+    settings = with_devices(Settings(config, ppo.HParams(), RunSettings(num_seeds=spec["seeds"])))
     hparams = stacked_hparams(settings)
     began = time.perf_counter()
     program = compile_program(settings)
@@ -60,7 +61,12 @@ def make(spec: dict[str, Any]) -> tuple[float, dict[str, Callable[[], Any]]]:
             "after_steps": config.num_updates * config.batch_size,
         }
 
-    return compile_seconds, {"go": train, "return": evaluate, "xla_mb": xla_mb}
+    return compile_seconds, {
+        "go": train,
+        "return": evaluate,
+        "xla_mb": xla_mb,
+        "devices": lambda: choose_spread(settings).mesh.size,
+    }
 
 
 def xla_mb() -> float:
