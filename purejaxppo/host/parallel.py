@@ -1,5 +1,6 @@
 """Over which devices a run is spread, and how."""
 
+import dataclasses
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,7 +12,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from purejaxppo.config import Config, ConfigError
+from purejaxppo.distributions import make_policy
+from purejaxppo.envs import make_environment
 from purejaxppo.host.configfile import Settings
+from purejaxppo.networks import make_network
 from purejaxppo.types import PyTree, TrainState
 
 SEEDS, ENVS = "seeds", "envs"
@@ -115,6 +119,69 @@ def _usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+EXCHANGE_SECONDS = 150e-6
+"""What a minibatch costs more on several CPU devices: the sum of their gradients, and starting."""
+CORE_FLOPS = 100e9
+"""Operations per second of the products of a small network on one CPU core."""
+LEAST_GAIN = 1.15
+"""How much faster an update has to be on more devices to be worth them."""
+
+
+def with_devices(settings: Settings, env: Any = None, env_params: Any = None) -> Settings:
+    """The settings with the number of devices that a single run will use.
+
+    The minibatches of a single run depend on it, so it is recorded. Several seeds do not, and
+    keep 0.
+
+    Raises:
+        ConfigError: as `choose_spread`.
+    """
+    alone = settings.num_trainings == 1 and jax.process_count() == 1
+    if alone and settings.run.devices == 0:
+        count = _devices_that_pay(settings.config, env, env_params)
+        run = dataclasses.replace(settings.run, devices=count)
+        settings = dataclasses.replace(settings, run=run)
+    choose_spread(settings)
+    return settings
+
+
+def _devices_that_pay(config: Config, env: Any, env_params: Any) -> int:
+    """The most CPU cores over which spreading a run's environments makes it faster; 1 on
+    accelerators.
+
+    A minibatch of R samples takes 3 R F / C seconds on one device, for F operations of the network
+    per sample, and R F / C / D plus one exchange on D devices.
+    """
+    available = len(jax.devices())
+    if jax.default_backend() != "cpu" or available == 1:
+        return 1
+    samples = config.batch_size / config.num_minibatches
+    alone = 3 * samples * network_operations(config, env, env_params) / CORE_FLOPS
+    for count in range(available, 1, -1):
+        spread = alone / count + EXCHANGE_SECONDS
+        if alone / spread >= LEAST_GAIN and why_not_divided(config, count) is None:
+            return count
+    return 1
+
+
+def network_operations(config: Config, env: Any = None, env_params: Any = None) -> float:
+    """Floating-point operations of the network for one observation, by XLA's count."""
+    rows = 64
+    environment = make_environment(config, env, env_params)
+    policy = make_policy(config, environment.action_space)
+    network = make_network(config, environment.observation_space, policy)
+
+    def apply(key: jax.Array) -> Any:
+        _, obs = environment.reset(jax.random.split(key, rows))
+        start = jnp.ones((1, rows), bool)
+        params, carry = network.init(key), network.initial_carry(rows)
+        return params, carry, obs[None], start
+
+    shapes = jax.eval_shape(apply, jax.random.key(0))
+    counted: Any = jax.jit(network.apply).lower(*shapes).cost_analysis()
+    return counted["flops"] / rows
+
+
 def choose_spread(settings: Settings) -> Spread:
     """Several trainings over as many devices as divide them, or over `devices`; where there are
     more of those than trainings, the environments of each over its part of them.
@@ -146,25 +213,36 @@ def choose_spread(settings: Settings) -> Spread:
                 f"num_seeds = {count} cannot be dealt out evenly to devices = {wanted}; choose a "
                 "divisor or a multiple, or 0, which takes as many devices as divide the seeds"
             )
-    _check_divides(settings.config, each)
+    if (reason := why_not_divided(settings.config, each)) is not None:
+        raise ConfigError(reason)
     devices = np.asarray(available[: along * each]).reshape(along, each)
     return Spread(Mesh(devices, (SEEDS, ENVS)))
 
 
-def _check_divides(config: Config, devices: int) -> None:
+def describe_devices(settings: Settings) -> str:
+    """Which devices a run uses, of how many."""
+    used, available = choose_spread(settings).mesh, jax.devices()
+    kind = "CPU core" if available[0].platform == "cpu" else available[0].device_kind
+    alone = settings.num_trainings == 1 and used.size > 1
+    each = f", {used.shape[ENVS]} for each seed" if used.shape[ENVS] > 1 and not alone else ""
+    plural = "s" if len(available) > 1 else ""
+    return f"{used.size} of {len(available)} {kind}{plural}{each}"
+
+
+def why_not_divided(config: Config, devices: int) -> str | None:
+    """Why a run's environments and minibatches cannot be spread evenly over devices, if so."""
     if config.num_envs % devices:
-        raise ConfigError(
-            f"num_envs = {config.num_envs} cannot be dealt out evenly to devices = {devices}"
-            "; choose a multiple"
+        return (
+            f"num_envs = {config.num_envs} is not divisible by devices = {devices}; use a multiple"
         )
     own = config.num_envs // devices
     samples = own * config.num_steps if config.memory == "none" else own
     if samples % config.num_minibatches:
-        raise ConfigError(
+        return (
             f"each of devices = {devices} has {samples} samples (whole sequences with a memory), "
-            f"which do not divide into num_minibatches = {config.num_minibatches}; choose fewer "
-            "of either"
+            f"not divisible by num_minibatches = {config.num_minibatches}; use fewer of either"
         )
+    return None
 
 
 def each_seed(function: Callable[[PyTree], PyTree], states: PyTree) -> PyTree:
