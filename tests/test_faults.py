@@ -298,7 +298,7 @@ def test_a_checkpoint_folder_that_cannot_be_made_ends_in_a_message(start: Any, t
 def test_a_run_whose_output_nobody_takes_goes_on(tmp_path: Path):
     arguments = ["train", "--run-dir", str(tmp_path / "r"), "--total-timesteps=20000"]
     with subprocess.Popen(
-        [sys.executable, "-m", "purejaxppo.cli", *arguments, "--eval-episodes=2"],
+        [sys.executable, "-m", "purejaxppo", *arguments, "--eval-episodes=2"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as process:  # fmt: skip
         assert process.stdout is not None

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import logged
 from envs import Poisoned, RandomWalk
 
 import purejaxppo as ppo
@@ -20,7 +21,8 @@ from purejaxppo.host.plots import smooth
 from purejaxppo.host.stats import mean_interval
 
 FILES = {
-    "config.toml", "metrics.csv", "summary.json", "learning_curve.png", "checkpoints", ".lock",
+    "config.toml", "metrics.csv", "eval.csv", "summary.json", "learning_curve.png", "checkpoints",
+    ".lock",
 }  # fmt: skip
 
 
@@ -60,7 +62,10 @@ def test_metrics_are_those_of_train_and_read_back_exactly(finished: Any, fused: 
     config, result, directory = finished
     table = rows(directory)
     assert [(r["seed"], r["update"]) for r in table[:3]] == [("0", "1"), ("1", "1"), ("0", "2")]
-    assert list(table[0])[2:] == list(COLUMNS)
+    assert list(table[0])[2:] == [*COLUMNS, "seconds"]
+    seconds = [float(row["seconds"]) for row in table]
+    assert seconds == sorted(seconds)
+    assert 0 < seconds[-1] <= result.summary["run_seconds"]
     assert len(table) == 2 * config.num_updates
     keys = jax.random.split(jax.random.key(3), 2)
     train, hparams = ppo.make_train(config), ppo.HParams(learning_rate=1e-3)
@@ -84,7 +89,7 @@ def test_config_toml_repeats_the_run_bit_for_bit(finished: Any, tmp_path: Path):
         num_seeds=settings.run.num_seeds, run_dir=tmp_path / "again",
         eval_episodes=settings.run.eval_episodes, tensorboard=True, progress=False,
     )  # fmt: skip
-    assert (tmp_path / "again/metrics.csv").read_bytes() == (directory / "metrics.csv").read_bytes()
+    assert logged(tmp_path / "again") == logged(directory)
     assert (tmp_path / "again/config.toml").read_text() == (directory / "config.toml").read_text()
     np.testing.assert_array_equal(again.returns, result.returns)
 

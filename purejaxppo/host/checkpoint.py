@@ -183,10 +183,9 @@ def has_any(run_dir: Path) -> bool:
     return bool(_folders(run_dir))
 
 
-def best(run_dir: Path) -> Checkpoint | None:
-    """The checkpoint of the highest evaluation return, the later one of equals, going by what
-    manifests say."""
-    return next(iter(_by_return(_by_manifest(_folders(run_dir)))), None)
+def ranked_by_return(run_dir: Path) -> list[Checkpoint]:
+    """The evaluated checkpoints, best first and the later one of equals, as manifests say."""
+    return _by_return(_by_manifest(_folders(run_dir)))
 
 
 def read(path: Path) -> Checkpoint:

@@ -36,6 +36,13 @@ class RunSettings:
     seeds, one for a single one, and all of several processes."""
     eval_episodes: int = field(default=128, metadata={"low": 1, "high": 2**20, "open_low": False})
     """Episodes of the evaluation of each checkpoint and of the final one, per seed."""
+    eval_every: float = field(
+        default=math.inf, metadata={"low": 0, "high": math.inf, "open_low": True}
+    )
+    """Evaluate at this interval, in eval_unit, into eval.csv, and keep the best checkpoint. inf
+    evaluates each checkpoint and the end of the run."""
+    eval_unit: Literal["updates", "seconds"] = "updates"
+    """Unit of eval_every."""
     checkpoint_every: float = field(
         default=300.0, metadata={"low": 0, "high": math.inf, "open_low": True}
     )
@@ -54,12 +61,14 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        every = self.checkpoint_every
-        if self.checkpoint_unit == "updates" and math.isfinite(every) and every % 1:
-            raise ConfigError(
-                f"checkpoint_every = {every}: must be a whole number where checkpoint_unit is "
-                "updates"
-            )
+        for name, every, unit in (
+            ("checkpoint", self.checkpoint_every, self.checkpoint_unit),
+            ("eval", self.eval_every, self.eval_unit),
+        ):
+            if unit == "updates" and math.isfinite(every) and every % 1:
+                raise ConfigError(
+                    f"{name}_every = {every}: must be a whole number, since {name}_unit = updates"
+                )
 
 
 @dataclass(frozen=True)

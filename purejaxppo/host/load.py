@@ -69,7 +69,7 @@ def find_with_warnings(run_dir: Path, which: str | int = "newest") -> Checkpoint
     except OSError as error:
         raise ConfigError(f"run directory {str(run_dir)!r}: {error.strerror}") from error
     if not there:
-        raise ConfigError(f"run directory {str(run_dir)!r}: is not there; check the path")
+        raise ConfigError(f"run directory {str(run_dir)!r}: does not exist; check the path")
     found, skipped = checkpoint.find(run_dir, which)
     _warn(skipped)
     return found

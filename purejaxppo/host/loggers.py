@@ -15,7 +15,7 @@ import numpy as np
 from purejaxppo.config import ConfigError
 from purejaxppo.host.checkpoint import Position
 from purejaxppo.host.configfile import Settings
-from purejaxppo.host.rundir import BINARY_METRICS, METRICS
+from purejaxppo.host.rundir import BINARY_METRICS, METRICS, append
 
 COLUMNS = (
     "env_steps",
@@ -36,8 +36,11 @@ COLUMNS = (
 )
 """The last three are of some objectives alone, and NaN with others."""
 
-_HEADER = ",".join(["seed", "update", *COLUMNS]) + "\n"
-_COUNTS = ("env_steps", "episodes")
+CSV_COLUMNS = (*COLUMNS, "seconds")
+"""Of `metrics.csv`: with the seconds of training until the row was written, resumes included."""
+
+_HEADER = ",".join(["seed", "update", *CSV_COLUMNS]) + "\n"
+_COUNTS = ("env_steps", "episodes", "seconds")
 
 HostMetrics = dict[str, np.ndarray]
 """`[u, S]` for u updates of S seeds."""
@@ -61,7 +64,7 @@ def _rows(
     """(seed, update, metrics) of each row."""
     for row, seeds in enumerate(alive):
         for seed in np.flatnonzero(seeds):
-            yield int(seed), first_update + row, {k: metrics[k][row, seed] for k in COLUMNS}
+            yield int(seed), first_update + row, {k: x[row, seed] for k, x in metrics.items()}
 
 
 class AppendedLogger:
@@ -89,9 +92,7 @@ class AppendedLogger:
         self._file.close()
 
     def append(self, content: bytes) -> None:
-        left = content
-        while left:  # a disk that is nearly full takes a part
-            left = left[self._file.write(left) :]
+        append(self._file, content)
         self._count(content)
 
     def _count(self, content: bytes) -> None:
@@ -108,7 +109,8 @@ class CsvLogger(AppendedLogger):
 
     def write(self, first_update: int, metrics: HostMetrics, alive: np.ndarray) -> None:
         lines = [
-            ",".join([str(seed), str(update), *(str(values[name]) for name in COLUMNS)]) + "\n"
+            ",".join([str(seed), str(update), *(str(values.get(k, "nan")) for k in CSV_COLUMNS)])
+            + "\n"
             for seed, update, values in _rows(first_update, metrics, alive)
         ]
         self.append("".join(lines).encode())
@@ -154,11 +156,12 @@ def read_metrics(run_dir: Path, position: Position, settings: Settings) -> HostM
         raise _unusable(path, "its columns are another version's")
     shape = (position.updates, settings.num_trainings)
     metrics = {
-        name: np.full(shape, np.nan, float if name in _COUNTS else np.float32) for name in COLUMNS
+        name: np.full(shape, np.nan, float if name in _COUNTS else np.float32)
+        for name in CSV_COLUMNS
     }
     for line in content.decode().splitlines()[1:]:
         seed, update, *values = line.split(",")
-        for name, value in zip(COLUMNS, values, strict=True):
+        for name, value in zip(CSV_COLUMNS, values, strict=True):
             metrics[name][int(update) - 1, int(seed)] = float(value)
     return metrics
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +56,49 @@ class Program(NamedTuple):
     """What XLA states a chunk to need on each device: arguments, results and temporaries."""
 
 
+class Evaluation:
+    """Returns of the states `[S, ...]` of S runs over `settings.run.eval_episodes` episodes each.
+
+    One program serves sampled and deterministic actions and every set of episodes. It is compiled
+    when first called, unless `compiled` is set to what `lower` gives, compiled. The episodes depend
+    on the seed and `purpose` alone.
+    """
+
+    def __init__(self, settings: Settings, env: Any, env_params: Any):
+        self._settings = settings
+        episodes = settings.run.eval_episodes
+
+        def returns(row: tuple[TrainState, jax.Array, jax.Array]) -> jax.Array:
+            state, key, deterministic = row
+            return evaluate(
+                settings.config, state, key, episodes,
+                deterministic=deterministic, env=env, env_params=env_params,
+            )  # fmt: skip
+
+        self._jitted = jax.jit(lambda *rows: each_seed(returns, rows))
+        self.compiled: Any = None
+
+    def lower(self, shapes: TrainState) -> Any:
+        """What to compile for states of these shapes on this process's first device."""
+        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        placed = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes
+        )
+        return self._jitted.lower(placed, *self._rows(False, FINAL_EVALUATION))
+
+    def __call__(
+        self, states: TrainState, *, deterministic: bool = False, purpose: int = FINAL_EVALUATION
+    ) -> np.ndarray:
+        """`states[S, ...] -> returns[S, E]`; NaN for an episode that did not end."""
+        function = self.compiled or self._jitted
+        return np.asarray(function(states, *self._rows(deterministic, purpose)))
+
+    def _rows(self, deterministic: bool, purpose: int) -> tuple[jax.Array, jax.Array]:
+        num_seeds, total = self._settings.run.num_seeds, self._settings.num_trainings
+        keys = evaluation_keys(self._settings.run.seed, num_seeds, purpose)
+        return jnp.tile(keys, total // num_seeds), jnp.full(total, deterministic)
+
+
 class Prepared(NamedTuple):
     """What waves of one kind have in common."""
 
@@ -71,7 +115,7 @@ def prepare(
     `compile_program` does."""
     learner = make_learner(settings.config, env, env_params)
     program = compile_program(settings, env, env_params, population=population)
-    evaluation = make_evaluation(settings, env, env_params)
+    evaluation = Evaluation(settings, env, env_params)
     if population is None:
         return Prepared(learner, program, evaluation)
     return Prepared(member_learner(learner), program, lambda x: evaluation(without_members(x)))
@@ -94,13 +138,15 @@ def compile_program(
     *,
     fresh: bool = True,
     population: Population | None = None,
+    evaluation: Evaluation | None = None,
 ) -> Program:
-    """Compile a chunk, and what makes the first states unless they are there already (not
-    `fresh`). What it is compiled for is the settings' shapes; their numbers are given later.
+    """Compile a chunk of updates for the shapes that the settings give.
 
     Args:
-        population: how trainings learn from each other, if they do. Their states then hold their
+        fresh: compile the initial states too; False if they come from a checkpoint.
+        population: how runs learn from each other, if they do. Their states then hold their
             hyperparameters, and each has its own random numbers.
+        evaluation: compiled at the same time, if given.
 
     Raises:
         ConfigError: as `choose_spread` does.
@@ -130,7 +176,6 @@ def compile_program(
         return _chunk(learner, states, hparams, count, capacity)
 
     traced = jax.jit(init).trace(root, hparams)
-    compiled_init: Any = traced.lower().compile() if fresh else None
     inputs = (spread.states, spread.seeds, PartitionSpec())
     over = spread.over(chunk, inputs, (spread.states, spread.rows))
 
@@ -139,7 +184,13 @@ def compile_program(
         return states, spread.to_all(rows)
 
     shapes = spread.shapes(traced.out_info)
-    compiled = jax.jit(chunks).lower(shapes, hparams, np.int32(1)).compile()
+    lowered = [jax.jit(chunks).lower(shapes, hparams, np.int32(1))]
+    lowered += [traced.lower()] if fresh else []
+    lowered += [evaluation.lower(traced.out_info)] if evaluation is not None else []
+    compiled, *others = _compile_all(lowered)
+    compiled_init: Any = others[0] if fresh else None
+    if evaluation is not None:
+        evaluation.compiled = others[-1]
     return Program(
         lambda hparams: compiled_init(root, hparams),
         # Scattered again: XLA calls an empty array replicated, whatever it was told.
@@ -149,27 +200,18 @@ def compile_program(
     )
 
 
+def _compile_all(lowered: list[Any]) -> list[Any]:
+    """Side by side: XLA compiles outside Python's lock, each program mostly on one core."""
+    if jax.process_count() > 1:  # processes compile in the same order
+        return [one.compile() for one in lowered]
+    with ThreadPoolExecutor(len(lowered), thread_name_prefix="compile") as pool:
+        return list(pool.map(lambda one: one.compile(), lowered))
+
+
 def _bytes(compiled: Any) -> int:
     stats = compiled.memory_analysis()
     used = stats.argument_size_in_bytes + stats.output_size_in_bytes + stats.temp_size_in_bytes
     return used - stats.alias_size_in_bytes
-
-
-def make_evaluation(
-    settings: Settings, env: Any, env_params: Any
-) -> Callable[[TrainState], np.ndarray]:
-    """`states[S, ...] -> returns[S, E]` of the same episodes each time, which depend on the seed
-    alone; compiled when called."""
-    num_seeds, episodes = settings.run.num_seeds, settings.run.eval_episodes
-    keys = evaluation_keys(settings.run.seed, num_seeds, FINAL_EVALUATION)
-    keys = jnp.tile(keys, settings.num_trainings // num_seeds)
-
-    def returns(row: tuple[TrainState, jax.Array]) -> jax.Array:
-        state, key = row
-        return evaluate(settings.config, state, key, episodes, env=env, env_params=env_params)
-
-    compiled = jax.jit(lambda states: each_seed(returns, (states, keys)))
-    return lambda states: np.asarray(compiled(states))
 
 
 def _chunk(

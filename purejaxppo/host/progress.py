@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live bar on a terminal, plain lines elsewhere."""
+"""What a person sees of a run: a live bar on a terminal, plain lines elsewhere."""
 
 import io
 import sys
@@ -6,15 +6,17 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from purejaxppo.host.checkpoint import Checkpoint
 from purejaxppo.host.configfile import Settings
+
+if TYPE_CHECKING:  # which imports JAX, while this is shown before JAX is loaded
+    from purejaxppo.host.checkpoint import Checkpoint
 
 _PLAIN_SECONDS = 5.0
 
@@ -59,6 +61,19 @@ def make_console(enabled: bool) -> Console:
     )
 
 
+def describe_run(settings: Settings) -> str:
+    """What is to be trained, in one line."""
+    config, count = settings.config, settings.num_trainings
+    steps = config.num_updates * config.batch_size
+    asked = f" (total_timesteps = {config.total_timesteps:,} rounded up to whole updates)"
+    seeds = f"{count} seed{'s' if count > 1 else ''}"
+    return (
+        f"{config.env_id}, {config.objective}, {seeds}: {config.num_updates:,} updates of "
+        f"{config.num_envs} environments x {config.num_steps} steps = {steps:,} environment steps"
+        f"{' per seed' if count > 1 else ''}{asked if steps > config.total_timesteps else ''}"
+    )
+
+
 class Progress:
     """Reports of one run, that begins after `done` updates and ends after `last`, or all; silent
     unless `enabled`."""
@@ -73,32 +88,28 @@ class Progress:
         self._returns = np.full(self._num_trainings, np.nan)
         self._began = self._last_line = time.perf_counter()
 
-    def starting(self, checkpoint: Checkpoint | None, again: bool) -> None:
-        """Say what is to be done, and from where."""
-        config = self._config
-        steps = config.num_updates * config.batch_size
-        rounded = f" (total_timesteps = {config.total_timesteps:,} rounded up)"
-        self._console.print(
-            f"{config.env_id}: {self._num_trainings} seed{'s' if self._num_trainings > 1 else ''}, "
-            f"{config.num_updates:,} updates of {config.num_envs} x {config.num_steps} steps = "
-            f"{steps:,} environment steps each{rounded if steps > config.total_timesteps else ''}"
-        )
+    def starting(self, checkpoint: "Checkpoint | None", again: bool, where: str) -> None:
+        """Say what is to be trained, on which devices, and from where."""
+        self._console.print(f"{describe_run(self._settings)}; on {where}")
         if checkpoint is None:
             if again:
-                self._console.print("there is no checkpoint yet: from the start")
+                self._console.print("no checkpoint yet: starting from the beginning")
             return
-        self._console.print(f"going on after update {self._done:,}: {checkpoint.path}")
+        self._console.print(f"resuming from update {self._done:,}: {checkpoint.path}")
         old, new = vars(checkpoint.settings.hparams), vars(self._settings.hparams)
         for name in (name for name in old if old[name] != new[name]):
-            self._console.print(f"from here on {name} = {new[name]} (was {old[name]})")
+            self._console.print(f"{name} = {new[name]} from here on (was {old[name]})")
 
     def working(self, what: str) -> AbstractContextManager[Any]:
-        """A sign of life, on a terminal, while something of unknown length goes on."""
-        return self._console.status(what) if self._live else nullcontext()
+        """Show that something of unknown length is under way."""
+        if self._live:
+            return self._console.status(what)
+        self._console.print(what)
+        return nullcontext()
 
     def training(self, compile_seconds: float) -> None:
-        """The bar appears."""
-        self._console.print(f"compiled in {compile_seconds:.1f} s")
+        """Show the bar."""
+        self._console.print(f"compiled in {compile_seconds:.1f} s (training and evaluation)")
         self._show_bar()
 
     def _show_bar(self) -> None:
@@ -124,7 +135,7 @@ class Progress:
         now = time.perf_counter()
         speed_in_updates = (done - self._done) / (now - self._began)
         rate = speed_in_updates * self._config.batch_size * self._num_trainings
-        speed, returns = f"{_short(rate)} steps/s", f"return {self._mean_return()}"
+        speed, returns = self._speed(rate), f"return {self._mean_return()}"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, speed=speed, returns=returns)
         elif now - self._last_line > _PLAIN_SECONDS or done == self._last:
@@ -138,37 +149,57 @@ class Progress:
         """The loss of `seed` is not finite at `update`."""
         hparams = self._settings.hparams
         self._console.print(
-            f"seed {seed}: the loss is not finite at update {update}. The state before it is kept. "
+            f"seed {seed}: the loss is not finite at update {update}. The last good state is kept. "
             f"Try a lower learning_rate (now {hparams.learning_rate:g}) or "
             f"max_grad_norm (now {hparams.max_grad_norm:g}), or normalize_reward, and check that "
             "the environment's rewards and observations are finite"
         )
 
     def stopped(self, resume_command: str | None) -> None:
-        """It was asked to stop, and has saved."""
-        how = f"; go on by: {resume_command}" if resume_command else ""
+        """Say that the run was asked to stop, and has saved."""
+        how = f"; to resume: {resume_command}" if resume_command else ""
         self._console.print(f"stopped{how}")
 
+    def already_finished(self, summary: dict[str, Any], resume_command: str) -> None:
+        """Say that there is nothing to resume."""
+        self._console.print(
+            f"already finished: {summary['env_steps']:,} of {summary['env_steps_planned']:,} "
+            "environment steps per seed; nothing to do"
+        )
+        self._returns_of(summary)
+        self._console.print(f"to train longer: {resume_command} --total-timesteps N")
+
     def close(self) -> None:
-        """The bar stays as it is; also after an error."""
+        """Leave the bar as it is; also after an error."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
     def finished(self, summary: dict[str, Any], directory: Path | None) -> None:
-        mean, interval = summary["eval_return_mean"], summary["eval_return_interval_95"]
-        between = f" (95% interval {interval[0]:.2f} to {interval[1]:.2f})" if interval else ""
         self._console.print(
             f"trained {summary['env_steps']:,} environment steps per seed in "
-            f"{summary['run_seconds']:.1f} s, {_short(summary['steps_per_second'])} steps/s"
+            f"{summary['run_seconds']:.1f} s, {self._speed(summary['steps_per_second'])}"
         )
-        if mean is not None:
-            self._console.print(
-                f"evaluation return {mean:.2f}{between}, mean over seeds of "
-                f"{summary['eval_episodes']} episodes each"
-            )
+        self._returns_of(summary)
         if directory is not None:
             self._console.print(f"learning curve: {directory / 'learning_curve.png'}")
+
+    def _returns_of(self, summary: dict[str, Any]) -> None:
+        names = {"eval_return": "sampled", "eval_return_deterministic": "deterministic"}
+        for name, actions in names.items():
+            mean, interval = summary.get(f"{name}_mean"), summary.get(f"{name}_interval_95")
+            if mean is None:
+                continue
+            between = f" (95% interval {interval[0]:.2f} to {interval[1]:.2f})" if interval else ""
+            self._console.print(
+                f"evaluation return, {actions} actions: {mean:.2f}{between}, "
+                f"{summary['eval_episodes']} episodes per seed"
+            )
+
+    def _speed(self, rate: float) -> str:
+        """Environment steps per second of all seeds together."""
+        count = self._num_trainings
+        return f"{_short(rate)} steps/s{f' over {count} seeds' if count > 1 else ''}"
 
     def _mean_return(self) -> str:
         seen = self._returns[np.isfinite(self._returns)]

@@ -1,12 +1,15 @@
-"""The host loop: compile once, train in chunks of about half a second, write down what came."""
+"""The host loop: compile once, train in chunks of about half a second, write the results."""
 
 import dataclasses
+import json
+import math
 import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -14,11 +17,13 @@ import jax
 import numpy as np
 
 from purejaxppo.config import Config, ConfigError, HParams, check_fields
-from purejaxppo.host.checkpoint import Checkpoint, Position, best, check_same_run
+from purejaxppo.evaluation import FRESH_EVALUATION
+from purejaxppo.host.checkpoint import Checkpoint, Position, check_same_run, ranked_by_return
 from purejaxppo.host.configfile import RunSettings, Settings, load_settings
 from purejaxppo.host.load import check_env, newest_or_none, restore_states
 from purejaxppo.host.loggers import (
     COLUMNS,
+    CSV_COLUMNS,
     AppendedLogger,
     BinaryLogger,
     CsvLogger,
@@ -30,20 +35,21 @@ from purejaxppo.host.loggers import (
     read_metrics,
     require,
 )
-from purejaxppo.host.parallel import choose_spread, use_all_cores
+from purejaxppo.host.parallel import describe_devices, use_all_cores, with_devices
 from purejaxppo.host.processes import agree, is_first
 from purejaxppo.host.program import (
     CHUNK_CAPACITY,
+    Evaluation,
     Prepared,
     Program,
     compile_program,
     enable_compilation_cache,
-    make_evaluation,
     stacked_hparams,
 )
 from purejaxppo.host.progress import Progress
 from purejaxppo.host.rundir import (
     CONFIG,
+    SUMMARY,
     RunWarning,
     StorageError,
     new_run,
@@ -53,11 +59,12 @@ from purejaxppo.host.rundir import (
 )
 from purejaxppo.host.saver import Saver
 from purejaxppo.host.signals import StopRequest, stop_requests
-from purejaxppo.host.summary import Training, summarize, write_results
+from purejaxppo.host.summary import Best, Final, Training, summarize, write_results
 from purejaxppo.learner import MUST_BE_FINITE, make_learner
 from purejaxppo.types import Learner, Metrics, TrainState
 
 CHUNK_SECONDS = 0.5
+_NOTHING, _SAVE, _SAVE_AND_EVALUATE = range(3)
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,11 @@ class Result:
     metrics: dict[str, np.ndarray]
     """`[S, U]`; NaN after a seed has failed."""
     returns: np.ndarray
-    """`[S, eval_episodes]` returns of the final evaluation."""
+    """`[S, eval_episodes]` returns of the final evaluation with sampled actions, NaN for an episode
+    that did not end; `[S, 0]` if nothing was evaluated (a run that was finished already, or any
+    process but the first)."""
+    returns_deterministic: np.ndarray
+    """The same with the policy's most likely actions."""
     summary: dict[str, Any]
     """What `summary.json` holds."""
     failed: dict[int, int]
@@ -85,6 +96,8 @@ def run(
     devices: int = 0,
     run_dir: str | Path | None = None,
     eval_episodes: int = 128,
+    eval_every: float = math.inf,
+    eval_unit: Literal["updates", "seconds"] = "updates",
     checkpoint_every: float = 300.0,
     checkpoint_unit: Literal["seconds", "updates"] = "seconds",
     keep: int = 3,
@@ -104,12 +117,14 @@ def run(
     arguments; the first evaluates and writes, the others get no returns.
 
     Args:
-        run_dir: takes `config.toml`, `metrics.csv`, `summary.json`, `learning_curve.png` and
-            `checkpoints/`; None writes nothing.
+        run_dir: directory for `config.toml`, `metrics.csv`, `eval.csv`, `summary.json`,
+            `learning_curve.png` and `checkpoints/`; None writes nothing.
         devices: how many to spread over: the seeds, each of which comes out as it would alone, and
             where there are more devices than seeds the environments of each, which then learns
             from minibatches made of equal parts. 0 takes as many as divide several seeds.
-        eval_episodes: episodes of the evaluation of each checkpoint and of the final one, per seed.
+        eval_episodes: episodes of each evaluation, per seed.
+        eval_every: interval between evaluations, in `eval_unit`s; each also saves a checkpoint, of
+            which the best stays. inf evaluates each checkpoint and the end of the run.
         checkpoint_every: how often the whole state is saved, in `checkpoint_unit`s; inf saves only
             where the run ends or is stopped.
         keep: newest checkpoints that are kept, beside the best by evaluation.
@@ -128,8 +143,9 @@ def run(
         StorageError: if metrics or the last checkpoint cannot be written (a full disk).
     """
     host = RunSettings(
-        seed, num_seeds, devices, eval_episodes, checkpoint_every, checkpoint_unit, keep,
-        tensorboard, wandb, custom_env=env is not None or env_params is not None,
+        seed, num_seeds, devices, eval_episodes, eval_every, eval_unit, checkpoint_every,
+        checkpoint_unit, keep, tensorboard, wandb,
+        custom_env=env is not None or env_params is not None,
     )  # fmt: skip
     settings = Settings(config, hparams or HParams(), host)
     return run_settings(
@@ -150,11 +166,11 @@ def run_settings(
     """`run`, for settings as a file gives them."""
     check_scalars(settings.hparams)
     if settings.trials:
-        raise ConfigError("trials: belong to a sweep, of which this is a part; see its sweep.toml")
-    _check_loggers(run_dir, settings.run)
+        raise ConfigError("trials: this is a part of a sweep; see its sweep.toml")
+    _check_outputs(run_dir, settings.run)
     use_all_cores()
-    choose_spread(settings)
     learner = make_learner(settings.config, env, env_params)
+    settings = with_devices(settings, env, env_params)
     with ExitStack() as stack:
         directory = None if run_dir is None else Path(run_dir)
         if directory is not None and is_first():
@@ -199,7 +215,7 @@ def run_wave(
     with ExitStack() as stack:
         if directory is not None and (directory / CONFIG).exists():
             stack.enter_context(old_run(directory))
-            start = _go_on_from(directory, newest_or_none(directory), settings, learner)
+            start = _restore(directory, newest_or_none(directory), settings, learner)
         elif directory is not None:
             stack.enter_context(new_run(directory, settings))
         if start.states is None and leg.states is not None:
@@ -219,11 +235,14 @@ def resume(
     env: Any = None,
     env_params: Any = None,
 ) -> Result:
-    """Go on with a run that was stopped or killed, from its newest whole checkpoint, to the very
-    end that it would have come to undisturbed; from the start if it was killed before its first.
+    """Continue a run that was stopped or killed, from its newest complete checkpoint.
+
+    It ends with the results of an undisturbed run, bit for bit. A run killed before its first
+    checkpoint starts from the beginning; a finished one is left as it is, and its results are
+    returned.
 
     Args:
-        total_timesteps: another length, for a run that is finished too. From here on schedules run
+        total_timesteps: new length of the run, which may be finished. From here on schedules run
             over the new length, so a linear learning rate rises again to what is left of it.
         env: the object passed to `run`, if one was.
         env_params: its parameters, if they were passed to `run`.
@@ -246,14 +265,17 @@ def resume(
                 f"run_dir = {str(directory)!r}: is a part of a sweep; go on with the whole by "
                 f"{resume_command(directory)}"
             )
-        _check_loggers(directory, settings.run)
-        choose_spread(settings)
+        _check_outputs(directory, settings.run)
         found = newest_or_none(directory)
         learner = make_learner(settings.config, env, env_params)
-        start = _go_on_from(directory, found, settings, learner)
+        settings = with_devices(settings, env, env_params)
+        start = _restore(directory, found, settings, learner)
+        shown = Progress(settings, start.position.updates, enabled=progress and is_first())
+        if (summary := _summary_if_finished(directory, start, settings)) is not None:
+            shown.already_finished(summary, resume_command(directory))
+            return _finished_result(start, summary)
         if is_first():
             write_settings(directory, settings)
-        shown = Progress(settings, start.position.updates, enabled=progress and is_first())
         last = settings.config.num_updates
         session = _Session(settings, learner, directory, start, shown, env, env_params, last)
         return _go(session, compilation_cache)
@@ -287,7 +309,7 @@ class _Session(NamedTuple):
     """What was compiled already, for a wave of a sweep."""
 
 
-def _go_on_from(
+def _restore(
     directory: Path, found: Checkpoint | None, settings: Settings, learner: Learner
 ) -> _Start:
     if found is None:
@@ -306,6 +328,32 @@ def _go_on_from(
     return _Start(position, restore_states(found, learner), metrics, found, again=True)
 
 
+def _summary_if_finished(
+    directory: Path, start: _Start, settings: Settings
+) -> dict[str, Any] | None:
+    """What `summary.json` holds if it is of the run as it is now, trained to its end."""
+    try:
+        summary = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
+        done, planned = int(summary["env_steps"]), int(summary["env_steps_planned"])
+    except (OSError, ValueError, TypeError, LookupError):
+        return None
+    config, position = settings.config, start.position
+    ended = position.updates == config.num_updates or (
+        len(position.failed) == settings.num_trainings
+    )
+    current = done == position.updates * config.batch_size
+    whole = planned == config.num_updates * config.batch_size
+    return summary if start.states is not None and ended and current and whole else None
+
+
+def _finished_result(start: _Start, summary: dict[str, Any]) -> Result:
+    assert start.states is not None
+    assert start.metrics is not None
+    metrics = {name: values.T for name, values in start.metrics.items()}
+    nothing = np.zeros((len(next(iter(metrics.values()))), 0))
+    return Result(start.states, metrics, nothing, nothing, summary, start.position.failed)
+
+
 def check_scalars(hparams: HParams) -> None:
     """Raise `ConfigError` if a number is an array: those are for `vmap`."""
     check_fields(hparams)
@@ -317,9 +365,14 @@ def check_scalars(hparams: HParams) -> None:
             )
 
 
-def _check_loggers(run_dir: Any, settings: RunSettings) -> None:
+def _check_outputs(run_dir: Any, settings: RunSettings) -> None:
     if run_dir is None and (settings.tensorboard or settings.wandb):
         raise ConfigError("tensorboard and wandb write into the run directory: give run_dir")
+    if run_dir is None and math.isfinite(settings.eval_every):
+        raise ConfigError(
+            f"eval_every = {settings.eval_every}: evaluations are written to the run directory; "
+            "give run_dir"
+        )
     if settings.tensorboard:
         require("tensorboard", "tensorboardX")
     if settings.wandb:
@@ -357,63 +410,115 @@ def _go(session: _Session, compilation_cache: bool) -> Result:
     settings, directory, start = session.settings, session.directory, session.start
     if compilation_cache:
         enable_compilation_cache()
-    shown, prepared = session.shown, session.prepared
-    evaluation = (
-        make_evaluation(settings, session.env, session.env_params)
-        if prepared is None
-        else prepared.evaluation
-    )
+    shown = session.shown
     with ExitStack() as stack:
         stop = stack.enter_context(stop_requests())
         loggers = _open_loggers(session)
         stack.callback(close_all, loggers)
         stack.callback(shown.close)
+        shown.starting(start.checkpoint, start.again, describe_devices(settings))
+        program, evaluation, compile_seconds = _compile(session)
         saver = None
         if directory is not None:
             later = None if settings.trials else evaluation
             saver = Saver(directory, settings, later, start.checkpoint, stop)
             stack.callback(saver.close)
-        shown.starting(start.checkpoint, start.again)
-        began = time.perf_counter()
-        if prepared is None:
-            with shown.working("compiling"):
-                fresh = start.states is None
-                program = compile_program(settings, session.env, session.env_params, fresh=fresh)
-        else:
-            program = prepared.program
-        compile_seconds = time.perf_counter() - began
         if _agreed(stop):
-            _leave(stop, shown, directory)
+            _exit_after_save(stop, shown, directory)
         shown.training(compile_seconds)
         loop = _Loop(session, program, loggers, saver, shown, stop)
         training = loop.train()
         shown.close()
         saved = None if saver is None else saver.finish(training.position, loop.states)
         if stop:
-            _leave(stop, shown, directory)
+            _exit_after_save(stop, shown, directory)
         with shown.working("evaluating"):
-            returns = np.zeros((settings.num_trainings, 0))
-            if is_first():
-                returns = _unless_stopped(stop, evaluation, training.states)
-        if returns is None:
-            _leave(stop, shown, directory)
-        if saver is not None and saved is not None and is_first():
-            saver.record(saved, returns)
-    top = None if directory is None else best(directory)
-    summary = summarize(settings, training, returns, compile_seconds, top)
+            final = _evaluate_at_end(session, evaluation, training.states, stop)
+            if final is None:
+                _exit_after_save(stop, shown, directory)
+            best = None
+            if saver is not None and saved is not None and is_first():
+                saver.record(saved, final.sampled, final.deterministic)
+                best = _best_checkpoint(session, evaluation, training, stop)
+        if stop:
+            _exit_after_save(stop, shown, directory)
+    summary = summarize(settings, training, final, compile_seconds, best)
+    _warn_of_unfinished(summary, final)
     if directory is not None and is_first():
         write_results(directory, settings, training, summary)
     shown.finished(summary, directory)
-    return Result(training.states, training.metrics, returns, summary, training.position.failed)
+    return Result(
+        training.states, training.metrics, final.sampled,
+        np.zeros_like(final.sampled[:, :0]) if final.deterministic is None else final.deterministic,
+        summary, training.position.failed,
+    )  # fmt: skip
 
 
-def _unless_stopped(
-    stop: StopRequest, evaluation: Callable[[TrainState], np.ndarray], states: TrainState
-) -> np.ndarray | None:
+def _warn_of_unfinished(summary: dict[str, Any], final: Final) -> None:
+    unfinished = summary["unfinished_eval_episodes"]
+    if unfinished:
+        warnings.warn(
+            f"{unfinished} of {final.sampled.size} evaluation episodes did not end within the "
+            "environment's time limit, or 10,000 steps if it states none, and are left out of the "
+            "means; give the environment a time limit (max_steps_in_episode)",
+            RunWarning,
+            stacklevel=3,
+        )
+
+
+def _compile(session: _Session) -> tuple[Program, Any, float]:
+    """The programs of a run, and the seconds that compiling them took."""
+    if session.prepared is not None:
+        return session.prepared.program, session.prepared.evaluation, 0.0
+    began = time.perf_counter()
+    evaluation = Evaluation(session.settings, session.env, session.env_params)
+    with session.shown.working("compiling"):
+        program = compile_program(
+            session.settings, session.env, session.env_params,
+            fresh=session.start.states is None, evaluation=evaluation if is_first() else None,
+        )  # fmt: skip
+    return program, evaluation, time.perf_counter() - began
+
+
+def _evaluate_at_end(
+    session: _Session, evaluation: Any, states: TrainState, stop: StopRequest
+) -> Final | None:
+    """None if asked to stop before it was done."""
+    if not is_first():
+        return Final(np.zeros((session.settings.num_trainings, 0)), None)
+    sampled = _unless_stopped(stop, partial(evaluation, states))
+    if sampled is None or session.settings.trials:
+        return sampled if sampled is None else Final(sampled, None)
+    deterministic = _unless_stopped(stop, partial(evaluation, states, deterministic=True))
+    return None if deterministic is None else Final(sampled, deterministic)
+
+
+def _best_checkpoint(
+    session: _Session, evaluation: Any, training: Training, stop: StopRequest
+) -> Best | None:
+    """The best checkpoint, and its returns over fresh episodes if it was chosen among several: the
+    highest of several estimates is too high."""
+    directory = session.directory
+    if directory is None or session.settings.trials:
+        return None
+    found = ranked_by_return(directory)
+    if not found:
+        return None
+    if len(found) == 1:
+        return Best(found[0], None)
+    same = found[0].position.updates == training.position.updates
+    if not same and jax.process_count() > 1:  # reading a checkpoint takes all processes
+        return Best(found[0], None)
+    states = training.states if same else restore_states(found[0], session.learner)
+    fresh = partial(evaluation, states, purpose=FRESH_EVALUATION)
+    return Best(found[0], _unless_stopped(stop, fresh))
+
+
+def _unless_stopped(stop: StopRequest, evaluation: Callable[[], np.ndarray]) -> np.ndarray | None:
     """The evaluation's returns; None at once if asked to stop, since Python hears of signals only
     between calls into compiled code."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="evaluate")
-    future = pool.submit(evaluation, states)
+    future = pool.submit(evaluation)
     pool.shutdown(wait=False)
     while not future.done():
         if stop:
@@ -430,7 +535,7 @@ def _agreed(stop: StopRequest) -> bool:
     return bool(asked)
 
 
-def _leave(stop: StopRequest, shown: Progress, directory: Path | None) -> NoReturn:
+def _exit_after_save(stop: StopRequest, shown: Progress, directory: Path | None) -> NoReturn:
     shown.stopped(directory and resume_command(directory))
     stop.leave()
 
@@ -455,16 +560,16 @@ class _Loop:
         """To the end, until no seed is left that goes well, or until asked to stop; one chunk at
         least, if there is anything left to do."""
         start, num_updates = self.session.start, self.session.last
-        self.last_save = time.perf_counter()
+        self.last_save = self.last_evaluation = time.perf_counter()
         self.began = self.last_save - start.position.run_seconds
         hparams = stacked_hparams(self.session.settings)
         states = start.states if start.states is not None else self.program.begin(hparams)
         found = start.checkpoint
-        if self.saver is not None and found is not None and found.eval_return is None:
-            self.saver.evaluate(found, states)
+        if found is not None and found.eval_return is None and self.done < num_updates:
+            self._make_up_for(found, states)
         count = 1
         while self.done < num_updates and self._alive().any():
-            count = min(count, num_updates - self.done, CHUNK_CAPACITY, self._until_save())
+            count = min(count, num_updates - self.done, CHUNK_CAPACITY, self._until_due())
             first = self.done == start.position.updates
             began = time.perf_counter()
             states, rows = self.program.chunk(states, hparams, count)
@@ -472,14 +577,15 @@ class _Loop:
             seconds = time.perf_counter() - began
             self._take(metrics)
             fitting = max(1, int(count * CHUNK_SECONDS / seconds))
-            count = min(fitting, 2) if first else fitting  # a first call says little
+            count = min(fitting, 2) if first else fitting  # the first call has one-off overhead
             # Clocks and signals are each process's own, and none may do what the others do not.
-            count, due = map(int, agree(count, int(self._save_is_due()))[0])
+            count, due = map(int, agree(count, self._what_is_due())[0])
             if _agreed(self.stop):
                 break
             if due:
-                self._save(states)
-        joined = {name: np.concatenate([part[name] for part in self.parts]).T for name in COLUMNS}
+                self._save(states, evaluate=due == _SAVE_AND_EVALUATE)
+        names = [name for name in CSV_COLUMNS if all(name in part for part in self.parts)]
+        joined = {name: np.concatenate([part[name] for part in self.parts]).T for name in names}
         whole = self.program.gather(states)
         self.states = states if jax.process_count() > 1 else whole
         """To be saved: with several processes, each one's part."""
@@ -496,6 +602,8 @@ class _Loop:
         for seed, row in bad.items():
             self.failed[seed] = self.done + row + 1
             self.shown.failed(seed, self.failed[seed])
+        seconds = time.perf_counter() - self.began
+        metrics["seconds"] = np.full(written.shape, round(seconds, 3))
         self.parts.append({k: np.where(written, v, np.nan) for k, v in metrics.items()})
         try:
             for logger in self.loggers:
@@ -510,39 +618,60 @@ class _Loop:
         config = self.session.settings.config
         if config.whole_episodes and not np.any(metrics["episodes"]):
             warnings.warn(
-                f"num_steps = {config.num_steps}: in updates on end no episode came to its end "
-                f"within as many steps, and objective = {config.objective} learns of nothing else; "
-                "choose more, or objective = a2c",
+                f"no episode finished within num_steps = {config.num_steps} in these updates, and "
+                f"objective = {config.objective} learns from finished episodes only; increase "
+                "num_steps, or use objective = a2c",
                 RunWarning,
                 stacklevel=2,
             )
 
-    def _until_save(self) -> int:
-        """Updates left to the next checkpoint, where it is due at a number of them."""
+    def _until_due(self) -> int:
+        """Updates left to the next checkpoint or evaluation that is due at a number of updates."""
         run = self.session.settings.run
-        if run.checkpoint_unit == "seconds" or np.isinf(run.checkpoint_every):
-            return CHUNK_CAPACITY
-        return int(run.checkpoint_every - self.done % run.checkpoint_every)
+        left = [CHUNK_CAPACITY]
+        for every, unit in (
+            (run.checkpoint_every, run.checkpoint_unit), (run.eval_every, run.eval_unit)
+        ):  # fmt: skip
+            if unit == "updates" and math.isfinite(every):
+                left.append(int(every - self.done % every))
+        return min(left)
 
-    def _save_is_due(self) -> bool:
-        """In the background; the last one is left to the end of training."""
-        if self.saver is None:
-            return False
-        self.saver.report()
+    def _make_up_for(self, found: Checkpoint, states: TrainState) -> None:
+        """Evaluate the checkpoint that training continues from, if a kill prevented that."""
         run = self.session.settings.run
+        regular = math.isfinite(run.eval_every) and run.eval_unit == "updates"
+        if self.saver is not None and (not regular or self.done % run.eval_every == 0):
+            self.saver.evaluate(found, states)
+
+    def _what_is_due(self) -> int:
+        """Nothing, a checkpoint, or one that is evaluated. At the end both are done anyway."""
+        saver = self.saver
+        if saver is None:
+            return _NOTHING
+        saver.report()
         if self.done == self.session.last:
-            return False
-        if run.checkpoint_unit == "updates":
-            return self.done % run.checkpoint_every == 0
-        waited = time.perf_counter() - self.last_save
-        return not self.saver.busy and waited >= run.checkpoint_every
+            return _NOTHING
+        run, now = self.session.settings.run, time.perf_counter()
 
-    def _save(self, states: TrainState) -> None:
+        def due(every: float, unit: str, last: float) -> bool:
+            if unit == "updates":
+                return self.done % every == 0
+            return not saver.busy and now - last >= every
+
+        if due(run.eval_every, run.eval_unit, self.last_evaluation):
+            return _SAVE_AND_EVALUATE
+        if not due(run.checkpoint_every, run.checkpoint_unit, self.last_save):
+            return _NOTHING
+        return _SAVE if math.isfinite(run.eval_every) else _SAVE_AND_EVALUATE
+
+    def _save(self, states: TrainState, evaluate: bool) -> None:
         whole = self.program.gather(states)
         if self.saver is not None:
             several = jax.process_count() > 1
-            self.saver.start(self._position(), states if several else whole, whole)
+            self.saver.start(self._position(), states if several else whole, whole, evaluate)
         self.last_save = time.perf_counter()
+        if evaluate:
+            self.last_evaluation = self.last_save
 
     def _position(self) -> Position:
         start = self.session.start.position

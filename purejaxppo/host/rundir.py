@@ -1,6 +1,7 @@
 """The run directory: who may write there, and files that are whole or not there at all."""
 
 import fcntl
+import io
 import os
 import platform
 import shlex
@@ -12,11 +13,13 @@ from purejaxppo.config import ConfigError
 from purejaxppo.host.configfile import Settings, dump_settings
 
 CONFIG, METRICS, SUMMARY, CURVE = "config.toml", "metrics.csv", "summary.json", "learning_curve.png"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, EVALUATIONS = "checkpoints", "eval.csv"
 BINARY_METRICS = "metrics.f32"
 SWEEP, WAVES = "sweep.toml", "waves"
 LOCK = ".lock"
-_RUN_FILES = (CONFIG, METRICS, BINARY_METRICS, SUMMARY, CURVE, CHECKPOINTS, "tensorboard")
+_RUN_FILES = (
+    CONFIG, METRICS, BINARY_METRICS, EVALUATIONS, SUMMARY, CURVE, CHECKPOINTS, "tensorboard"
+)  # fmt: skip
 
 
 class RunWarning(RuntimeWarning):
@@ -94,6 +97,13 @@ def write_whole(path: Path, content: str | bytes | bytearray) -> None:
     except OSError:
         part.unlink(missing_ok=True)
         raise
+
+
+def append(file: io.FileIO, content: bytes) -> None:
+    """Write all of `content`: a disk that is nearly full may take only a part at a time."""
+    left = content
+    while left:
+        left = left[file.write(left) :]
 
 
 def holds(directory: Path, name: str) -> bool:

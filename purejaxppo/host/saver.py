@@ -12,9 +12,11 @@ import numpy as np
 from purejaxppo.host import checkpoint
 from purejaxppo.host.checkpoint import Checkpoint, Position
 from purejaxppo.host.configfile import Settings
+from purejaxppo.host.evaluations import DETERMINISTIC, SAMPLED, EvalLog
 from purejaxppo.host.processes import is_first
 from purejaxppo.host.rundir import RunWarning, StorageError, resume_command
 from purejaxppo.host.signals import StopRequest
+from purejaxppo.host.stats import episode_mean
 from purejaxppo.types import TrainState
 
 _POLL_SECONDS = 0.05
@@ -25,7 +27,7 @@ class Saver:
 
     Args:
         evaluate: `states[S, ...] -> returns[S, E]`; None leaves checkpoints unevaluated.
-        saved: the checkpoint that training starts from, if it does.
+        saved: the checkpoint from which training continues, if any.
         stop: once it is set, evaluations are no longer waited for, nor begun, nor recorded.
     """
 
@@ -39,6 +41,13 @@ class Saver:
     ):
         self._run_dir, self._settings, self._evaluate = run_dir, settings, evaluate
         self._saved, self._stop = saved, stop
+        self._log = None
+        if evaluate is not None and is_first():
+            batch_size = settings.config.batch_size
+            after = 0 if saved is None else saved.position.updates
+            self._log = EvalLog(
+                run_dir, batch_size, after, saved is not None and saved.eval_return is not None
+            )
         self._saves = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._evaluations = ThreadPoolExecutor(1, thread_name_prefix="evaluate")
         self._writing = Lock()
@@ -49,20 +58,24 @@ class Saver:
     def busy(self) -> bool:
         return any(f is not None and not f.done() for f in (self._saving, self._evaluating))
 
-    def start(self, position: Position, states: TrainState, whole: TrainState) -> None:
-        """Save `states` and evaluate `whole`, the same on this process's device, in the background,
-        once what is under way is done, unless asked to stop before. With several processes, which
-        save in step, only the evaluation is in the background."""
+    def start(
+        self, position: Position, states: TrainState, whole: TrainState, evaluate: bool = True
+    ) -> None:
+        """Save `states` and evaluate `whole`, the same on this process's device, in the background.
+
+        Waits for an earlier save and evaluation first. Does nothing if asked to stop before. With
+        several processes, which save in step, only the evaluation is in the background.
+        """
         self.wait()
         if jax.process_count() > 1:
             self._saving = Future()
             try:
-                self._save(position, states, whole)
+                self._save(position, states, whole, evaluate)
                 self._saving.set_result(None)
             except StorageError as error:
                 self._saving.set_exception(error)
         elif not self._stop:
-            self._saving = self._saves.submit(self._save, position, states, whole)
+            self._saving = self._saves.submit(self._save, position, states, whole, evaluate)
 
     def evaluate(self, saved: Checkpoint, states: TrainState) -> None:
         """In the background, and record it."""
@@ -113,22 +126,34 @@ class Saver:
             raise self._with_remedy(error) from error
         return self._saved
 
-    def record(self, saved: Checkpoint, returns: np.ndarray) -> None:
-        """Note the returns `[S, E]` of an evaluation, and keep the best; nothing if asked to stop.
+    def record(
+        self, saved: Checkpoint, returns: np.ndarray, deterministic: np.ndarray | None = None
+    ) -> None:
+        """Log the returns `[S, E]` of an evaluation, and keep the best checkpoint.
+
+        Does nothing if asked to stop.
+
+        Args:
+            deterministic: returns `[S, E]` with deterministic actions, if they were evaluated too.
 
         Raises:
             StorageError: if it cannot be written.
         """
         good = [s for s in range(len(returns)) if s not in saved.position.failed]
-        mean = float(np.mean(returns[good])) if good else np.nan
+        mean = float(episode_mean(episode_mean(returns[good])))
         with self._writing:
             if self._stop:
                 return
             try:
+                if self._log is not None:
+                    both = {SAMPLED: returns, DETERMINISTIC: deterministic}
+                    given = {name: x for name, x in both.items() if x is not None}
+                    self._log.add(saved.position, given)
                 checkpoint.record_evaluation(saved, mean if np.isfinite(mean) else None)
             except OSError as error:
                 raise self._with_remedy(
-                    f"checkpoint {str(saved.path)!r}: cannot be changed: {error.strerror}"
+                    f"the evaluation of checkpoint {str(saved.path)!r} cannot be written: "
+                    f"{error.strerror}"
                 ) from error
             self._prune(saved)
 
@@ -137,9 +162,15 @@ class Saver:
         self._saves.shutdown()
         self._evaluations.shutdown(wait=False, cancel_futures=True)
 
-    def _save(self, position: Position, states: TrainState, whole: TrainState) -> None:
+    def _save(
+        self, position: Position, states: TrainState, whole: TrainState, evaluate: bool
+    ) -> None:
         self._saved = checkpoint.save(self._run_dir, position, self._settings, states)
-        self.evaluate(self._saved, whole)
+        if evaluate and self._evaluate is not None:
+            self.evaluate(self._saved, whole)  # and prune, once it is known whether it is the best
+            return
+        with self._writing:
+            self._prune(self._saved)
 
     def _evaluate_saved(
         self,

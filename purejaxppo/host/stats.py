@@ -27,6 +27,14 @@ def mean_interval(
     return np.asarray(mean), np.asarray(mean - half), np.asarray(mean + half)
 
 
+def episode_mean(returns: Float[np.ndarray, "*batch E"]) -> np.ndarray:
+    """Mean over the episodes that ended, those whose return is finite; NaN if none did."""
+    ended = np.isfinite(returns)
+    count = ended.sum(axis=-1)
+    total = np.where(ended, returns, 0.0).sum(axis=-1)
+    return np.asarray(np.where(count, total / np.maximum(count, 1), np.nan))
+
+
 def interquartile_mean(values: Float[np.ndarray, "*batch S"]) -> np.ndarray:
     """Mean of the middle half over the last axis: robust as a median, and surer (Agarwal et al.
     2021, arXiv:2108.13264)."""

@@ -1,4 +1,4 @@
-"""What a run came to: `summary.json` and the learning curve."""
+"""Results of a run: `summary.json` and the learning curve."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from purejaxppo.host.configfile import Settings
 from purejaxppo.host.parallel import choose_spread
 from purejaxppo.host.plots import learning_curve
 from purejaxppo.host.rundir import CURVE, SUMMARY, StorageError, resume_command, write_whole
-from purejaxppo.host.stats import mean_interval
+from purejaxppo.host.stats import episode_mean, mean_interval
 from purejaxppo.types import TrainState
 
 
@@ -29,33 +29,48 @@ class Training(NamedTuple):
     position: Position
 
 
+class Final(NamedTuple):
+    """Returns `[S, E]` of the final evaluation, NaN for episodes that did not end."""
+
+    sampled: np.ndarray
+    deterministic: np.ndarray | None
+    """None for a wave of a sweep."""
+
+
+class Best(NamedTuple):
+    """The best checkpoint of a run by its evaluations."""
+
+    checkpoint: Checkpoint
+    fresh: np.ndarray | None
+    """Its returns `[S, E]` over episodes that did not choose it; None if there was no choice."""
+
+
 def summarize(
     settings: Settings,
     training: Training,
-    returns: np.ndarray,
+    final: Final,
     compile_seconds: float,
-    best: Checkpoint | None,
+    best: Best | None,
 ) -> dict[str, Any]:
-    """What `summary.json` holds, for returns `[S, E]` of the final evaluation."""
+    """What `summary.json` holds."""
     config, position = settings.config, training.position
-    per_seed = returns.mean(axis=1) if returns.size else np.full(len(returns), np.nan)
     finished = [s for s in range(settings.num_trainings) if s not in position.failed]
-    mean, low, high = (_number(x) for x in mean_interval(per_seed[finished]))
+    evaluated = _returns("eval_return", final.sampled, finished)
+    if final.deterministic is not None:
+        evaluated |= _returns("eval_return_deterministic", final.deterministic, finished)
     done = position.updates * config.batch_size
     total, seconds = done * settings.num_trainings, position.run_seconds
     return {
         "env_id": config.env_id,
         "num_seeds": settings.run.num_seeds,
-        "eval_episodes": returns.shape[1],
-        "eval_return_per_seed": [_number(x) for x in per_seed],
-        "eval_return_mean": mean,
-        "eval_return_interval_95": None if low is None else [low, high],
+        "eval_episodes": final.sampled.shape[1],
+        **evaluated,
+        "unfinished_eval_episodes": int(np.isnan(final.sampled[finished]).sum()),
         "failed_seeds": {
             str(s): {"update": u, "last_good_update": u - 1}
             for s, u in sorted(position.failed.items())
         },
-        "best_checkpoint": best
-        and {"updates": best.position.updates, "eval_return_mean": best.eval_return},
+        "best_checkpoint": best and _best(best, finished),
         "extended": [{"updates": at, "total_timesteps": n} for at, n in position.extended],
         "env_steps": done,
         "env_steps_planned": config.num_updates * config.batch_size,
@@ -87,6 +102,27 @@ def write_results(
             f"{str(directory)!r}: the summary cannot be written: {error.strerror}; free space, "
             f"then: {resume_command(directory)}"
         ) from error
+
+
+def _returns(name: str, returns: np.ndarray, finished: list[int]) -> dict[str, Any]:
+    """Means of returns `[S, E]`, and over the seeds that finished."""
+    per_seed = episode_mean(returns)
+    mean, low, high = (_number(x) for x in mean_interval(per_seed[finished]))
+    return {
+        f"{name}_per_seed": [_number(x) for x in per_seed],
+        f"{name}_mean": mean,
+        f"{name}_interval_95": None if low is None else [low, high],
+    }
+
+
+def _best(best: Best, finished: list[int]) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "updates": best.checkpoint.position.updates,
+        "eval_return_mean": best.checkpoint.eval_return,
+    }
+    if best.fresh is not None:
+        entry["fresh_return_mean"] = _number(episode_mean(episode_mean(best.fresh[finished])))
+    return entry
 
 
 def _device(settings: Settings) -> dict[str, Any]:

@@ -95,11 +95,11 @@ class WaveProgress(Progress):
         self._trials, self._title = wave.trials, title
         self._seeds = wave.settings.run.num_seeds
 
-    def starting(self, checkpoint: Checkpoint | None, again: bool) -> None:
-        where = f", going on after update {checkpoint.position.updates:,}" if checkpoint else ""
+    def starting(self, checkpoint: Checkpoint | None, again: bool, where: str) -> None:
+        done = f", resuming from update {checkpoint.position.updates:,}" if checkpoint else ""
         if checkpoint is not None:
             self._done = checkpoint.position.updates
-        self._console.print(f"{self._title}: {_count(len(self._trials), 'trial')}{where}")
+        self._console.print(f"{self._title}: {_count(len(self._trials), 'trial')} on {where}{done}")
 
     def training(self, compile_seconds: float) -> None:
         self._show_bar()
