@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from purejaxppo.agent import Agent, make_agent
     from purejaxppo.config import Config, ConfigError, HParams
+    from purejaxppo.curves import curve
     from purejaxppo.envs import MultiDiscrete, available_environments
     from purejaxppo.evaluation import evaluate
     from purejaxppo.export import export_policy
     from purejaxppo.host.load import Loaded, load
+    from purejaxppo.host.program import enable_compilation_cache
     from purejaxppo.host.run import Result, resume, run
     from purejaxppo.host.rundir import LostError, StorageError
+    from purejaxppo.inputs import vmap_axes
     from purejaxppo.learner import make_learner
     from purejaxppo.sweeps.engine import SweepResult, resume_sweep, sweep
     from purejaxppo.sweeps.settings import SweepSettings
@@ -25,12 +28,15 @@ if TYPE_CHECKING:
 _HOMES = {
     "agent": "Agent make_agent",
     "config": "Config ConfigError HParams",
+    "curves": "curve",
     "envs": "MultiDiscrete available_environments",
     "evaluation": "evaluate",
     "export": "export_policy",
     "host.load": "Loaded load",
+    "host.program": "enable_compilation_cache",
     "host.run": "Result resume run",
     "host.rundir": "LostError StorageError",
+    "inputs": "vmap_axes",
     "learner": "make_learner",
     "sweeps.engine": "SweepResult resume_sweep sweep",
     "sweeps.settings": "SweepSettings",
@@ -56,6 +62,8 @@ __all__ = [
     "TrainState",
     "available_environments",
     "choice",
+    "curve",
+    "enable_compilation_cache",
     "evaluate",
     "export_policy",
     "load",
@@ -69,6 +77,7 @@ __all__ = [
     "sweep",
     "train_chunk",
     "uniform",
+    "vmap_axes",
 ]
 
 

@@ -212,8 +212,8 @@ class Config:
 class HParams:
     """The numbers of a training that can be traced. Each may be batched and `vmap`ped over.
 
-    Raises `ConfigError` on construction if a concrete value is out of range; traced values and
-    the integers and `None` of a `vmap` axis specification pass unchecked.
+    Raises `ConfigError` on construction if a concrete value is out of range; traced values pass
+    unchecked. For arrays, `vmap_axes` makes the `in_axes` of `jax.vmap`.
     """
 
     learning_rate: Scalar = _bounded(2.5e-4, 0, FLOAT_MAX)
@@ -256,9 +256,6 @@ class HParams:
     """Adam's epsilon."""
 
     def __post_init__(self) -> None:
-        values = [getattr(self, f.name) for f in dataclasses.fields(self)]
-        if all(value is None or isinstance(value, int) for value in values):
-            return
         check_fields(self)
 
 

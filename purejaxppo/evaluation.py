@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from purejaxppo.agent import agent_in
-from purejaxppo.config import Config, ConfigError
+from purejaxppo.config import Config
 from purejaxppo.envs import make_environment
-from purejaxppo.types import Environment, PyTree, TrainState
+from purejaxppo.inputs import as_key, check_config, whole_number
+from purejaxppo.types import Environment, KeyLike, PyTree, TrainState
 
 MAX_STEPS_WITHOUT_LIMIT = 10_000
 # Rows of a split and folded-in numbers are the same keys: these lie beyond any number of seeds.
@@ -36,33 +37,40 @@ class _Episodes(NamedTuple):
 def evaluate(
     config: Config,
     state: TrainState,
-    key: Key[Array, ""],
+    key: KeyLike,
     num_episodes: int = 128,
     *,
-    deterministic: bool = False,
+    deterministic: bool | Bool[Array, ""] = False,
     max_steps: int | None = None,
     env: Any = None,
     env_params: Any = None,
 ) -> Float[Array, " num_episodes"]:
-    """Undiscounted returns of `num_episodes` fresh episodes, run side by side.
+    """Run `num_episodes` fresh episodes side by side, and return their undiscounted returns.
 
     The statistics of the normaliser are those of `state`, and stay as they are. A pure function:
     put it under `jax.jit` to compile once, under `jax.vmap` for many states.
 
     Args:
         state: of one seed.
-        deterministic: take the mode of the policy instead of sampling from it.
-        max_steps: an episode that lasts longer counts with its return so far; None takes the
-            environment's own time limit, or 10,000 where it states none.
+        deterministic: take the mode of the policy instead of sampling from it. May be traced, so
+            that one compiled program does both.
+        max_steps: stop after this many steps; an episode that has not ended counts with its return
+            so far. None: an episode that does not end within the environment's own time limit
+            (10,000 steps if it states none) has no known return and counts as NaN, as does any
+            mean over it.
         env: the object passed to training in place of a name, if one was.
         env_params: its parameters; None takes its defaults.
 
     Raises:
-        ConfigError: as `make_agent`, or if a number is below 1.
+        ConfigError: as `make_agent`, or if `num_episodes` or `max_steps` is no whole number from 1,
+            or `key` is not one key.
     """
-    _check_counts(num_episodes, max_steps)
+    check_config(config, "evaluate")
+    hint = "use jax.vmap(lambda key: ppo.evaluate(config, state, key))(keys)"
+    key = as_key(key, "evaluate", hint)
+    num_episodes = whole_number("num_episodes", num_episodes, 1)
     environment = make_environment(config, env, env_params)
-    agent = agent_in(environment, config, state)
+    agent = agent_in(environment, config, state, "evaluate")
     limit = _step_limit(max_steps, environment)
 
     def step(now: _Episodes) -> _Episodes:
@@ -92,15 +100,13 @@ def evaluate(
         over=jnp.zeros(num_episodes, bool),
     )
     last = jax.lax.while_loop(lambda now: (now.steps < limit) & ~jnp.all(now.over), step, first)
-    return last.total
+    return jnp.where(last.over, last.total, jnp.nan) if max_steps is None else last.total
 
 
-def _step_limit(max_steps: int | None, environment: Environment) -> int:
-    limits = (max_steps, environment.max_episode_steps, MAX_STEPS_WITHOUT_LIMIT)
-    return next(limit for limit in limits if limit is not None)
-
-
-def _check_counts(num_episodes: int, max_steps: int | None) -> None:
-    for name, value in (("num_episodes", num_episodes), ("max_steps", max_steps)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} = {value}: must be at least 1")
+def _step_limit(max_steps: int | None, environment: Environment) -> Any:
+    if max_steps is not None:
+        return whole_number("max_steps", max_steps, 1)
+    if environment.max_episode_steps is None:
+        return MAX_STEPS_WITHOUT_LIMIT
+    # Some environments end episodes one step after their limit: time > limit, or a limit of 99.5.
+    return environment.max_episode_steps + 1

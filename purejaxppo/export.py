@@ -9,6 +9,7 @@ from jax import export
 from purejaxppo.agent import agent_in
 from purejaxppo.config import Config
 from purejaxppo.envs import make_environment
+from purejaxppo.inputs import check_config
 from purejaxppo.types import TrainState
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -34,8 +35,8 @@ def export_policy(
 
     Args:
         state: of one seed.
-        sample: take a key before everything else, `uint32[2]` as `jax.random.key_data` gives it,
-            and sample actions, instead of taking the policy's mode.
+        sample: sample actions instead of taking the policy's mode; the first argument is then a
+            key, `uint32[2]` as `jax.random.PRNGKey` or `jax.random.key_data` gives it.
         env: the object passed to training in place of a name, if one was.
         env_params: its parameters; None takes its defaults.
 
@@ -43,8 +44,9 @@ def export_policy(
         ConfigError: if the environment does not exist, its spaces do not fit the config, or the
             state is of several seeds.
     """
+    check_config(config, "export_policy")
     environment = make_environment(config, env, env_params)
-    agent = agent_in(environment, config, state)
+    agent = agent_in(environment, config, state, "export_policy")
 
     def act(key: jax.Array, obs: jax.Array, carry: Any, start: jax.Array | None) -> Any:
         key = jax.random.wrap_key_data(key)

@@ -1,10 +1,11 @@
 """Wires the parts into `Learner(init, update)`."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float
 
 from purejaxppo.advantages import make_advantage
 from purejaxppo.collect import init_actors, make_collect
@@ -15,6 +16,7 @@ from purejaxppo.envs import make_environment
 from purejaxppo.envs.base import check_contract, is_box
 from purejaxppo.episodes import collect_episodes, make_episode_advantage
 from purejaxppo.improve import init_optimizer, make_improve
+from purejaxppo.inputs import as_key, check_config, check_fits, check_hparams, check_state
 from purejaxppo.networks import make_network
 from purejaxppo.normalize import (
     discounted_returns,
@@ -29,6 +31,7 @@ from purejaxppo.types import (
     Collect,
     Environment,
     Improve,
+    KeyLike,
     Learner,
     LearnerState,
     Metrics,
@@ -57,8 +60,11 @@ def make_learner(
             each device steps `num_envs / devices` of them and all learn the same.
 
     Raises:
-        ConfigError: if the environment does not exist, or its spaces do not fit the config.
+        ConfigError: if the environment does not exist, or its spaces do not fit the config. From
+            `init` and `update`, if they are given a batch of keys or hyperparameters, or a state
+            of several seeds or of a config that makes other shapes.
     """
+    check_config(config, "make_learner")
     environment = make_environment(config, env, env_params)
     policy = make_policy(config, environment.action_space)
     network = make_network(config, environment.observation_space, policy)
@@ -66,7 +72,10 @@ def make_learner(
     collect, estimate, improve = _parts(config, environment, network, policy, axis)
     adaptive = config.objective == "ppo_kl_adaptive"
 
-    def init(key: Key[Array, ""], hparams: HParams) -> TrainState:
+    def init(key: KeyLike, hparams: HParams) -> TrainState:
+        key = as_key(key, "init", "use jax.vmap(learner.init, (0, None))(keys, hparams)")
+        hint = "use jax.vmap(learner.init, (None, ppo.vmap_axes(hparams)))(key, hparams)"
+        check_hparams(hparams, "init", hint)
         params_key, learner_key, envs_key = jax.random.split(key, 3)
         params = network.init(params_key)
         obs_shape = tuple(environment.observation_space.shape)
@@ -82,7 +91,16 @@ def make_learner(
         )
         return TrainState(learner, init_actors(config, environment, network, envs_key, axis))
 
+    @functools.cache
+    def shapes() -> TrainState:
+        return jax.eval_shape(lambda: init(jax.random.key(0), HParams()))
+
     def update(state: TrainState, hparams: HParams) -> tuple[TrainState, Metrics]:
+        check_state(state, "update", "use jax.vmap(learner.update, (0, None))(states, hparams)")
+        hint = "use jax.vmap(learner.update, (0, ppo.vmap_axes(hparams)))(states, hparams)"
+        check_hparams(hparams, "update", hint)
+        if axis is None:  # else each device has its own rows
+            check_fits("state", state, shapes())
         learner, actors = state
         actors, rollout, raw_obs = collect(learner, actors)
         raw_reward = rollout.reward

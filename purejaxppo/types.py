@@ -17,11 +17,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from purejaxppo.config import HParams
 
 PyTree = Any
+KeyLike = Key[Array, ""] | UInt32[Array, "_"]
+"""One random key: typed, of `jax.random.key`, or old-style, of `jax.random.PRNGKey`."""
 Metrics = dict[str, Array]
 """Scalars of one update, reduced on the device; `[U]` after a scan."""
 
@@ -162,7 +164,7 @@ class TrainState(NamedTuple):
 class Learner(NamedTuple):
     """A policy-gradient learner: a pair of pure functions."""
 
-    init: Callable[[Key[Array, ""], Any], TrainState]
+    init: Callable[[KeyLike, Any], TrainState]
     """`(key, hparams) -> TrainState`."""
     update: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
     """`(state, hparams) -> (state, metrics)`: collect, advantages, improve."""

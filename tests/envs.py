@@ -48,6 +48,13 @@ class ConstantChain(Environment):
         return spaces.Box(0, 1, (2,))
 
 
+class Unending(ConstantChain):
+    """It states a limit of 5 steps that it does not keep."""
+
+    def is_truncated(self, state: Clock, params: Params) -> jax.Array:
+        return jnp.bool_(False)
+
+
 class Countdown(ConstantChain):
     """The same, but the episode terminates after 5 steps, and the observation tells the step."""
 

@@ -89,6 +89,7 @@ def test_samples_are_the_agents_for_the_same_key():
     expected, _ = ppo.make_agent(config, state, env).act(key, obs, ())
     action = policy.call(jax.random.key_data(key), obs)
     np.testing.assert_allclose(action, expected, rtol=1e-5)
+    np.testing.assert_array_equal(policy.call(jax.random.PRNGKey(3), obs), action)
     assert np.std(action) > 0.1
     assert set(policy.platforms) == {"cpu", "cuda", "rocm", "tpu"}
 

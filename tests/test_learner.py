@@ -263,12 +263,9 @@ def test_a_seed_under_vmap_equals_the_seed_alone(key: jax.Array):
 
 def test_hyperparameters_can_be_batched(tiny: ppo.Config, key: jax.Array):
     rates = jnp.array([0.0, 1e-3, 1e-1])
-    axes = dataclasses.replace(
-        jax.tree.map(lambda _: None, ppo.HParams()), learning_rate=0, gamma=0
-    )
     batched = ppo.HParams(learning_rate=rates, gamma=jnp.array([0.9, 0.9, 0.5]))
     train = ppo.make_train(tiny)
-    states, _ = jax.jit(jax.vmap(train, (None, axes)))(key, batched)
+    states, _ = jax.jit(jax.vmap(train, (None, ppo.vmap_axes(batched))))(key, batched)
     alone, _ = jax.jit(train)(key, ppo.HParams(learning_rate=1e-3, gamma=0.9))
     mine = jax.tree.map(lambda x: x[1], states)
     assert_equal_trees(alone.learner.params, mine.learner.params, atol=1e-5)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import logged
-from envs import Poisoned, RandomWalk
+from envs import Clock, ConstantChain, Params, Poisoned, RandomWalk, Unending
 
 import purejaxppo as ppo
 from purejaxppo.evaluation import FINAL_EVALUATION, LATER_EVALUATION, evaluation_keys
@@ -258,6 +258,54 @@ def test_evaluate_is_reproducible_and_counts_unfinished_episodes_as_they_are():
         ppo.evaluate(config, states, key)
     both = jax.vmap(lambda s, k: ppo.evaluate(config, s, k, 8))(states, jnp.stack([key, key]))
     np.testing.assert_array_equal(both[0], whole)
+
+
+class Unlimited(Unending):
+    """It states no limit either."""
+
+    @property
+    def default_params(self) -> Any:
+        return ()
+
+
+class OneLate(ConstantChain):
+    def is_truncated(self, state: Clock, params: Params) -> jax.Array:
+        return state.time > params.max_steps_in_episode
+
+
+def test_an_episode_that_does_not_end_has_no_return(tiny: ppo.Config, monkeypatch: Any):
+    """Rewards are 1: a return is the episode's length."""
+    monkeypatch.setattr("purejaxppo.evaluation.MAX_STEPS_WITHOUT_LIMIT", 20)
+    state = ppo.make_learner(tiny, ConstantChain()).init(jax.random.key(0), ppo.HParams())
+
+    def returns(env: Any, **given: Any) -> list[float]:
+        return ppo.evaluate(tiny, state, jax.random.key(1), 2, env=env, **given).tolist()
+
+    assert returns(ConstantChain()) == [5, 5]
+    assert returns(ConstantChain(), max_steps=5) == [5, 5]
+    assert returns(OneLate()) == [6, 6]
+    assert returns(ConstantChain(), env_params=Params(4.5)) == [5, 5]  # pyright: ignore
+    assert np.isnan(returns(Unending())).all()
+    assert np.isnan(returns(Unlimited())).all()
+    assert returns(Unending(), max_steps=7) == [7, 7]
+    assert returns(Unlimited(), max_steps=7) == [7, 7]
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_one_program_evaluates_sampled_and_deterministic_actions(env: str, tiny: ppo.Config):
+    config = dataclasses.replace(tiny, env_id=env)
+    state = ppo.make_learner(config).init(jax.random.key(0), ppo.HParams())
+
+    def returns(deterministic: Any) -> jax.Array:
+        key = jax.random.key(1)
+        return ppo.evaluate(config, state, key, 4, deterministic=deterministic, max_steps=20)
+
+    both = jax.jit(returns)
+    found = {value: both(value) for value in (False, True)}
+    assert both._cache_size() == 1  # type: ignore
+    assert (found[False] != found[True]).any()
+    for value in (False, True):
+        np.testing.assert_allclose(found[value], jax.jit(lambda: returns(value))(), rtol=1e-5)  # noqa: B023
 
 
 # Statistics and plots

@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from purejaxppo.curves import POINTS, means_of_stretches
 from purejaxppo.host.stats import mean_interval
-
-_POINTS = 200
 
 
 def learning_curve(
@@ -58,17 +57,6 @@ def bare_axes(axes: Any, xlabel: str, ylabel: str) -> None:
 def smooth(
     env_steps: np.ndarray, returns: Float[np.ndarray, "U S"]
 ) -> tuple[np.ndarray, Float[np.ndarray, "P S"]]:
-    """Each seed's curve as means over at most 200 equal stretches of updates.
-
-    A stretch in which a seed finished no episode repeats the one before; before a seed's first
-    episode it is NaN.
-    """
-    stretches = np.array_split(np.arange(len(env_steps)), min(_POINTS, len(env_steps)))
-    rows: list[np.ndarray] = []
-    for stretch in stretches:
-        part = returns[stretch]
-        seen = np.isfinite(part)
-        total = np.where(seen, part, 0.0).sum(axis=0)
-        before = rows[-1] if rows else np.full(returns.shape[1], np.nan)
-        rows.append(np.where(seen.any(axis=0), total / np.maximum(seen.sum(axis=0), 1), before))
-    return np.asarray([env_steps[stretch[-1]] for stretch in stretches]), np.asarray(rows)
+    """Each seed's curve in at most 200 points, as `purejaxppo.curve` makes them."""
+    steps, curves = means_of_stretches(env_steps, returns.T, POINTS)
+    return steps, curves.T

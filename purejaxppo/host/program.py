@@ -30,8 +30,15 @@ CHUNK_CAPACITY = 1024
 
 
 def enable_compilation_cache() -> None:
-    """Keep compiled programs in `$XDG_CACHE_HOME/purejaxppo` (`~/.cache/purejaxppo`), unless JAX
-    already has a folder for them."""
+    """Keep all programs that this process compiles on disk, so that the next process loads them.
+
+    They go to `$XDG_CACHE_HOME/purejaxppo`, or `~/.cache/purejaxppo`. If JAX already has a cache
+    folder (`JAX_COMPILATION_CACHE_DIR`, or an earlier call), nothing changes. Call it before the
+    first `jax.jit`; `run`, `sweep` and the command line do so themselves:
+
+        ppo.enable_compilation_cache()
+        state, metrics = jax.jit(ppo.make_train(config))(key, hparams)
+    """
     if jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         return
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

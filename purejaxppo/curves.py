@@ -1,0 +1,65 @@
+"""Learning curves from metrics, ready to plot."""
+
+import difflib
+
+import numpy as np
+from jaxtyping import Float
+
+from purejaxppo.config import ConfigError
+from purejaxppo.inputs import whole_number
+from purejaxppo.types import Metrics
+
+POINTS = 200
+
+
+def curve(
+    metrics: Metrics, name: str = "episode_return", points: int = POINTS
+) -> tuple[Float[np.ndarray, " P"], Float[np.ndarray, "*batch P"]]:
+    """A metric over environment steps, without gaps, as NumPy arrays:
+
+        plt.plot(*ppo.curve(metrics))
+
+    Updates are divided into P equal stretches. A point is the mean over its stretch's updates,
+    leaving out those that are not finite: an update in which no episode ended has an
+    `episode_return` of NaN. A stretch without any value repeats the point before it; points before
+    the first value are NaN.
+
+    Args:
+        metrics: of `train`, `train_chunk` or `run`: `[U]`, or with leading axes that `jax.vmap`
+            added, `[S, U]`, `[K, S, U]`.
+        points: upper limit of P, which is U where that is smaller.
+
+    Returns:
+        the environment steps of one run at the end of each stretch `[P]`, and the values
+        `[..., P]`.
+
+    Raises:
+        ConfigError: if there is no such metric, no update, or `points` is no whole number from 1.
+    """
+    if name not in metrics:
+        near = difflib.get_close_matches(name, metrics, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(sorted(metrics))}"
+        raise ConfigError(f"name = {name!r}: no such metric; {hint}")
+    points = whole_number("points", points, 1)
+    steps = np.asarray(metrics["env_steps"], float)
+    if not steps.size:
+        raise ConfigError("metrics hold no update: a curve needs at least one")
+    # All runs count alike, but one that failed stops counting.
+    steps = np.fmax.reduce(steps.reshape((-1, steps.shape[-1])))
+    return means_of_stretches(steps, np.asarray(metrics[name], float), points)
+
+
+def means_of_stretches(
+    env_steps: Float[np.ndarray, " U"], values: Float[np.ndarray, "*batch U"], points: int
+) -> tuple[Float[np.ndarray, " P"], Float[np.ndarray, "*batch P"]]:
+    """What `curve` does, of arrays."""
+    stretches = np.array_split(np.arange(len(env_steps)), min(points, len(env_steps)))
+    means: list[np.ndarray] = []
+    for stretch in stretches:
+        part = values[..., stretch]
+        seen = np.isfinite(part)
+        total, count = np.where(seen, part, 0.0).sum(axis=-1), seen.sum(axis=-1)
+        before = means[-1] if means else np.full(total.shape, np.nan)
+        means.append(np.where(count > 0, total / np.maximum(count, 1), before))
+    ends = [env_steps[stretch[-1]] for stretch in stretches]
+    return np.asarray(ends), np.stack(means, axis=-1)
