@@ -20,6 +20,7 @@ from purejaxppo.config import Config, ConfigError, HParams, check_fields
 from purejaxppo.evaluation import FRESH_EVALUATION
 from purejaxppo.host.checkpoint import Checkpoint, Position, check_same_run, ranked_by_return
 from purejaxppo.host.configfile import RunSettings, Settings, load_settings
+from purejaxppo.host.evaluations import evaluation_curve
 from purejaxppo.host.load import check_env, newest_or_none, restore_states
 from purejaxppo.host.loggers import (
     COLUMNS,
@@ -504,7 +505,7 @@ def _best_checkpoint(
     found = ranked_by_return(directory)
     if not found:
         return None
-    if len(found) == 1:
+    if len(evaluation_curve(directory)[0]) == 1:
         return Best(found[0], None)
     same = found[0].position.updates == training.position.updates
     if not same and jax.process_count() > 1:  # reading a checkpoint takes all processes
