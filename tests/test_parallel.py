@@ -110,7 +110,7 @@ def test_a_seed_comes_out_the_same_over_1_2_and_4_devices_and_alone():
         (
             ppo.Config(num_envs=8, num_minibatches=4, memory="gru"),
             {"devices": 4},
-            "use fewer of either",
+            "fewer of either",
         ),
         (ppo.Config(), {"devices": 4, "num_seeds": 6}, "num_seeds = 6 cannot be dealt out evenly"),
     ],
