@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from purejaxppo.checks import is_traced
 from purejaxppo.config import Config, ConfigError
 from purejaxppo.envs.base import MultiDiscrete, is_box, is_discrete
 from purejaxppo.types import Policy
@@ -22,8 +23,8 @@ def make_policy(config: Config, action_space: Any) -> Policy:
     """The policy for an action space.
 
     Raises:
-        ConfigError: if the space is of no supported kind, or `config.action_distribution` does
-            not fit it.
+        ConfigError: if the space is of no supported kind, its bounds are traced, or
+            `config.action_distribution` does not fit it.
     """
     if isinstance(action_space, MultiDiscrete) or is_discrete(action_space):
         if config.action_distribution != "auto":
@@ -35,6 +36,11 @@ def make_policy(config: Config, action_space: Any) -> Policy:
             return multi_categorical(action_space.num_categories)
         return categorical(int(action_space.n))
     if is_box(action_space) and np.issubdtype(np.dtype(action_space.dtype), np.floating):
+        if is_traced(action_space.low) or is_traced(action_space.high):
+            raise ConfigError(
+                f"the action bounds of {config.env_id} depend on traced values (env_params under "
+                "jit or vmap); pass the parameters that set the bounds as plain numbers"
+            )
         low, high = (
             np.broadcast_to(np.asarray(bound, np.float32), action_space.shape)
             for bound in (action_space.low, action_space.high)

@@ -1,9 +1,13 @@
 """The environment contract: auto-reset, flags, types, adapters."""
 
+import dataclasses
+import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
+import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +16,7 @@ from envs import ConstantChain, Params, RandomWalk
 from gymnax.environments import spaces
 
 import purejaxppo as ppo
+from purejaxppo.cli import main
 from purejaxppo.envs import make_environment
 from purejaxppo.types import Environment, TimeStep
 
@@ -77,8 +82,6 @@ def test_the_time_limit_truncates_and_does_not_terminate():
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1", "Catch-bsuite"])
 def test_stepping_inside_equals_the_public_step(env_id: str):
     """Until the first reset, whose keys differ: the same states, flags and rewards."""
-    import gymnax
-
     inner, params = gymnax.make(env_id)
     fast = make_environment(ppo.Config(env_id=env_id), inner, params)
     public = make_environment(ppo.Config(env_id=env_id), Wrapped(inner), params)
@@ -115,6 +118,59 @@ def test_every_listed_environment_can_be_trained(env_id: str, key: jax.Array):
     state, metrics = jax.eval_shape(ppo.make_train(config), key, ppo.HParams())
     assert metrics["episode_return"].shape == (config.num_updates,)
     assert all(x.dtype != jnp.int64 for x in jax.tree.leaves(state))
+
+
+IN_EVERY_SUITE = (
+    "Pendulum-v1", "Breakout-MinAtar", "Catch-bsuite", "PointRobot-misc", "Reacher-misc",
+    "Swimmer-misc", "FrozenLake-misc",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "env_id",
+    [
+        pytest.param(name, marks=() if name in IN_EVERY_SUITE else pytest.mark.slow)
+        for name in ppo.available_environments()
+    ],
+)
+def test_every_listed_environment_trains_and_evaluates_by_the_command_line(
+    env_id: str, tmp_path: Path, capsys: Any
+):
+    small = "--total-timesteps=32 --num-envs=2 --num-steps=8 --update-epochs=1 --num-minibatches=1"
+    arguments = [*small.split(), "--hidden-sizes=4", "--eval-episodes=2"]
+    assert main(["train", "--env-id", env_id, *arguments, "--run-dir", str(tmp_path / "run")]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert np.isfinite(summary["eval_return_per_seed"]).all()
+
+
+class ArrayBounds(ConstantChain):
+    """Bounds made by jnp, of both spaces, and of the observation's also from a parameter."""
+
+    def observation_space(self, params: Any) -> Any:
+        return spaces.Box(0.0, jnp.array([1.0, params.max_steps_in_episode]), (2,))
+
+    def action_space(self, params: Any) -> Any:
+        return spaces.Box(-jnp.ones(2), jnp.ones(2), (2,))
+
+
+def test_bounds_may_be_arrays_made_under_jit_and_parameters_traced(tiny: ppo.Config):
+    def longest(params: Any) -> jax.Array:
+        state, metrics = ppo.make_train(tiny, ArrayBounds(), params)(
+            jax.random.key(0), ppo.HParams()
+        )
+        ppo.evaluate(tiny, state, jax.random.key(1), 2, max_steps=2, env=ArrayBounds())
+        return jnp.nanmax(metrics["episode_length"])
+
+    np.testing.assert_array_equal(jax.jit(lambda: longest(None))(), 5)
+    found = jax.jit(jax.vmap(lambda limit: longest(Params(limit))))(jnp.array([3, 6]))
+    np.testing.assert_array_equal(found, [3, 6])
+
+
+def test_traced_action_bounds_are_refused(tiny: ppo.Config):
+    config = dataclasses.replace(tiny, env_id="Pendulum-v1")
+    params = gymnax.make("Pendulum-v1")[1]
+    with pytest.raises(ppo.ConfigError, match="action bounds of Pendulum-v1 depend on traced"):
+        jax.eval_shape(lambda params: ppo.make_learner(config, env_params=params) and 0, params)
 
 
 class WrongObs(ConstantChain):

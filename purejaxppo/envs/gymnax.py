@@ -77,10 +77,13 @@ def from_gymnax(name: str, env: Any, params: Any = None) -> Environment:
         step = reset_on_demand(reset_one, _inner_step(env, params, obs_like))
     else:
         step = jax.vmap(_public_step(env, params, obs_like))
+    # Bounds built by jnp inside a trace would be tracers, which no policy can be made from.
+    with jax.ensure_compile_time_eval():
+        observation_space, action_space = env.observation_space(params), env.action_space(params)
     return Environment(
         name=name,
-        observation_space=env.observation_space(params),
-        action_space=env.action_space(params),
+        observation_space=observation_space,
+        action_space=action_space,
         max_episode_steps=_time_limit(params),
         reset=jax.vmap(reset_one),
         step=step,
