@@ -59,14 +59,18 @@ def make_policy(config: Config, action_space: Any) -> Policy:
     )
 
 
+def _best(scores: Float[Array, "*batch K"]) -> Int[Array, "*batch"]:
+    return jnp.argmax(scores, axis=-1).astype(jnp.int32)  # int64 in 64-bit mode
+
+
 def categorical(num_categories: int) -> Policy:
     """One choice out of `num_categories`; sampled by the Gumbel-max trick."""
     return Policy(
         num_outputs=num_categories,
         num_free=0,
         distribution=lambda outputs: distrax.Categorical(logits=outputs),
-        noise=lambda key: jax.random.gumbel(key, (num_categories,)),
-        sample=lambda outputs, noise: jnp.argmax(outputs + noise, axis=-1),
+        noise=lambda key: jax.random.gumbel(key, (num_categories,), jnp.float32),
+        sample=lambda outputs, noise: _best(outputs + noise),
         to_env=lambda action: action,
     )
 
@@ -101,13 +105,13 @@ def multi_categorical(num_categories: tuple[int, ...]) -> Policy:
 
     def sample(outputs: Array, noise: Array) -> Int[Array, "*batch A"]:
         scores = outputs + noise
-        return jnp.stack([jnp.argmax(scores[..., a:b], axis=-1) for a, b in spans], axis=-1)
+        return jnp.stack([_best(scores[..., a:b]) for a, b in spans], axis=-1)
 
     return Policy(
         num_outputs=sum(num_categories),
         num_free=0,
         distribution=distribution,
-        noise=lambda key: jax.random.gumbel(key, (sum(num_categories),)),
+        noise=lambda key: jax.random.gumbel(key, (sum(num_categories),), jnp.float32),
         sample=sample,
         to_env=lambda action: action,
     )
@@ -133,7 +137,7 @@ def _gaussian_parts(size: int) -> dict[str, Any]:
     return {
         "num_outputs": size,
         "num_free": size,
-        "noise": lambda key: jax.random.normal(key, (size,)),
+        "noise": lambda key: jax.random.normal(key, (size,), jnp.float32),
         "sample": sample,
     }
 

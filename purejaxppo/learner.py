@@ -1,5 +1,6 @@
 """Wires the parts into `Learner(init, update)`."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -165,20 +166,21 @@ def count_episodes(
     The steps up to an environment's last `done` belong to finished episodes, together with what
     was carried into the rollout; those after it are carried on.
     """
+    count = partial(jnp.sum, dtype=jnp.int32)  # in 64-bit mode sums of integers are int64
     under_way = jnp.cumsum(done[::-1], axis=0)[::-1] == 0
     any_done = jnp.any(done, axis=0)
     finished_return = jnp.sum(reward * ~under_way, axis=0) + any_done * actors.episode_return
-    finished_length = jnp.sum(~under_way, axis=0) + any_done * actors.episode_length
+    finished_length = count(~under_way, axis=0) + any_done * actors.episode_length
     actors = actors._replace(
         episode_return=jnp.sum(reward * under_way, axis=0) + ~any_done * actors.episode_return,
-        episode_length=jnp.sum(under_way, axis=0) + ~any_done * actors.episode_length,
+        episode_length=count(under_way, axis=0) + ~any_done * actors.episode_length,
     )
-    sums = (jnp.sum(done), jnp.sum(finished_return), jnp.sum(finished_length))
+    sums = (count(done), jnp.sum(finished_return), count(finished_length))
     episodes, returns, lengths = all_sum(sums, axis)
     return actors, {
         "episodes": episodes,
         "episode_return": returns / episodes,
-        "episode_length": lengths / episodes,
+        "episode_length": lengths.astype(jnp.float32) / episodes,
     }
 
 

@@ -3,6 +3,9 @@
 import dataclasses
 import functools
 import operator
+import os
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -423,6 +426,40 @@ def test_explained_variance():
     mask = jnp.ones(4)
     assert explained_variance(target, target, mask) == 1.0
     assert explained_variance(jnp.full(4, 7.0), target, mask) == pytest.approx(0.0, abs=1e-6)
+
+
+WIDE = """
+import dataclasses, jax, numpy as np, purejaxppo as ppo
+tiny = ppo.Config(
+    total_timesteps=96, num_envs=4, num_steps=8, num_minibatches=2, hidden_sizes=(8,),
+    normalize_obs=True, normalize_reward=True,
+)
+
+def train(config):
+    return lambda key: ppo.make_train(config)(key, ppo.HParams())
+
+key = jax.random.key(0)
+_, metrics = jax.jit(train(tiny))(key)
+assert np.isfinite(metrics["policy_loss"]).all()
+for changes in (
+    {"env_id": "Breakout-MinAtar", "memory": "lstm"},
+    {"env_id": "Pendulum-v1", "action_distribution": "tanh_normal", "objective": "trpo"},
+):
+    state, metrics = jax.eval_shape(train(dataclasses.replace(tiny, **changes)), key)
+    ours = state.learner, state.actors.episode_return, state.actors.episode_length, metrics
+    wide = [x for x in jax.tree.leaves(ours) if str(x.dtype) in ("float64", "int64")]
+    assert not wide, (changes, wide)
+"""
+
+
+@pytest.mark.usefixtures("one_cache")
+def test_64_bit_mode_changes_no_type_of_ours():
+    """What an environment makes may be wider; what is learned and counted has 32 bits."""
+    variables = os.environ | {"JAX_ENABLE_X64": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", WIDE], env=variables, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # Learning where the answer is known
