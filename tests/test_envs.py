@@ -210,6 +210,72 @@ def test_an_environment_whose_shapes_do_not_fit_is_refused(tiny: ppo.Config):
         ppo.make_learner(tiny, env=GrowingState(ConstantChain()))
 
 
+class OtherTypes(ConstantChain):
+    """Reset gives numbers of `first` as state and observation, step adds `second` to both."""
+
+    def __init__(self, first: Any, second: Any, observation: Any = None):
+        self.first, self.second, self.observation = first, second, observation
+
+    def step_env(self, key: Any, state: Any, action: Any, params: Any) -> Any:
+        state = {"at": state["at"] + self.second, "time": state["time"] + 1}
+        return self.observed(state), state, 1, False, {}
+
+    def reset_env(self, key: Any, params: Any) -> Any:
+        state = {"at": self.first, "time": 0}
+        return self.observed(state), state
+
+    def observed(self, state: Any) -> jax.Array:
+        return jnp.stack([state["at"]] * 2).astype(self.observation or state["at"].dtype)
+
+    def is_truncated(self, state: Any, params: Any) -> jax.Array:
+        return state["time"] >= 5
+
+
+class IntegerObs(ConstantChain):
+    def reset_env(self, key: Any, params: Any) -> Any:
+        _, state = super().reset_env(key, params)
+        return jnp.ones(2, jnp.int32), state
+
+
+class FloatingTime(Wrapped):
+    def step(self, key: Any, state: Any, action: Any, params: Any) -> Any:
+        obs, state, *rest = self.env.step(key, state, action, params)
+        return obs, state.replace(time=state.time * 1.0), *rest
+
+
+HALF = jnp.float32(0.5)
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        (OtherTypes(jnp.int32(0), HALF, jnp.float32), "float32 but reset returns int32 as its st"),
+        (OtherTypes(jnp.int32(0), 0.5, jnp.float32), r"\['at'\], .*; make reset return float32"),
+        (OtherTypes(jnp.int8(0), jnp.int32(300), jnp.float32), "int32 but reset returns int8"),
+        (FloatingTime(ConstantChain()), r"float32 but reset returns int32 as its state \.time"),
+        (IntegerObs(), "float32 but reset returns int32 as its observation, so"),
+    ],
+)  # fmt: skip
+def test_types_that_would_cut_what_step_returns_are_refused(tiny: ppo.Config, env: Any, words: str):
+    with pytest.raises(ppo.ConfigError, match=f"env CartPole-v1: step returns .*{words}"):
+        ppo.make_learner(tiny, env=env)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(HALF, jnp.int32(2)), (HALF, jnp.bool_(True)), (HALF, 2), (jnp.int8(0), 3)],
+)  # fmt: skip
+def test_types_that_keep_what_step_returns_are_cast(first: Any, second: Any):
+    """Also a state that is not added to but replaced."""
+    env = OtherTypes(first, second)
+    env.step_env = lambda key, state, action, params: (
+        jnp.stack([second] * 2), {"at": second, "time": state["time"] + 1}, 1, False, {}
+    )  # fmt: skip
+    _, steps = roll(make_environment(ppo.Config(), env), 2)
+    assert steps.obs.dtype == first.dtype
+    np.testing.assert_array_equal(steps.final_obs, second)
+
+
 BOX, TWO = spaces.Box(0, 1, (2,)), spaces.Discrete(2)
 
 
