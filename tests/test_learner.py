@@ -421,11 +421,23 @@ def test_step_counts_do_not_overflow():
     assert float(steps) == pytest.approx(config.num_updates * config.batch_size, rel=1e-6)
 
 
-def test_explained_variance():
-    target = jnp.array([1.0, 2.0, 3.0, 4.0])
-    mask = jnp.ones(4)
-    assert explained_variance(target, target, mask) == 1.0
-    assert explained_variance(jnp.full(4, 7.0), target, mask) == pytest.approx(0.0, abs=1e-6)
+@pytest.mark.parametrize("scale", [1e-25, 1e-5, 1.0, 1e25])
+def test_explained_variance_is_right_at_every_scale(scale: float):
+    rng = np.random.default_rng(0)
+    target, noise = rng.normal(3, 1, (2, 40, 5)) * scale
+    mask = (rng.random((40, 5)) < 0.7).astype(np.float32)
+    for value in (target, np.full_like(target, 7.0 * scale), target + 0.3 * noise):
+        kept, error = target[mask > 0], (target - value)[mask > 0]
+        expected = 1 - np.var(error) / np.var(kept)
+        found = explained_variance(*(jnp.asarray(x, jnp.float32) for x in (value, target, mask)))
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("target", [0.0, 0.1, -3e7])
+def test_explained_variance_of_constant_targets_is_nan(target: float):
+    """Also of those that differ by rounding, here in the last bit."""
+    targets = jnp.full(64, target, jnp.float32).at[0].multiply(1 + 2**-23)
+    assert np.isnan(explained_variance(jnp.arange(64.0), targets, jnp.ones(64)))
 
 
 WIDE = """
