@@ -323,6 +323,25 @@ def _check_objective(config: Config) -> None:
         )
 
 
+def _check_standardized(config: Config) -> None:
+    """Advantages must not be standardised over one sample: the result is always 0."""
+    if config.advantage_normalization == "none":
+        return
+    if config.batch_size == 1:
+        raise ConfigError(
+            f"advantage_normalization = {config.advantage_normalization} with num_envs * num_steps "
+            "= 1: the normalised advantage of a single sample is always 0; use none, or more "
+            "num_envs or num_steps"
+        )
+    per_minibatch = config.advantage_normalization == "minibatch" and config.objective != "trpo"
+    if per_minibatch and config.batch_size == config.num_minibatches:
+        raise ConfigError(
+            f"num_minibatches = {config.num_minibatches} leaves one sample in each, whose "
+            "normalised advantage is always 0; use fewer, or advantage_normalization = batch or "
+            "none"
+        )
+
+
 def _check_minibatches(config: Config) -> None:
     if config.memory == "none":
         size, formula = config.batch_size, "num_envs * num_steps"
@@ -330,13 +349,7 @@ def _check_minibatches(config: Config) -> None:
     else:
         size, formula = config.num_envs, f"num_envs (whole sequences, for memory = {config.memory})"
         values = f"{size}"
-    if config.batch_size == config.num_minibatches and (
-        config.advantage_normalization == "minibatch"
-    ):
-        raise ConfigError(
-            f"num_minibatches = {config.num_minibatches} leaves one sample in each, whose "
-            "normalised advantage is 0; choose fewer, or advantage_normalization = 'batch'"
-        )
+    _check_standardized(config)
     if size % config.num_minibatches == 0:
         return
     small = [d for d in range(1, math.isqrt(size) + 1) if size % d == 0]
