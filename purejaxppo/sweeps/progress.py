@@ -45,7 +45,7 @@ class SweepProgress:
         return self._console.status("compiling")
 
     def wave(self, index: int, planned: PlannedWave, wave: Wave) -> "WaveProgress":
-        return WaveProgress(wave, planned, f"wave {index}", self.enabled)
+        return WaveProgress(wave, planned, f"wave {index}", self.enabled, self._sweep.strategy)
 
     def waves(self) -> Any:
         """A sign of life while machines train."""
@@ -90,8 +90,9 @@ class SweepProgress:
 class WaveProgress(Progress):
     """Reports of one wave."""
 
-    def __init__(self, wave: Wave, planned: PlannedWave, title: str, enabled: bool):
+    def __init__(self, wave: Wave, planned: PlannedWave, title: str, enabled: bool, strategy: str):
         super().__init__(wave.settings, planned.first, enabled, planned.last)
+        self._population = strategy == "pbt"
         self._trials, self._title = wave.trials, title
         self._seeds = wave.settings.run.num_seeds
 
@@ -108,9 +109,11 @@ class WaveProgress(Progress):
         index = seed // self._seeds
         if index < len(self._trials):
             trial = self._trials[index]
+            # A member of a population may still be replaced, and has other values by now.
+            result = "" if self._population else f"; recorded as failed ({describe(trial)})"
             self._console.print(
                 f"trial {trial.number}, seed {seed % self._seeds}: the loss is not finite at "
-                f"update {update}; recorded as failed ({describe(trial)})"
+                f"update {update}{result}"
             )
 
     def finished(self, summary: dict[str, Any], directory: Path | None) -> None:
