@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from purejaxppo.sweeps.engine import SweepResult, resume_sweep, sweep
     from purejaxppo.sweeps.settings import SweepSettings
     from purejaxppo.sweeps.space import choice, loguniform, uniform
+    from purejaxppo.sweeps.trials import load_trial
     from purejaxppo.train import make_train, train_chunk
     from purejaxppo.types import Learner, TrainState
 
@@ -35,6 +36,7 @@ _HOMES = {
     "sweeps.engine": "SweepResult resume_sweep sweep",
     "sweeps.settings": "SweepSettings",
     "sweeps.space": "choice loguniform uniform",
+    "sweeps.trials": "load_trial",
     "train": "make_train train_chunk",
     "types": "Learner TrainState",
 }
@@ -59,6 +61,7 @@ __all__ = [
     "evaluate",
     "export_policy",
     "load",
+    "load_trial",
     "loguniform",
     "make_agent",
     "make_learner",

@@ -67,7 +67,7 @@ class Train:
 class Sweep:
     """Train with many settings, each with several seeds, and find the best.
 
-    purejaxppo sweep configs/cartpole.toml --seeds 4 --grid num_envs=4,16 --sample
+    purejaxppo sweep configs/cartpole.toml --num-seeds 4 --grid num_envs=4,16 --sample
     learning_rate=loguniform:1e-4,1e-2 --trials 8: 8 samples at each point of the grid. A config
     file is named first, and may have its own table [sweep]. What is printed first is the plan.
     """
@@ -79,7 +79,7 @@ class Sweep:
     sweep: Annotated[SweepSettings, _Flags, tyro.conf.UseAppendAction] = dataclasses.field(
         default_factory=SweepSettings
     )
-    seeds: int = 1
+    num_seeds: int = 1
     """Trainings of each trial, which differ in their random numbers alone."""
     seed: int = 0
     """Seed of all random numbers."""
@@ -298,7 +298,7 @@ def _sweep(command: Sweep) -> int:
     from purejaxppo.sweeps.engine import start_sweep
 
     host = RunSettings(
-        command.seed, command.seeds, command.devices, command.eval_episodes,
+        command.seed, command.num_seeds, command.devices, command.eval_episodes,
         command.checkpoint_every, keep=1,
     )  # fmt: skip
     settings = Settings(command.config, command.hparams, host)

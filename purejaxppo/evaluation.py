@@ -13,7 +13,7 @@ from purejaxppo.types import Environment, PyTree, TrainState
 
 MAX_STEPS_WITHOUT_LIMIT = 10_000
 # Rows of a split and folded-in numbers are the same keys: these lie beyond any number of seeds.
-FINAL_EVALUATION, LATER_EVALUATION = 2**31, 2**31 + 1
+FINAL_EVALUATION, LATER_EVALUATION, FRESH_EVALUATION = 2**31, 2**31 + 1, 2**31 + 2
 
 
 def evaluation_keys(seed: int, num_seeds: int, purpose: int) -> Key[Array, " S"]:

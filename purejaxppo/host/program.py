@@ -160,12 +160,12 @@ def _bytes(compiled: Any) -> int:
 
 
 def make_evaluation(
-    settings: Settings, env: Any, env_params: Any
+    settings: Settings, env: Any, env_params: Any, purpose: int = FINAL_EVALUATION
 ) -> Callable[[TrainState], np.ndarray]:
     """`states[S, ...] -> returns[S, E]` of the same episodes each time, which depend on the seed
-    alone; compiled when called."""
+    and the purpose alone; compiled when called."""
     num_seeds, episodes = settings.run.num_seeds, settings.run.eval_episodes
-    keys = evaluation_keys(settings.run.seed, num_seeds, FINAL_EVALUATION)
+    keys = evaluation_keys(settings.run.seed, num_seeds, purpose)
     keys = jnp.tile(keys, settings.num_trainings // num_seeds)
 
     def returns(row: tuple[TrainState, jax.Array]) -> jax.Array:

@@ -5,6 +5,9 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float
 
+FEW_SEEDS = 5
+"""Intervals over fewer seeds than this are only rough, and are marked as such."""
+
 
 def mean_interval(
     values: Float[np.ndarray, "*batch S"], confidence: float = 0.95

@@ -1,4 +1,4 @@
-"""What came of trials, and which was best."""
+"""Results of trials, and their order."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,24 +13,27 @@ from purejaxppo.sweeps.strategies import Trial
 
 
 class Outcome(NamedTuple):
-    """What came of a trial, of S seeds."""
+    """Result of a trial, of S seeds."""
 
     trial: Trial
     returns: np.ndarray
-    """`[S]` means over the episodes of the final evaluation; NaN where a training failed."""
+    """`[S]` means over the episodes of the final evaluation, by which the best trial is selected;
+    NaN for a seed that failed."""
     failed: dict[int, int]
-    """Seeds whose loss turned non-finite, and the update at which it did."""
+    """Seeds whose loss turned non-finite, and the update at which it did. A member of a population
+    that was replaced later has not failed."""
     updates: int
-    """Of how many it was trained."""
+    """Updates trained."""
     wave: int
+    """Number of the wave that trained it last."""
 
     @property
     def score(self) -> float:
-        """What trials are ranked by: the mean over seeds, NaN if one failed."""
+        """Selection return, by which trials are ranked: the mean over seeds, NaN if one failed."""
         return float(np.mean(self.returns))
 
     def num_updates(self, settings: Settings) -> int:
-        """Of the trial's whole training."""
+        """Updates of the trial at full length."""
         return apply(self.trial.values, settings.config, settings.hparams)[0].num_updates
 
     def is_whole(self, settings: Settings) -> bool:
@@ -39,14 +42,18 @@ class Outcome(NamedTuple):
 
 
 def ranked(outcomes: Mapping[int, Outcome], definition: Definition) -> list[Outcome]:
-    """Without those that failed: the ones trained farthest first, and of those the best."""
+    """Trials that did not fail: those trained longest first, then by selection return, then by
+    number."""
     settings = definition.settings
     good = [outcome for outcome in outcomes.values() if np.isfinite(outcome.score)]
-    return sorted(good, key=lambda o: (o.updates / o.num_updates(settings), o.score), reverse=True)
+    return sorted(
+        good, key=lambda o: (-o.updates / o.num_updates(settings), -o.score, o.trial.number)
+    )
 
 
 def result_rows(outcomes: Mapping[int, Outcome], definition: Definition) -> list[dict[str, Any]]:
-    """`results.csv`: a row per trial and seed."""
+    """`results.csv`: a row per trial and seed, with the seed's mean return in the final evaluation
+    (`eval_return`, empty if it failed) and the update at which its loss turned non-finite."""
     names, rows = definition.sweep.space.names, []
     for number in sorted(outcomes):
         outcome = outcomes[number]

@@ -8,10 +8,11 @@ import numpy as np
 
 from purejaxppo.host.checkpoint import Checkpoint
 from purejaxppo.host.progress import Progress, make_console
-from purejaxppo.sweeps.files import PlannedWave
+from purejaxppo.sweeps.files import WINNER, PlannedWave
 from purejaxppo.sweeps.plan import Group, Wave
 from purejaxppo.sweeps.settings import Definition
 from purejaxppo.sweeps.strategies import Trial
+from purejaxppo.sweeps.winner import describe_winner
 
 SHOWN_TRIALS = 5
 
@@ -71,20 +72,25 @@ class SweepProgress:
     def stopped(self, how: str) -> None:
         self._console.print(f"stopped; go on by: {how}")
 
+    def evaluating(self) -> Any:
+        return self._console.status("evaluating the best trial")
+
     def best(self, rows: Sequence[tuple[Trial, float, float]]) -> None:
         """The best trials, with mean and lowest return of their seeds."""
-        self._console.print("best trials:" if rows else "every trial failed")
+        run = self._settings.run
+        title = f"best trials by selection return ({run.eval_episodes} episodes per seed):"
+        self._console.print(title if rows else "every trial failed")
         for trial, mean, least in rows[:SHOWN_TRIALS]:
-            worst = f", lowest seed {least:.2f}" if self._settings.run.num_seeds > 1 else ""
-            self._console.print(
-                f"  trial {trial.number}: return {mean:.2f}{worst}; {describe(trial)}"
-            )
+            worst = f", lowest seed {least:.2f}" if run.num_seeds > 1 else ""
+            self._console.print(f"  trial {trial.number}: {mean:.2f}{worst}; {describe(trial)}")
 
-    def finished(self, directory: Path | None, winner: Path | None) -> None:
+    def finished(self, directory: Path | None, winner: dict[str, Any] | None) -> None:
+        if winner is not None:
+            self._console.print(f"winner: {describe_winner(winner)}")
         if directory is not None:
             self._console.print(f"results: {directory / 'report.html'}")
-        if winner is not None:
-            self._console.print(f"train the best again: purejaxppo train {winner}")
+        if directory is not None and winner is not None:
+            self._console.print(f"to train it again: purejaxppo train {directory / WINNER}")
 
 
 class WaveProgress(Progress):
