@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from purejaxppo.host.run import Result, resume, run
     from purejaxppo.host.rundir import LostError, StorageError
     from purejaxppo.learner import make_learner
-    from purejaxppo.sweeps.engine import SweepResult, resume_sweep, sweep
+    from purejaxppo.sweeps.engine import resume_sweep, sweep
+    from purejaxppo.sweeps.outcomes import SweepResult
     from purejaxppo.sweeps.settings import SweepSettings
     from purejaxppo.sweeps.space import choice, loguniform, uniform
     from purejaxppo.sweeps.trials import load_trial
@@ -33,7 +34,8 @@ _HOMES = {
     "host.run": "Result resume run",
     "host.rundir": "LostError StorageError",
     "learner": "make_learner",
-    "sweeps.engine": "SweepResult resume_sweep sweep",
+    "sweeps.engine": "resume_sweep sweep",
+    "sweeps.outcomes": "SweepResult",
     "sweeps.settings": "SweepSettings",
     "sweeps.space": "choice loguniform uniform",
     "sweeps.trials": "load_trial",

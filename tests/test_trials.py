@@ -76,7 +76,7 @@ def test_the_winner_is_evaluated_again_on_episodes_that_did_not_select_it(
     assert (table["episodes_per_seed"], table["selection_episodes_per_seed"]) == (512, 4)
     note = (directory / "winner.toml").read_text().partition("\n")[0]
     assert f"return {table['return']:.2f} on 1,024 fresh episodes" in note
-    assert note.endswith(f"selection return {table['selection_return']:.2f}")
+    assert note.endswith(f"selection return {table['selection_return']:.2f}.")
 
 
 def test_trials_with_the_same_return_are_a_tie_that_the_lowest_number_wins():
@@ -94,8 +94,8 @@ def test_trials_with_the_same_return_are_a_tie_that_the_lowest_number_wins():
         "selection_return": 500.0,
     }  # fmt: skip
     assert describe_winner(table) == (
-        "trial 1, tied with trials 4, 5: return 498.76 on 1,024 fresh episodes (95% interval "
-        "490.00 to 500.00 over 2 seeds (few seeds)); selection return 500.00"
+        "trial 1 (tied with trials 4, 5): return 498.76 on 1,024 fresh episodes, 95% interval "
+        "490.00 to 500.00 over 2 seeds (few seeds); selection return 500.00"
     )
 
 

@@ -30,6 +30,31 @@ def mean_interval(
     return np.asarray(mean), np.asarray(mean - half), np.asarray(mean + half)
 
 
+def bootstrap_mean_interval(
+    values: Float[np.ndarray, "P S"], confidence: float = 0.95, resamples: int = 1000
+) -> tuple[Float[np.ndarray, " P"], Float[np.ndarray, " P"]]:
+    """Percentile bootstrap interval (Efron 1979) of the mean over the last axis, which lies within
+    the range of the values; NaNs are left out.
+
+    All P means use the same resamples of the S columns, so a band over curves is smooth. With fewer
+    than two values there is no interval: its bounds are NaN.
+
+    Returns:
+        lower and upper bound.
+    """
+    seen = np.isfinite(values)
+    size = values.shape[1]
+    drawn = np.random.default_rng(0).multinomial(size, np.full(size, 1 / size), resamples)
+    count = seen @ drawn.T
+    total = np.where(seen, values, 0.0) @ drawn.T
+    means = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    bounds, enough = np.full((2, len(values)), np.nan), seen.sum(axis=1) > 1
+    if enough.any():
+        shares = [0.5 - confidence / 2, 0.5 + confidence / 2]
+        bounds[:, enough] = np.nanquantile(means[enough], shares, axis=1)
+    return bounds[0], bounds[1]
+
+
 def interquartile_mean(values: Float[np.ndarray, "*batch S"]) -> np.ndarray:
     """Mean of the middle half over the last axis: robust as a median, and surer (Agarwal et al.
     2021, arXiv:2108.13264)."""

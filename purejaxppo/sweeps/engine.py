@@ -1,6 +1,6 @@
 """Runs a sweep: batch by batch, wave by wave, so that it can be interrupted anywhere."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from purejaxppo.learner import make_learner
 from purejaxppo.sweeps import files
 from purejaxppo.sweeps.files import PlannedBatch, PlannedWave, wave_directory
 from purejaxppo.sweeps.onray import OnRay, cluster, leave_memory
-from purejaxppo.sweeps.outcomes import Outcome, curve_columns, ranked, result_rows
+from purejaxppo.sweeps.outcomes import Outcome, SweepResult, curve_columns, ranked, result_rows
 from purejaxppo.sweeps.plan import Wave, filled, make_groups
 from purejaxppo.sweeps.progress import SweepProgress
 from purejaxppo.sweeps.report import write_report
@@ -31,56 +31,6 @@ from purejaxppo.sweeps.trials import alone, last_hparams
 from purejaxppo.sweeps.waves import Job, Local, Work, Workers, trial_rows
 from purejaxppo.sweeps.winner import Winner, best_of, evaluate_again, write_winner
 from purejaxppo.types import TrainState
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """Result of `sweep`, for K trials of S seeds."""
-
-    outcomes: list[Outcome]
-    """Ordered by trial number."""
-    best: Outcome | None
-    """The trial with the highest selection return of those trained to the end, the lowest number
-    of equals; None if every trial failed."""
-    tied: list[int]
-    """Numbers of the trials whose selection return equals the best one's."""
-    best_returns: np.ndarray
-    """`[S, E]` returns of the best trial on fresh episodes, at least 1,024 over all seeds; empty
-    if every trial failed."""
-    config: Config
-    """Config of the best trial."""
-    hparams: HParams
-    """Hyperparameters of the best trial; of a member of a population, those it ended with."""
-    _states: Callable[[int], TrainState] = field(repr=False)
-
-    @property
-    def returns(self) -> np.ndarray:
-        """`[K, S]` selection returns: means over the episodes that trials are ranked by. The
-        highest of them is optimistic; `best_return` is not."""
-        return np.stack([outcome.returns for outcome in self.outcomes])
-
-    @property
-    def best_return(self) -> float:
-        """Mean return of the best trial on fresh episodes; NaN if every trial failed."""
-        return float(np.mean(self.best_returns)) if self.best_returns.size else np.nan
-
-    def states(self, trial: int | None = None) -> TrainState:
-        """Trained states of a trial, or of the best; of a seed that failed, its last good state.
-
-        Returns:
-            leaves `[S, ...]`.
-
-        Raises:
-            ConfigError: if there is no such trial, or every trial failed.
-        """
-        if trial is None:
-            if self.best is None:
-                raise ConfigError("every trial failed, so none is best; give the number of a trial")
-            trial = self.best.trial.number
-        if not 0 <= trial < len(self.outcomes):
-            count = len(self.outcomes)
-            raise ConfigError(f"trial = {trial}: the sweep has trials 0 to {count - 1}")
-        return self._states(trial)
 
 
 def sweep(

@@ -11,7 +11,7 @@ from purejaxppo.host.progress import Progress, make_console
 from purejaxppo.sweeps.files import WINNER, PlannedWave
 from purejaxppo.sweeps.plan import Group, Wave
 from purejaxppo.sweeps.settings import Definition
-from purejaxppo.sweeps.strategies import Trial
+from purejaxppo.sweeps.strategies import Trial, describe
 from purejaxppo.sweeps.winner import describe_winner
 
 SHOWN_TRIALS = 5
@@ -130,13 +130,6 @@ class WaveProgress(Progress):
         rows = self._returns.reshape(-1, self._seeds)[: len(self._trials)]
         seen = rows[np.isfinite(rows).all(axis=1)].mean(axis=1)
         return f"{np.median(seen):.1f}, best {seen.max():.1f}" if seen.size else "-"
-
-
-def describe(trial: Trial) -> str:
-    return ", ".join(
-        f"{name} = {value:.4g}" if isinstance(value, float) else f"{name} = {value}"
-        for name, value in trial.values.items()
-    )
 
 
 def _count(number: int, what: str) -> str:

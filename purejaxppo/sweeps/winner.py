@@ -19,7 +19,8 @@ from purejaxppo.sweeps.settings import Definition
 from purejaxppo.types import TrainState
 
 FRESH_EPISODES = 1024
-"""Episodes of the winner's second evaluation, at least, over all of its seeds."""
+"""Minimum number of episodes of the winner's second evaluation, over all of its seeds."""
+SHOWN_TIES = 5
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def write_winner(directory: Path, winner: Winner) -> None:
     table = winner.table()
     text = json.dumps(table, indent=2) + "\n"
     files.write(directory / files.WINNER_JSON, text)
-    note = f"# {describe_winner(table)}\n"
+    note = f"# Winner: {describe_winner(table)}.\n"
     files.write(directory / files.WINNER, note + dump_settings(winner.settings))
 
 
@@ -86,15 +87,18 @@ def describe_winner(table: Mapping[str, Any]) -> str:
     over = "episodes" if table["interval_over"] == "episodes" else count_seeds(seeds)
     return (
         f"trial {table['trial']}{describe_ties(table['tied_with'])}: return {table['return']:.2f} "
-        f"on {episodes:,} fresh episodes (95% interval {low:.2f} to {high:.2f} over {over}); "
+        f"on {episodes:,} fresh episodes, 95% interval {low:.2f} to {high:.2f} over {over}; "
         f"selection return {table['selection_return']:.2f}"
     )
 
 
 def describe_ties(tied: Sequence[int]) -> str:
+    """Which trials have the same selection return."""
     if not tied:
         return ""
-    return f", tied with trial{'s' if len(tied) > 1 else ''} {', '.join(map(str, tied))}"
+    more = f" and {len(tied) - SHOWN_TIES} more" if len(tied) > SHOWN_TIES else ""
+    named = ", ".join(map(str, tied[:SHOWN_TIES]))
+    return f" (tied with trial{'s' if len(tied) > 1 else ''} {named}{more})"
 
 
 def count_seeds(seeds: int) -> str:
