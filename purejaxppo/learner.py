@@ -1,6 +1,6 @@
 """Wires the parts into `Learner(init, update)`."""
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
