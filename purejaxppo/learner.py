@@ -1,11 +1,12 @@
 """Wires the parts into `Learner(init, update)`."""
 
-from functools import cache, partial
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Key
 
 from purejaxppo.advantages import make_advantage
 from purejaxppo.collect import init_actors, make_collect
@@ -70,37 +71,26 @@ def make_learner(
     network = make_network(config, environment.observation_space, policy)
     check_contract(environment, policy)
     collect, estimate, improve = _parts(config, environment, network, policy, axis)
-    adaptive = config.objective == "ppo_kl_adaptive"
+    init_state = _make_init(config, environment, network, axis)
+    made: list[TrainState] = []
+    """The shapes of this learner's states, once `init` was traced."""
 
     def init(key: KeyLike, hparams: HParams) -> TrainState:
         key = as_key(key, "init", "use jax.vmap(learner.init, (0, None))(keys, hparams)")
         hint = "use jax.vmap(learner.init, (None, ppo.vmap_axes(hparams)))(key, hparams)"
         check_hparams(hparams, "init", hint)
-        params_key, learner_key, envs_key = jax.random.split(key, 3)
-        params = network.init(params_key)
-        obs_shape = tuple(environment.observation_space.shape)
-        normalizes = config.normalize_obs and is_box(environment.observation_space)
-        learner = LearnerState(
-            key=learner_key,
-            params=params,
-            opt_state=init_optimizer(hparams, params),
-            obs_stats=init_stats(obs_shape) if normalizes else (),
-            reward_stats=init_stats(()) if config.normalize_reward else (),
-            updates=jnp.zeros((), jnp.int32),
-            objective_state=jnp.asarray(hparams.kl_beta, jnp.float32) if adaptive else (),
-        )
-        return TrainState(learner, init_actors(config, environment, network, envs_key, axis))
-
-    @cache
-    def shapes() -> TrainState:
-        return jax.eval_shape(lambda: init(jax.random.key(0), HParams()))
+        state = init_state(key, hparams)
+        made[:] = [jax.tree.map(jax.typeof, state)]
+        return state
 
     def update(state: TrainState, hparams: HParams) -> tuple[TrainState, Metrics]:
         check_state(state, "update", "use jax.vmap(learner.update, (0, None))(states, hparams)")
         hint = "use jax.vmap(learner.update, (0, ppo.vmap_axes(hparams)))(states, hparams)"
         check_hparams(hparams, "update", hint)
         if axis is None:  # else each device has its own rows
-            check_fits("state", state, shapes())
+            if not made:
+                jax.eval_shape(lambda: init(jax.random.key(0), HParams()))
+            check_fits("state", state, made[0])
         learner, actors = state
         actors, rollout, raw_obs = collect(learner, actors)
         raw_reward = rollout.reward
@@ -120,6 +110,30 @@ def make_learner(
         return kept, metrics | episodes
 
     return Learner(init, update)
+
+
+def _make_init(
+    config: Config, env: Environment, network: Network, axis: str | None
+) -> Callable[[Key[Array, ""], HParams], TrainState]:
+    adaptive = config.objective == "ppo_kl_adaptive"
+    normalizes = config.normalize_obs and is_box(env.observation_space)
+    obs_shape = tuple(env.observation_space.shape)
+
+    def init(key: Key[Array, ""], hparams: HParams) -> TrainState:
+        params_key, learner_key, envs_key = jax.random.split(key, 3)
+        params = network.init(params_key)
+        learner = LearnerState(
+            key=learner_key,
+            params=params,
+            opt_state=init_optimizer(hparams, params),
+            obs_stats=init_stats(obs_shape) if normalizes else (),
+            reward_stats=init_stats(()) if config.normalize_reward else (),
+            updates=jnp.zeros((), jnp.int32),
+            objective_state=jnp.asarray(hparams.kl_beta, jnp.float32) if adaptive else (),
+        )
+        return TrainState(learner, init_actors(config, env, network, envs_key, axis))
+
+    return init
 
 
 def _parts(
