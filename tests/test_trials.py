@@ -12,11 +12,11 @@ import pytest
 from envs import RandomWalk
 
 import purejaxppo as ppo
-from purejaxppo.host.configfile import Settings, load_settings
+from purejaxppo.host.configfile import RunSettings, Settings, load_settings
 from purejaxppo.sweeps.outcomes import Outcome
 from purejaxppo.sweeps.settings import Definition, SweepSettings
 from purejaxppo.sweeps.strategies import Trial
-from purejaxppo.sweeps.trials import extract_trial
+from purejaxppo.sweeps.trials import alone, extract_trial
 from purejaxppo.sweeps.winner import best_of, describe_winner
 
 CONFIG = ppo.Config(
@@ -216,3 +216,18 @@ def test_sweep_names_all_settings_and_passes_them_on(monkeypatch: pytest.MonkeyP
         more |= {"engine": "ray"} if field.name.startswith("wave_") else {}
         ppo.sweep(CONFIG, {"gamma": ppo.uniform(0, 1)}, **{field.name: others[field.name]}, **more)
         assert getattr(seen[-1].sweep, field.name) == others[field.name]
+
+
+@pytest.mark.parametrize(
+    ("devices", "trials", "seeds", "own"), [(0, 8, 2, 0), (4, 8, 2, 0), (4, 1, 2, 4), (4, 2, 1, 2)]
+)
+def test_a_trial_alone_has_as_many_devices_per_training_as_in_its_wave(
+    devices: int, trials: int, seeds: int, own: int
+):
+    """Its environments are spread as they were, or not at all: bits depend on it."""
+    run = RunSettings(seed=3, num_seeds=seeds, devices=devices, keep=1)
+    wave = Settings(CONFIG, run=run, trials=(ppo.HParams(),) * trials)
+    hparams = ppo.HParams(gamma=0.5)
+    found = alone(wave, hparams, seeds)
+    assert (found.config, found.hparams, found.trials) == (CONFIG, hparams, ())
+    assert (found.run.seed, found.run.num_seeds, found.run.devices) == (3, seeds, own)

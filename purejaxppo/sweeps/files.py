@@ -180,7 +180,8 @@ def results_text(rows: Sequence[dict[str, Any]]) -> str:
 
 def write_curves(path: Path, parts: Sequence[dict[str, np.ndarray]]) -> None:
     """`curves.npz`: a column each of `trial`, `seed`, `update` and every metric, a row for each
-    update of each training.
+    update of each training. Metrics of an update that was not kept, since its loss was not finite,
+    are NaN, but for the first one where a seed's training ends.
 
     Raises:
         StorageError: if it cannot be written.
