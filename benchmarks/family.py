@@ -92,7 +92,7 @@ def measure(env_id: str, objective: str) -> dict[str, Any]:
     began = time.perf_counter()
     found = ppo.sweep(
         config, space_of(objective), hparams=hparams, seed=SEARCH_SEED,
-        trials=TRIALS, seeds=SEARCH_SEEDS, eval_episodes=32, progress=False,
+        trials=TRIALS, num_seeds=SEARCH_SEEDS, eval_episodes=32, progress=False,
     )  # fmt: skip
     searched = time.perf_counter() - began
     assert found.best is not None

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from purejaxppo.host.rundir import LostError, StorageError
     from purejaxppo.inputs import vmap_axes
     from purejaxppo.learner import make_learner
-    from purejaxppo.sweeps.engine import SweepResult, resume_sweep, sweep
+    from purejaxppo.sweeps.engine import resume_sweep, sweep
+    from purejaxppo.sweeps.outcomes import SweepResult
     from purejaxppo.sweeps.settings import SweepSettings
     from purejaxppo.sweeps.space import choice, loguniform, uniform
+    from purejaxppo.sweeps.trials import load_trial
     from purejaxppo.train import make_train, train_chunk
     from purejaxppo.types import Learner, TrainState
 
@@ -38,9 +40,11 @@ _HOMES = {
     "host.rundir": "LostError StorageError",
     "inputs": "vmap_axes",
     "learner": "make_learner",
-    "sweeps.engine": "SweepResult resume_sweep sweep",
+    "sweeps.engine": "resume_sweep sweep",
+    "sweeps.outcomes": "SweepResult",
     "sweeps.settings": "SweepSettings",
     "sweeps.space": "choice loguniform uniform",
+    "sweeps.trials": "load_trial",
     "train": "make_train train_chunk",
     "types": "Learner TrainState",
 }
@@ -67,6 +71,7 @@ __all__ = [
     "evaluate",
     "export_policy",
     "load",
+    "load_trial",
     "loguniform",
     "make_agent",
     "make_learner",

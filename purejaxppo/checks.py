@@ -77,7 +77,7 @@ def _check_type(name: str, value: Any, hint: Any, default: Any) -> None:
         item_type = typing.get_args(hint)[0]
         fits = isinstance(value, tuple | list) and all(type(item) is item_type for item in value)
         kind = "a list of whole numbers" if item_type is int else "a list of texts"
-    elif issubclass(hint, Mapping):
+    elif isinstance(hint, type) and issubclass(hint, Mapping):
         fits, kind = isinstance(value, hint), "a table"
     else:
         fits = type(value) is hint or (hint is int and isinstance(value, np.integer))

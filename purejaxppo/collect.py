@@ -41,7 +41,7 @@ def first_steps(env: Environment, network: Network, keys: Key[Array, " N"]) -> A
     """Environments at the start of an episode, each from its own key."""
     keys, reset_keys = split_each(keys)
     env_state, obs = env.reset(reset_keys)
-    zeros = jnp.zeros(keys.shape)
+    zeros = jnp.zeros(keys.shape, jnp.float32)
     return ActorState(
         keys=keys,
         env_state=env_state,

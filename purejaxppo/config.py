@@ -1,7 +1,7 @@
 """The two kinds of setting: `Config` (static, hashable) and `HParams` (traced numbers).
 
-`Config` holds what fixes shapes and code paths; changing it compiles anew. `HParams` holds
-every number that can be traced, so that a whole training can be `vmap`ped over it.
+`Config` holds what fixes shapes and code paths; changing it recompiles. `HParams` holds every
+number that can be traced, so that a whole run can be `vmap`ped over it.
 """
 
 import dataclasses
@@ -85,81 +85,82 @@ class EnvParams(Mapping[str, float | int | bool]):
 
 @dataclass(frozen=True)
 class Config:
-    """What fixes the shapes and code paths of a training. Static and hashable.
+    """What fixes the shapes and code paths of a run. Static and hashable.
 
     Raises `ConfigError` on construction if a value has the wrong type, is out of range, or does
     not fit the others.
     """
 
     env_id: str = "CartPole-v1"
-    """Environment to train on; `purejaxppo envs` lists them. A label if `env` is passed."""
+    """Environment to train on; `purejaxppo envs` lists them. Only a label if `env` is passed."""
     env_params: EnvParams = EnvParams()
-    """Parameters of the environment that differ from its defaults, by name; the environment's own
-    documentation lists them."""
+    """Parameters of the environment by name, such as max_steps_in_episode; the others keep their
+    defaults."""
     total_timesteps: int = _bounded(500_000, 1)
-    """Environment steps of the whole training, rounded up to whole updates."""
+    """Environment steps of the run, rounded up to whole updates."""
     num_envs: int = _bounded(4, 1)
-    """N, environments stepped side by side."""
+    """Number of environments stepped in parallel (N)."""
     num_steps: int = _bounded(128, 1)
-    """T, steps of each environment in one rollout."""
+    """Steps of each environment in one rollout (T)."""
     objective: Literal[
         "reinforce", "reinforce_baseline", "a2c", "trpo", "ppo_kl", "ppo_kl_adaptive", "ppo_clip"
     ] = "ppo_clip"
-    """What improves the policy. reinforce, reinforce_baseline: the Monte Carlo policy gradient, of
-    whole episodes; a2c: that of an actor-critic; trpo: the natural gradient within trpo_delta;
-    ppo_kl: the surrogate less kl_beta times the KL divergence; ppo_kl_adaptive: the same, with
-    kl_beta steered so that the divergence comes to target_kl; ppo_clip: the clipped surrogate."""
+    """Policy objective. reinforce, reinforce_baseline: Monte Carlo policy gradient of whole
+    episodes; a2c: actor-critic policy gradient; trpo: natural gradient within trpo_delta; ppo_kl:
+    surrogate minus kl_beta times the KL divergence; ppo_kl_adaptive: the same, with kl_beta adapted
+    to keep the divergence near target_kl; ppo_clip: clipped surrogate."""
     advantage: Literal["auto", "monte_carlo", "td0", "n_step", "gae", "lambda_return"] = "auto"
-    """How advantages are estimated; auto takes monte_carlo for the two reinforce, else gae."""
+    """Advantage estimator; auto uses monte_carlo for the REINFORCE objectives, gae for others."""
     bootstrap_steps: int = _bounded(5, 1, advantage=("n_step",))
-    """n of n_step: rewards that are summed before the value stands for the rest."""
+    """n of n_step: number of rewards summed before bootstrapping from the value."""
     baseline: Literal["none", "mean", "value", "optimal"] = _only_with(
         "value", objective=("reinforce_baseline",)
     )
-    """What reinforce_baseline subtracts: nothing, the mean return of the other environments, the
-    critic's value, or what leaves the least variance (for discrete observations)."""
+    """Baseline of reinforce_baseline: none, the mean return of the other environments, the critic's
+    value, or the baseline of least variance (optimal; discrete observations only)."""
     causality: bool = _only_with(True, objective=EPISODIC)
-    """With reinforce: an action is weighed by the rewards after it; else by the whole episode's."""
+    """REINFORCE objectives: weight an action by the rewards after it, or else by the return of the
+    whole episode."""
     discount_weight: bool = _only_with(False, objective=EPISODIC)
-    """With reinforce: step t is weighed by gamma^t, which the gradient of the discounted return has
-    and most programs leave out."""
+    """REINFORCE objectives: weight step t by gamma^t, as in the exact gradient of the discounted
+    return. Most implementations leave it out."""
     update_epochs: int = _bounded(4, 1)
-    """Passes over each rollout; with trpo of the critic alone."""
+    """Epochs over each rollout; with trpo, of the critic only."""
     num_minibatches: int = _bounded(4, 1)
-    """Gradient steps per pass, with trpo of the critic. Divides num_envs * num_steps, or num_envs
-    with a memory."""
+    """Gradient steps per epoch (with trpo, of the critic). Must divide num_envs * num_steps, or
+    num_envs with a memory."""
     encoder: Literal["auto", "mlp", "cnn"] = "auto"
-    """How an observation is read: `auto` takes cnn for [height, width, channels], else mlp."""
+    """Observation encoder; auto uses cnn for [height, width, channels], mlp for others."""
     memory: Literal["none", "gru", "lstm"] = "none"
-    """A recurrent cell after the encoder, for partial observation."""
+    """Recurrent cell after the encoder, for partially observed environments."""
     hidden_sizes: tuple[int, ...] = (64, 64)
-    """Widths of the dense layers (after the convolutions, with a cnn)."""
+    """Widths of the dense layers (after the convolutions of a cnn)."""
     memory_size: int = _bounded(64, 1, MAX_WIDTH)
-    """Width of the recurrent cell; without effect if memory is none."""
+    """Width of the recurrent cell; no effect if memory = none."""
     activation: Literal["tanh", "relu", "gelu", "silu"] = "tanh"
-    """Nonlinearity of every hidden layer."""
+    """Activation function of the hidden layers."""
     shared_trunk: bool = False
-    """Whether actor and critic share everything but their last layer."""
+    """Share all layers but the last between actor and critic."""
     action_distribution: Literal["auto", "normal", "tanh_normal"] = "auto"
-    """`auto`: categorical for discrete, normal (clipped to bounds) for continuous actions."""
+    """Distribution of continuous actions; auto uses normal, clipped to the bounds. Discrete actions
+    are always categorical."""
     log_std_init: float = _bounded(0.0, -10.0, 10.0)
-    """Initial log standard deviation of continuous actions; without effect on discrete ones."""
+    """Initial log standard deviation of continuous actions; no effect on discrete ones."""
     advantage_normalization: Literal["minibatch", "batch", "none"] = "minibatch"
-    """Over what advantages are shifted and scaled to mean 0 and standard deviation 1; with trpo,
-    whose policy takes one step per batch, minibatch is batch."""
+    """Normalise advantages to mean 0 and standard deviation 1 per minibatch, per batch, or not at
+    all. With trpo, which takes one policy step per batch, minibatch means batch."""
     normalize_obs: bool = False
-    """Whether observations are normalised by running statistics; discrete ones are one-hot."""
+    """Normalise observations by running statistics; discrete observations are one-hot."""
     normalize_reward: bool = False
-    """Whether rewards are divided by the running deviation of the discounted return."""
+    """Divide rewards by the running standard deviation of the discounted return."""
     cg_iterations: int = _bounded(10, 1, objective=("trpo",))
-    """With trpo: steps of conjugate gradient."""
+    """With trpo: conjugate gradient iterations."""
     line_search_steps: int = _bounded(10, 1, objective=("trpo",))
-    """With trpo: how many lengths of the step are tried, each half of the one before, until it is
-    given up."""
+    """With trpo: maximum line-search trials, each half as long as the one before."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rates go from their value to 0 over the training."""
+    """Learning-rate schedule over the run: decay to 0 (linear, cosine) or constant."""
     clip_schedule: Literal["linear", "cosine", "constant"] = "constant"
-    """How clip_eps, clip_higher and vf_clip_eps go from their value to 0 over the training."""
+    """Schedule of clip_eps, clip_higher and vf_clip_eps: decay to 0, or constant."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "env_params", EnvParams(self.env_params))
@@ -210,48 +211,49 @@ class Config:
 
 @dataclass(frozen=True)
 class HParams:
-    """The numbers of a training that can be traced. Each may be batched and `vmap`ped over.
+    """The traced hyperparameters of a run. Each may be batched and `vmap`ped over.
 
     Raises `ConfigError` on construction if a concrete value is out of range; traced values pass
     unchecked. For arrays, `vmap_axes` makes the `in_axes` of `jax.vmap`.
     """
 
     learning_rate: Scalar = _bounded(2.5e-4, 0, FLOAT_MAX)
-    """Adam's step size at the start of training; with trpo of the critic alone."""
+    """Initial learning rate (Adam); with trpo, of the critic only."""
     critic_learning_rate: Scalar | None = _bounded(None, 0, FLOAT_MAX, has_critic=(True,))
-    """Step size of the critic's own parameters; None means learning_rate."""
+    """Learning rate of the critic's own parameters; None uses learning_rate."""
     gamma: Scalar = _bounded(0.99, 0, 1)
-    """Discount per step."""
+    """Discount factor per step."""
     gae_lambda: Scalar = _bounded(0.95, 0, 1, estimator=("gae", "lambda_return"))
-    """Generalised advantage estimation: 0 is one-step TD, 1 is Monte Carlo."""
+    """Lambda of generalised advantage estimation: 0 is one-step TD, 1 is Monte Carlo."""
     clip_eps: Scalar = _bounded(0.2, 0, open_low=True, objective=("ppo_clip",))
-    """With ppo_clip: the probability ratio is clipped to [1 - clip_eps, 1 + clip_eps]; of others
-    the part of ratios beyond it is logged."""
+    """With ppo_clip: clip the probability ratio to [1 - clip_eps, 1 + clip_eps]. Other objectives
+    only log the fraction of ratios outside."""
     clip_higher: Scalar | None = _bounded(None, 0, open_low=True, objective=("ppo_clip",))
-    """With ppo_clip: another upper end of that range, 1 + clip_higher; None takes clip_eps."""
+    """With ppo_clip: clip ratios above 1 + clip_higher instead; None uses clip_eps."""
     dual_clip: Scalar | None = _bounded(None, 1, open_low=True, objective=("ppo_clip",))
-    """With ppo_clip: where the advantage A is negative, the objective is at least dual_clip A, so
-    that no ratio however large counts for more; None sets no such bound."""
+    """With ppo_clip: lower bound dual_clip * A of the objective for negative advantages A, which
+    limits the effect of large ratios; None disables it."""
     vf_clip_eps: Scalar | None = _bounded(None, 0, open_low=True, has_critic=(True,))
-    """How far a value may move from the rollout's in the value loss; None does not clip."""
+    """Clip range of the value loss; None disables value clipping."""
     ent_coef: Scalar = _bounded(0.01, 0, FLOAT_MAX)
     """Weight of the entropy bonus."""
     vf_coef: Scalar = _bounded(0.5, 0, FLOAT_MAX, has_critic=(True,))
     """Weight of the value loss."""
     max_grad_norm: Scalar = _bounded(0.5, 0, open_low=True)
-    """Gradients are scaled down to this global norm; inf does not clip."""
+    """Clip gradients to this global norm; inf disables clipping."""
     target_kl: Scalar | None = _bounded(
         None, 0, open_low=True, objective=("ppo_clip", "ppo_kl", "ppo_kl_adaptive")
     )
-    """After an epoch whose mean approximate KL exceeds this, the update's other epochs are
-    left out; None never stops. With ppo_kl_adaptive what the divergence is steered to, 0.01 if
-    None; without effect on trpo, and where there is one pass."""
+    """Skip the remaining epochs of an update once the mean approximate KL exceeds this; None never
+    stops. With ppo_kl_adaptive, the divergence to aim for (None: 0.01). No effect with trpo or a
+    single epoch."""
     kl_beta: Scalar = _bounded(1.0, 0, FLOAT_MAX, objective=PENALIZED)
-    """With ppo_kl: weight of the KL penalty; with ppo_kl_adaptive the weight to begin with."""
+    """Weight of the KL penalty of ppo_kl; initial weight with ppo_kl_adaptive."""
     trpo_delta: Scalar = _bounded(0.01, 1e-6, 1e3, objective=("trpo",))
-    """With trpo: the KL divergence that one update may have; far smaller ones drown in rounding."""
+    """With trpo: maximum KL divergence of one update. Much smaller values are lost to float32
+    rounding."""
     cg_damping: Scalar = _bounded(0.1, 0, FLOAT_MAX, objective=("trpo",))
-    """With trpo: added to the diagonal of the Fisher matrix."""
+    """With trpo: damping added to the diagonal of the Fisher matrix."""
     adam_eps: Scalar = _bounded(1e-5, 0, FLOAT_MAX, open_low=True)
     """Adam's epsilon."""
 
@@ -323,6 +325,25 @@ def _check_objective(config: Config) -> None:
         )
 
 
+def _check_standardized(config: Config) -> None:
+    """Advantages must not be standardised over one sample: the result is always 0."""
+    if config.advantage_normalization == "none":
+        return
+    if config.batch_size == 1:
+        raise ConfigError(
+            f"advantage_normalization = {config.advantage_normalization} with num_envs * num_steps "
+            "= 1: the normalised advantage of a single sample is always 0; use none, or more "
+            "num_envs or num_steps"
+        )
+    per_minibatch = config.advantage_normalization == "minibatch" and config.objective != "trpo"
+    if per_minibatch and config.batch_size == config.num_minibatches:
+        raise ConfigError(
+            f"num_minibatches = {config.num_minibatches} leaves one sample in each, whose "
+            "normalised advantage is always 0; use fewer, or advantage_normalization = batch or "
+            "none"
+        )
+
+
 def _check_minibatches(config: Config) -> None:
     if config.memory == "none":
         size, formula = config.batch_size, "num_envs * num_steps"
@@ -330,13 +351,7 @@ def _check_minibatches(config: Config) -> None:
     else:
         size, formula = config.num_envs, f"num_envs (whole sequences, for memory = {config.memory})"
         values = f"{size}"
-    if config.batch_size == config.num_minibatches and (
-        config.advantage_normalization == "minibatch"
-    ):
-        raise ConfigError(
-            f"num_minibatches = {config.num_minibatches} leaves one sample in each, whose "
-            "normalised advantage is 0; choose fewer, or advantage_normalization = 'batch'"
-        )
+    _check_standardized(config)
     if size % config.num_minibatches == 0:
         return
     small = [d for d in range(1, math.isqrt(size) + 1) if size % d == 0]

@@ -113,7 +113,7 @@ def make_episode_advantage(
             total = jnp.take_along_axis(to_go, began, axis=0)
         weight = jnp.ones_like(to_go)
         if config.discount_weight:
-            weight = jnp.asarray(hparams.gamma) ** elapsed
+            weight = jnp.asarray(hparams.gamma, jnp.float32) ** elapsed
         return weight * (total - baseline(rollout, total, weight)), to_go
 
     return advantage

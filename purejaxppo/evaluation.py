@@ -96,7 +96,7 @@ def evaluate(
         env_state=env_state,
         obs=obs,
         carry=agent.initial_carry(num_episodes),
-        total=jnp.zeros(num_episodes),
+        total=jnp.zeros(num_episodes, jnp.float32),
         over=jnp.zeros(num_episodes, bool),
     )
     last = jax.lax.while_loop(lambda now: (now.steps < limit) & ~jnp.all(now.over), step, first)

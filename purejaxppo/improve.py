@@ -57,12 +57,12 @@ class Batch(NamedTuple):
 
 def scheduled(schedule: str, updates: Int[Array, ""], num_updates: int) -> Float[Array, ""]:
     """A hyperparameter's factor: 1 at the first update, 0 after the last and from there on."""
-    progress = jnp.minimum(updates / num_updates, 1.0)
+    progress = jnp.minimum(updates.astype(jnp.float32) / num_updates, 1.0)
     if schedule == "linear":
         return 1.0 - progress
     if schedule == "cosine":
         return 0.5 * (1.0 + jnp.cos(math.pi * progress))
-    return jnp.ones(())
+    return jnp.ones((), jnp.float32)
 
 
 def make_optimizer(hparams: HParams) -> optax.GradientTransformation:

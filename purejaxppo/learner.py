@@ -1,6 +1,7 @@
 """Wires the parts into `Learner(init, update)`."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -196,20 +197,21 @@ def count_episodes(
     The steps up to an environment's last `done` belong to finished episodes, together with what
     was carried into the rollout; those after it are carried on.
     """
+    count = partial(jnp.sum, dtype=jnp.int32)  # in 64-bit mode sums of integers are int64
     under_way = jnp.cumsum(done[::-1], axis=0)[::-1] == 0
     any_done = jnp.any(done, axis=0)
     finished_return = jnp.sum(reward * ~under_way, axis=0) + any_done * actors.episode_return
-    finished_length = jnp.sum(~under_way, axis=0) + any_done * actors.episode_length
+    finished_length = count(~under_way, axis=0) + any_done * actors.episode_length
     actors = actors._replace(
         episode_return=jnp.sum(reward * under_way, axis=0) + ~any_done * actors.episode_return,
-        episode_length=jnp.sum(under_way, axis=0) + ~any_done * actors.episode_length,
+        episode_length=count(under_way, axis=0) + ~any_done * actors.episode_length,
     )
-    sums = (jnp.sum(done), jnp.sum(finished_return), jnp.sum(finished_length))
+    sums = (count(done), jnp.sum(finished_return), count(finished_length))
     episodes, returns, lengths = all_sum(sums, axis)
     return actors, {
         "episodes": episodes,
         "episode_return": returns / episodes,
-        "episode_length": lengths / episodes,
+        "episode_length": lengths.astype(jnp.float32) / episodes,
     }
 
 
@@ -222,9 +224,18 @@ def env_steps(config: Config, updates: Array) -> Array:
 def explained_variance(
     value: Array, target: Array, mask: Array, axis: str | None = None
 ) -> Float[Array, ""]:
-    """1 - Var(target - value) / Var(target): 1 for a perfect critic, 0 for a constant one."""
+    """1 - Var(target - value) / Var(target): 1 for a perfect critic, 0 for a constant one; NaN
+    where targets are equal but for rounding, since there is nothing to explain."""
 
-    def variance(x: Array) -> Array:
-        return masked_mean(jnp.square(x - masked_mean(x, mask, axis)), mask, axis)
+    def centred(x: Array) -> tuple[Array, Array]:
+        mean = masked_mean(x, mask, axis)
+        return x - mean, mean
 
-    return 1.0 - variance(target - value) / jnp.maximum(variance(target), 1e-8)
+    deviation, mean = centred(target)
+    spread = masked_mean(jnp.abs(deviation), mask, axis)
+    constant = spread <= 1e-6 * jnp.abs(mean)
+    # In units of the spread: squares of small numbers would be lost, those of large ones infinite.
+    unit = jnp.where(constant, 1.0, spread)
+    unexplained = masked_mean(jnp.square(centred(target - value)[0] / unit), mask, axis)
+    variance = masked_mean(jnp.square(deviation / unit), mask, axis)
+    return jnp.where(constant, jnp.nan, 1.0 - unexplained / variance)

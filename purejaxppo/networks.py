@@ -1,12 +1,12 @@
 """Actor-critic networks: Flax Linen modules behind one `Network` type."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
 from purejaxppo.config import Config, ConfigError
@@ -94,8 +94,8 @@ class PatchConv(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w features"]:
         k, channels = self.size, x.shape[-1]
-        kernel = self.param("kernel", orthogonal(np.sqrt(2)), (k, k, channels, self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = self.param("kernel", orthogonal(math.sqrt(2)), (k, k, channels, self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         height, width = x.shape[1] - k + 1, x.shape[2] - k + 1
         shifted = [x[:, i : i + height, j : j + width] for i in range(k) for j in range(k)]
         patches = jnp.concatenate(shifted, axis=-1).reshape((-1, k * k * channels))
@@ -119,7 +119,7 @@ class Encoder(nn.Module):
                 x = act(convolution(x))
         x = x.reshape((x.shape[0], -1))
         for size in self.hidden_sizes:
-            x = act(dense(size, np.sqrt(2))(x))
+            x = act(dense(size, math.sqrt(2))(x))
         return x
 
 
@@ -134,7 +134,7 @@ def _convolutions(image: tuple[int, ...]) -> list[nn.Module]:
             (size, size),
             (stride, stride),
             padding="VALID",
-            kernel_init=orthogonal(np.sqrt(2)),
+            kernel_init=orthogonal(math.sqrt(2)),
             name=f"Conv_{i}",
         )
         for i, (features, size, stride) in enumerate([(32, 8, 4), (64, 4, 2), (64, 3, 1)])
@@ -213,7 +213,7 @@ class ActorCritic(nn.Module):
         outputs = dense(self.num_outputs, 0.01, "actor_head")(actor)
         if self.num_free:
             init = nn.initializers.constant(self.log_std_init)
-            free = self.param("actor_log_std", init, (self.num_free,))
+            free = self.param("actor_log_std", init, (self.num_free,), jnp.float32)
             free = jnp.broadcast_to(free, (outputs.shape[0], self.num_free))
             outputs = jnp.concatenate([outputs, free], axis=-1)
         value = dense(1, 1.0, "critic_head")(critic)
@@ -248,12 +248,12 @@ def make_network(config: Config, observation_space: Any, policy: Policy) -> Netw
     def initial_carry(n: int) -> PyTree:
         if config.memory == "none":
             return ()
-        state = jnp.zeros((n, config.memory_size))
+        state = jnp.zeros((n, config.memory_size), jnp.float32)
         one = state if config.memory == "gru" else (state, state)
         return one if config.shared_trunk else (one, one)
 
     def init(key: Key[Array, ""]) -> PyTree:
-        obs, start = jnp.zeros((1, *shape)), jnp.ones((1, 1), bool)
+        obs, start = jnp.zeros((1, *shape), jnp.float32), jnp.ones((1, 1), bool)
         return module.init(key, initial_carry(1), obs, start)["params"]
 
     def apply(
@@ -265,7 +265,7 @@ def make_network(config: Config, observation_space: Any, policy: Policy) -> Netw
         return carry, outputs.reshape((*start.shape, -1)), value.reshape(start.shape)
 
     def layers(key: Key[Array, ""]) -> PyTree:
-        obs, start = jnp.zeros((1, *shape)), jnp.ones((1, 1), bool)
+        obs, start = jnp.zeros((1, *shape), jnp.float32), jnp.ones((1, 1), bool)
         variables = module.init(key, initial_carry(1), obs, start)
         return module.apply(variables, initial_carry(1), obs, start, capture_intermediates=True)[1]
 
@@ -287,7 +287,7 @@ def _observation_reader(
 ) -> tuple[Callable[[Array], Array], tuple[int, ...]]:
     """How an observation becomes floats, and the shape of one that has."""
     if is_discrete(space):
-        return lambda obs: jax.nn.one_hot(obs, space.n), (int(space.n),)
+        return lambda obs: jax.nn.one_hot(obs, space.n, dtype=jnp.float32), (int(space.n),)
     if is_box(space):
         return _floats, tuple(space.shape)
     raise ConfigError(

@@ -5,6 +5,8 @@ network sees the same inputs when it acts and when it learns, and the first mini
 probability ratio is exactly 1.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -19,7 +21,8 @@ _EPSILON = 1e-8
 
 def init_stats(shape: tuple[int, ...]) -> RunningStats:
     """Statistics of no sample: normalising by them changes nothing."""
-    return RunningStats(jnp.zeros(()), jnp.zeros(shape), jnp.ones(shape))
+    zeros, ones = (partial(make, dtype=jnp.float32) for make in (jnp.zeros, jnp.ones))
+    return RunningStats(zeros(()), zeros(shape), ones(shape))
 
 
 def update_stats(
@@ -32,6 +35,7 @@ def update_stats(
     loses no precision where the mean is large against the deviation. Variances are those of
     the population (divided by the count).
     """
+    samples = samples.astype(jnp.float32)
     weight = mask.reshape(mask.shape + (1,) * (samples.ndim - mask.ndim))
     axes = tuple(range(mask.ndim))
     batch_count = all_sum(jnp.sum(mask), axis)
@@ -62,7 +66,7 @@ def normalize_obs(stats: RunningStats | tuple[()], obs: Array) -> Array:
 def reward_scale(stats: RunningStats | tuple[()]) -> Array:
     """What one unit of scaled reward is worth in the environment's units."""
     if not isinstance(stats, RunningStats):
-        return jnp.ones(())
+        return jnp.ones((), jnp.float32)
     return jnp.sqrt(stats.var + _EPSILON)
 
 

@@ -22,7 +22,7 @@ def random_order(key: Key[Array, ""], n: int) -> Int[Array, " n"]:
     if n < _SMALLEST:
         return jax.random.permutation(key, n)
     bits = (n - 1).bit_length()
-    round_keys = jax.random.bits(key, (ROUNDS,))
+    round_keys = jax.random.bits(key, (ROUNDS,), jnp.uint32)
     order = _feistel(jnp.arange(n, dtype=jnp.uint32), bits, round_keys)
     if n < 1 << bits:
         order = jax.lax.while_loop(

@@ -145,7 +145,7 @@ def search_along(
         return ~search.accepted & (search.halvings < config.line_search_steps)
 
     def halve(search: Search) -> Search:
-        trial = flat + 0.5**search.halvings * step
+        trial = flat + jnp.float32(0.5) ** search.halvings * step
         metrics = measure(trial)
         rises = _loss(metrics, hparams) < _loss(start, hparams)
         accepted = rises & (metrics["kl"] <= hparams.trpo_delta)

@@ -160,7 +160,7 @@ def test_help_shows_each_setting_once_with_its_docstring_in_groups(command: str,
         main([command, "--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "--gamma FLOAT Discount per step. (default: 0.99)" in text
+    assert "--gamma FLOAT Discount factor per step. (default: 0.99)" in text
     assert "[CONFIG]" in text
     groups = [f"{name} options" for name in ("common", "algorithm", "network", "hyperparameter")]
     at = [text.index(name) for name in groups]

@@ -24,7 +24,20 @@ BAD_CONFIGS = [
     ({"activation": "rellu"}, "did you mean relu?"),
     ({"hidden_sizes": (64, 0)}, "each width must be at least 1"),
     ({"hidden_sizes": (10**12,)}, "at most 65536"),
-    ({"num_minibatches": 512}, "leaves one sample in each"),
+    (
+        {"num_minibatches": 512},
+        "leaves one sample in each, whose normalised advantage is always 0; use fewer, or "
+        "advantage_normalization = batch or none",
+    ),
+    (
+        {"num_envs": 1, "num_steps": 1, "num_minibatches": 1, "advantage_normalization": "batch"},
+        "advantage_normalization = batch with num_envs * num_steps = 1: the normalised advantage "
+        "of a single sample is always 0; use none, or more num_envs or num_steps",
+    ),
+    (
+        {"num_envs": 1, "num_steps": 1, "num_minibatches": 1, "objective": "trpo"},
+        "advantage_normalization = minibatch with num_envs * num_steps = 1",
+    ),
     ({"hidden_sizes": (64, "a")}, "must be a list of whole numbers"),
     (
         {"num_envs": 10**9},
@@ -49,6 +62,26 @@ def test_bad_config(settings: dict[str, Any], message: str):
     with pytest.raises(ppo.ConfigError) as error:
         ppo.Config(**settings)
     assert message in str(error.value)
+
+
+def test_what_is_recommended_for_single_samples_learns():
+    """A policy learns from one sample per update that is not normalised."""
+    ppo.Config(num_minibatches=512, advantage_normalization="batch")
+    ppo.Config(num_minibatches=512, objective="trpo")  # whose policy step takes the whole batch
+    config = ppo.Config(
+        num_envs=1, num_steps=1, num_minibatches=1, advantage_normalization="none",
+        hidden_sizes=(4,), total_timesteps=512,
+    )  # fmt: skip
+    learner = ppo.make_learner(config, RandomWalk())
+
+    @jax.jit
+    def actors(key: jax.Array) -> Any:
+        state = learner.init(key, ppo.HParams())
+        new, _ = learner.update(state, ppo.HParams(learning_rate=0.1, ent_coef=0.0))
+        return [each.learner.params["actor_head"]["kernel"] for each in (state, new)]
+
+    before, after = actors(jax.random.key(0))
+    assert not np.array_equal(before, after)
 
 
 BAD_HPARAMS = [

@@ -1,11 +1,14 @@
 """Each policy's samples, log-probabilities and entropies against enumeration, numerical
 integration and distrax's own samplers."""
 
+from itertools import pairwise
+
 import distrax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.integrate
 from gymnax.environments import spaces
 
 import purejaxppo as ppo
@@ -74,6 +77,33 @@ def test_tanh_normal_is_a_density_over_the_action_space():
         assert np.sum(np.exp(log_prob)) * width == pytest.approx(1.0, abs=1e-4)
         entropy = -np.sum(np.exp(log_prob) * log_prob) * width
         assert policy.distribution(outputs).entropy() == pytest.approx(entropy, abs=1e-3)
+
+
+def entropy_by_integration(mean: float, log_std: float) -> float:
+    """Of 4 tanh(u): that of u, log 4, and E[log(1 - tanh(u)^2)], split where |u| has its bend."""
+    std = np.exp(log_std)
+
+    def integrand(u: float) -> float:
+        density = np.exp(-(((u - mean) / std) ** 2) / 2) / (std * np.sqrt(2 * np.pi))
+        return 2 * (np.log(2) - np.logaddexp(u, -u)) * density
+
+    edges = sorted({mean + std * z for z in np.linspace(-9, 9, 19)} | {0.0, -3.0, 3.0})
+    slope = sum(scipy.integrate.quad(integrand, a, b, epsabs=1e-12)[0] for a, b in pairwise(edges))
+    return 0.5 * np.log(2 * np.pi * np.e) + log_std + np.log(4.0) + slope
+
+
+def test_entropy_of_tanh_normal_and_its_gradient_are_right_at_every_scale():
+    """Against integration, whose derivatives are taken by central differences."""
+    policy, step = policy_for(box(1), action_distribution="tanh_normal"), 1e-4
+    entropy = jax.jit(jax.value_and_grad(lambda x: policy.distribution(x).entropy()))
+    for log_std in (3.0, 2.0, 1.0, 0.0, -0.5, -2.0, -5.0, 4.0):
+        for mean in (0.0, 0.3, -1.0, 5.0):
+            found, gradient = entropy(jnp.array([mean, log_std]))
+            assert found == pytest.approx(entropy_by_integration(mean, log_std), abs=1e-5)
+            for at, (dm, ds) in zip(gradient, [(step, 0), (0, step)], strict=True):
+                above = entropy_by_integration(mean + dm, log_std + ds)
+                below = entropy_by_integration(mean - dm, log_std - ds)
+                assert at == pytest.approx((above - below) / (2 * step), abs=1e-4)
 
 
 def test_tanh_normal_stays_finite_at_the_bounds():

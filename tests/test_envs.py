@@ -1,9 +1,13 @@
 """The environment contract: auto-reset, flags, types, adapters."""
 
+import dataclasses
+import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
+import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +16,7 @@ from envs import ConstantChain, Params, RandomWalk
 from gymnax.environments import spaces
 
 import purejaxppo as ppo
+from purejaxppo.cli import main
 from purejaxppo.envs import make_environment
 from purejaxppo.types import Environment, TimeStep
 
@@ -77,8 +82,6 @@ def test_the_time_limit_truncates_and_does_not_terminate():
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1", "Catch-bsuite"])
 def test_stepping_inside_equals_the_public_step(env_id: str):
     """Until the first reset, whose keys differ: the same states, flags and rewards."""
-    import gymnax
-
     inner, params = gymnax.make(env_id)
     fast = make_environment(ppo.Config(env_id=env_id), inner, params)
     public = make_environment(ppo.Config(env_id=env_id), Wrapped(inner), params)
@@ -117,6 +120,59 @@ def test_every_listed_environment_can_be_trained(env_id: str, key: jax.Array):
     assert all(x.dtype != jnp.int64 for x in jax.tree.leaves(state))
 
 
+IN_EVERY_SUITE = (
+    "Pendulum-v1", "Breakout-MinAtar", "Catch-bsuite", "PointRobot-misc", "Reacher-misc",
+    "Swimmer-misc", "FrozenLake-misc",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "env_id",
+    [
+        pytest.param(name, marks=() if name in IN_EVERY_SUITE else pytest.mark.slow)
+        for name in ppo.available_environments()
+    ],
+)
+def test_every_listed_environment_trains_and_evaluates_by_the_command_line(
+    env_id: str, tmp_path: Path, capsys: Any
+):
+    small = "--total-timesteps=32 --num-envs=2 --num-steps=8 --update-epochs=1 --num-minibatches=1"
+    arguments = [*small.split(), "--hidden-sizes=4", "--eval-episodes=2"]
+    assert main(["train", "--env-id", env_id, *arguments, "--run-dir", str(tmp_path / "run")]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert np.isfinite(summary["eval_return_per_seed"]).all()
+
+
+class ArrayBounds(ConstantChain):
+    """Bounds made by jnp, of both spaces, and of the observation's also from a parameter."""
+
+    def observation_space(self, params: Any) -> Any:
+        return spaces.Box(0.0, jnp.array([1.0, params.max_steps_in_episode]), (2,))
+
+    def action_space(self, params: Any) -> Any:
+        return spaces.Box(-jnp.ones(2), jnp.ones(2), (2,))
+
+
+def test_bounds_may_be_arrays_made_under_jit_and_parameters_traced(tiny: ppo.Config):
+    def longest(params: Any) -> jax.Array:
+        state, metrics = ppo.make_train(tiny, ArrayBounds(), params)(
+            jax.random.key(0), ppo.HParams()
+        )
+        ppo.evaluate(tiny, state, jax.random.key(1), 2, max_steps=2, env=ArrayBounds())
+        return jnp.nanmax(metrics["episode_length"])
+
+    np.testing.assert_array_equal(jax.jit(lambda: longest(None))(), 5)
+    found = jax.jit(jax.vmap(lambda limit: longest(Params(limit))))(jnp.array([3, 6]))
+    np.testing.assert_array_equal(found, [3, 6])
+
+
+def test_traced_action_bounds_are_refused(tiny: ppo.Config):
+    config = dataclasses.replace(tiny, env_id="Pendulum-v1")
+    params = gymnax.make("Pendulum-v1")[1]
+    with pytest.raises(ppo.ConfigError, match="action bounds of Pendulum-v1 depend on traced"):
+        jax.eval_shape(lambda params: ppo.make_learner(config, env_params=params) and 0, params)
+
+
 class WrongObs(ConstantChain):
     def get_obs(self, state: Any, params: Any = None, key: Any = None) -> jax.Array:
         return jnp.ones(3)
@@ -152,6 +208,72 @@ def test_an_environment_whose_shapes_do_not_fit_is_refused(tiny: ppo.Config):
         ppo.make_learner(tiny, env=VectorReward())
     with pytest.raises(ppo.ConfigError, match="other shapes than the one reset returns"):
         ppo.make_learner(tiny, env=GrowingState(ConstantChain()))
+
+
+class OtherTypes(ConstantChain):
+    """Reset gives numbers of `first` as state and observation, step adds `second` to both."""
+
+    def __init__(self, first: Any, second: Any, observation: Any = None):
+        self.first, self.second, self.observation = first, second, observation
+
+    def step_env(self, key: Any, state: Any, action: Any, params: Any) -> Any:
+        state = {"at": state["at"] + self.second, "time": state["time"] + 1}
+        return self.observed(state), state, 1, False, {}
+
+    def reset_env(self, key: Any, params: Any) -> Any:
+        state = {"at": self.first, "time": 0}
+        return self.observed(state), state
+
+    def observed(self, state: Any) -> jax.Array:
+        return jnp.stack([state["at"]] * 2).astype(self.observation or state["at"].dtype)
+
+    def is_truncated(self, state: Any, params: Any) -> jax.Array:
+        return state["time"] >= 5
+
+
+class IntegerObs(ConstantChain):
+    def reset_env(self, key: Any, params: Any) -> Any:
+        _, state = super().reset_env(key, params)
+        return jnp.ones(2, jnp.int32), state
+
+
+class FloatingTime(Wrapped):
+    def step(self, key: Any, state: Any, action: Any, params: Any) -> Any:
+        obs, state, *rest = self.env.step(key, state, action, params)
+        return obs, state.replace(time=state.time * 1.0), *rest
+
+
+HALF = jnp.float32(0.5)
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        (OtherTypes(jnp.int32(0), HALF, jnp.float32), "float32 but reset returns int32 as its st"),
+        (OtherTypes(jnp.int32(0), 0.5, jnp.float32), r"\['at'\], .*; make reset return float32"),
+        (OtherTypes(jnp.int8(0), jnp.int32(300), jnp.float32), "int32 but reset returns int8"),
+        (FloatingTime(ConstantChain()), r"float32 but reset returns int32 as its state \.time"),
+        (IntegerObs(), "float32 but reset returns int32 as its observation, so"),
+    ],
+)  # fmt: skip
+def test_types_that_would_cut_what_step_returns_are_refused(tiny: ppo.Config, env: Any, words: str):
+    with pytest.raises(ppo.ConfigError, match=f"env CartPole-v1: step returns .*{words}"):
+        ppo.make_learner(tiny, env=env)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(HALF, jnp.int32(2)), (HALF, jnp.bool_(True)), (HALF, 2), (jnp.int8(0), 3)],
+)  # fmt: skip
+def test_types_that_keep_what_step_returns_are_cast(first: Any, second: Any):
+    """Also a state that is not added to but replaced."""
+    env = OtherTypes(first, second)
+    env.step_env = lambda key, state, action, params: (
+        jnp.stack([second] * 2), {"at": second, "time": state["time"] + 1}, 1, False, {}
+    )  # fmt: skip
+    _, steps = roll(make_environment(ppo.Config(), env), 2)
+    assert steps.obs.dtype == first.dtype
+    np.testing.assert_array_equal(steps.final_obs, second)
 
 
 BOX, TWO = spaces.Box(0, 1, (2,)), spaces.Discrete(2)

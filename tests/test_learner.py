@@ -3,6 +3,9 @@
 import dataclasses
 import functools
 import operator
+import os
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -415,11 +418,57 @@ def test_step_counts_do_not_overflow():
     assert float(steps) == pytest.approx(config.num_updates * config.batch_size, rel=1e-6)
 
 
-def test_explained_variance():
-    target = jnp.array([1.0, 2.0, 3.0, 4.0])
-    mask = jnp.ones(4)
-    assert explained_variance(target, target, mask) == 1.0
-    assert explained_variance(jnp.full(4, 7.0), target, mask) == pytest.approx(0.0, abs=1e-6)
+@pytest.mark.parametrize("scale", [1e-25, 1e-5, 1.0, 1e25])
+def test_explained_variance_is_right_at_every_scale(scale: float):
+    rng = np.random.default_rng(0)
+    target, noise = rng.normal(3, 1, (2, 40, 5)) * scale
+    mask = (rng.random((40, 5)) < 0.7).astype(np.float32)
+    for value in (target, np.full_like(target, 7.0 * scale), target + 0.3 * noise):
+        kept, error = target[mask > 0], (target - value)[mask > 0]
+        expected = 1 - np.var(error) / np.var(kept)
+        found = explained_variance(*(jnp.asarray(x, jnp.float32) for x in (value, target, mask)))
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("target", [0.0, 0.1, -3e7])
+def test_explained_variance_of_constant_targets_is_nan(target: float):
+    """Also of those that differ by rounding, here in the last bit."""
+    targets = jnp.full(64, target, jnp.float32).at[0].multiply(1 + 2**-23)
+    assert np.isnan(explained_variance(jnp.arange(64.0), targets, jnp.ones(64)))
+
+
+WIDE = """
+import dataclasses, jax, numpy as np, purejaxppo as ppo
+tiny = ppo.Config(
+    total_timesteps=96, num_envs=4, num_steps=8, num_minibatches=2, hidden_sizes=(8,),
+    normalize_obs=True, normalize_reward=True,
+)
+
+def train(config):
+    return lambda key: ppo.make_train(config)(key, ppo.HParams())
+
+key = jax.random.key(0)
+_, metrics = jax.jit(train(tiny))(key)
+assert np.isfinite(metrics["policy_loss"]).all()
+for changes in (
+    {"env_id": "Breakout-MinAtar", "memory": "lstm"},
+    {"env_id": "Pendulum-v1", "action_distribution": "tanh_normal", "objective": "trpo"},
+):
+    state, metrics = jax.eval_shape(train(dataclasses.replace(tiny, **changes)), key)
+    ours = state.learner, state.actors.episode_return, state.actors.episode_length, metrics
+    wide = [x for x in jax.tree.leaves(ours) if str(x.dtype) in ("float64", "int64")]
+    assert not wide, (changes, wide)
+"""
+
+
+@pytest.mark.usefixtures("one_cache")
+def test_64_bit_mode_changes_no_type_of_ours():
+    """What an environment makes may be wider; what is learned and counted has 32 bits."""
+    variables = os.environ | {"JAX_ENABLE_X64": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", WIDE], env=variables, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # Learning where the answer is known

@@ -107,7 +107,11 @@ def test_a_seed_comes_out_the_same_over_1_2_and_4_devices_and_alone():
     [
         (ppo.Config(), {"devices": 5}, "devices = 5: there are 4"),
         (ppo.Config(), {"devices": 3}, "num_envs = 4 is not divisible by devices = 3"),
-        (ppo.Config(num_envs=8, num_minibatches=4, memory="gru"), {"devices": 4}, "choose fewer"),
+        (
+            ppo.Config(num_envs=8, num_minibatches=4, memory="gru"),
+            {"devices": 4},
+            "fewer of either",
+        ),
         (ppo.Config(), {"devices": 4, "num_seeds": 6}, "num_seeds = 6 cannot be dealt out evenly"),
     ],
 )

@@ -1,6 +1,9 @@
 """Population-based training, against plain NumPy and against itself on one device."""
 
 import csv
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from jax.sharding import Mesh
 
 import purejaxppo as ppo
 from purejaxppo.cli import main
+from purejaxppo.host import checkpoint
 from purejaxppo.host.parallel import ENVS, SEEDS, Spread
 from purejaxppo.host.population import (
     FACTORS,
@@ -22,6 +26,8 @@ from purejaxppo.host.population import (
     exchange,
     explore,
 )
+from purejaxppo.sweeps.strategies import Trial
+from purejaxppo.sweeps.trials import extract_trial
 from purejaxppo.types import LearnerState
 
 CONFIG = ppo.Config(
@@ -70,26 +76,44 @@ def test_what_is_taken_over_changes_by_a_factor_and_stays_in_its_range():
 
 
 def test_parameters_and_numbers_come_from_the_same_member_and_keys_do_not():
-    """8 members over 4 devices, each of which has its own number for everything it learned."""
+    """8 members over 4 devices, each of which has its own number for everything it learned. Member
+    2 has failed, so its return, the highest, does not count, and its updates go on."""
     number = jnp.arange(8.0)
     keys = jax.random.split(jax.random.key(0), 8)
-    learner = LearnerState(keys, {"w": number}, number, (), (), jnp.full(8, 4))
+    updates, rounds = jnp.full(8, 4).at[2].set(3), jnp.full(8, 4)
+    learner = LearnerState(keys, {"w": number}, number, (), (), updates)
     hparams = ppo.HParams(gamma=0.5 + number / 100)
     hparams = jax.tree.map(lambda x: jnp.broadcast_to(x, 8), hparams)
-    members = Member(learner, hparams, number, jnp.ones(8))
+    members = Member(learner, hparams, number.at[2].set(99.0), jnp.ones(8), rounds)
     population = Population(8, 2, (("gamma", 0.0, 1.0),), 0, 10)
     spread = Spread(Mesh(np.asarray(jax.devices()[:4]).reshape(4, 1), (SEEDS, ENVS)))
-    over = spread.over(
-        lambda x: exchange(population, x, x.learner.updates[0]), (spread.seeds,), spread.seeds
-    )
-    found = over(members)
-    np.testing.assert_array_equal(found.learner.params["w"], [7, *range(1, 8)])
-    np.testing.assert_array_equal(found.learner.opt_state, [7, *range(1, 8)])
+    over = spread.over(lambda x: exchange(population, x), (spread.seeds,), spread.seeds)
+    found = jax.jit(over)(members)
+    np.testing.assert_array_equal(found.learner.params["w"], [0, 1, 7, *range(3, 8)])
+    np.testing.assert_array_equal(found.learner.opt_state, [0, 1, 7, *range(3, 8)])
+    np.testing.assert_array_equal(found.learner.updates, rounds)
+    assert not np.any(found.failed)
     gamma = np.asarray(found.hparams.gamma)
-    assert np.isclose(gamma[0], 0.57 * np.asarray(FACTORS)).any()
-    np.testing.assert_allclose(gamma[1:], 0.5 + np.arange(1, 8) / 100, rtol=1e-6)
+    assert np.isclose(gamma[2], 0.57 * np.asarray(FACTORS)).any()
+    others = np.arange(8) != 2
+    np.testing.assert_allclose(gamma[others], 0.5 + np.arange(8)[others] / 100, rtol=1e-6)
     assert bool(jnp.all(found.learner.key == keys))
     assert not np.any(found.returned)
+
+
+@pytest.mark.parametrize(
+    ("score", "parents"),
+    [
+        ([1.0, np.nan, 5.0, 3.0, -np.inf, 2.0], [0, 1, 2, 3, 2, 5]),  # failed before not scored
+        ([-np.inf] * 4 + [0.0] + [-np.inf] * 5, [*range(8), 4, 4]),  # copies of the only one left
+        ([np.nan] * 5, range(5)),  # nothing to choose by
+        ([-np.inf] * 5, range(5)),
+    ],
+)
+def test_only_members_with_a_score_are_copied(score: list[float], parents: Any):
+    for seed in range(5):
+        found = choose_parents(jax.random.key(seed), len(score), jnp.asarray(score))
+        np.testing.assert_array_equal(found, list(parents))
 
 
 @pytest.fixture(scope="module")
@@ -130,11 +154,110 @@ def test_the_worst_go_on_from_the_best_and_at_their_rates(alone: Path):
     np.testing.assert_allclose([float(r["learning_rate"]) for r in rows], rates[:, -1], rtol=1e-5)
 
 
+RATES = [1e30, *np.geomspace(1e-3, 1e-1, 6).tolist(), 1e30]
+"""Learning rates of 8 members: the first and the last fail in their first update."""
+IN_ANOTHER_PROCESS = """
+import sys
+sys.path.insert(0, "tests")
+import conftest
+import test_population
+with test_population.pytest.MonkeyPatch.context() as patch:
+    patch.setattr("purejaxppo.sweeps.engine.write_report", lambda directory: directory)
+    test_population.train_failing(sys.argv[1], devices=4)
+"""
+
+
+def train_failing(directory: str, devices: int) -> ppo.SweepResult:
+    trials = [Trial(n, {"learning_rate": rate, "ent_coef": 0.0}) for n, rate in enumerate(RATES)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("purejaxppo.sweeps.strategies.all_trials", lambda *given: trials)
+        return train(Path(directory), devices)
+
+
+@pytest.fixture(scope="module")
+def failing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("failing") / "s"
+    train_failing(str(directory), devices=1)
+    return directory
+
+
+def test_a_member_that_failed_is_replaced_and_learns_again(failing: Path):
+    """One member of 8 is replaced per exchange, every second update: one of the two that failed
+    after update 2 and the other after update 4."""
+    table = curves(failing)
+    names = ("policy_loss", "learning_rate", "env_steps")
+    loss, rate, steps = (table[name].reshape(8, 8) for name in names)
+    updates = np.arange(8)
+    for member, revived in {7: 2, 0: 4}.items():
+        kept = updates >= revived
+        np.testing.assert_array_equal(np.isfinite(loss[member]), kept)
+        np.testing.assert_array_equal(steps[member, kept], 32 * (updates[kept] + 1))
+        assert np.isnan(steps[member, ~kept]).all()
+        scheduled = 1 - updates / 8
+        mine, others = rate[member, kept] / scheduled[kept], rate[1:7, 0]
+        np.testing.assert_allclose(mine, mine[0], rtol=1e-5)  # it is nobody's worst later
+        assert np.isclose(np.outer(others, FACTORS), mine[0], rtol=1e-5).any()
+    assert np.isfinite(loss[1:7]).all()
+    rows = list(csv.DictReader((failing / "results.csv").open()))
+    assert all(row["failed_at_update"] == "" and row["eval_return"] for row in rows)
+
+
+def test_devices_agree_on_exchanges_though_their_first_member_has_failed(
+    failing: Path, tmp_path: Path, one_cache: None
+):
+    """In a process of its own: devices that disagree wait for each other forever."""
+    command = [sys.executable, "-c", IN_ANOTHER_PROCESS, str(tmp_path / "s")]
+    subprocess.run(command, check=True, timeout=120)
+    assert (tmp_path / "s/results.csv").read_text() == (failing / "results.csv").read_text()
+    for name, column in curves(failing).items():
+        np.testing.assert_array_equal(curves(tmp_path / "s")[name], column)
+
+
+def test_a_resumed_population_knows_who_has_failed(
+    failing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It stops after update 1, when two members have failed, and after update 3, with one left."""
+    directory, seen = tmp_path / "s", []
+
+    def stop(shown: Any, done: int, returns: Any) -> None:
+        if done in (1, 3):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("purejaxppo.host.run.CHUNK_SECONDS", 1e-9)
+    monkeypatch.setattr("purejaxppo.sweeps.progress.WaveProgress.update", stop)
+    with pytest.raises(SystemExit):
+        train_failing(str(directory), devices=1)
+    seen.append(checkpoint.find(directory / "waves/0000")[0].position)
+    with pytest.raises(SystemExit):
+        ppo.resume_sweep(directory, progress=False, env=RandomWalk())
+    seen.append(checkpoint.find(directory / "waves/0000")[0].position)
+    ppo.resume_sweep(directory, progress=False, env=RandomWalk())
+    assert [(x.updates, x.failed) for x in seen] == [(1, {0: 1, 7: 1}), (3, {0: 1})]
+    assert (directory / "results.csv").read_text() == (failing / "results.csv").read_text()
+    for name, column in curves(failing).items():
+        np.testing.assert_array_equal(curves(directory)[name], column)
+
+
 def test_the_best_member_comes_out_as_a_config_file(alone: Path):
     rows = list(csv.DictReader((alone / "results.csv").open()))
     best = max(rows, key=lambda row: float(row["eval_return"]))
     text = (alone / "winner.toml").read_text()
     assert f"learning_rate = {best['learning_rate']}\n" in text
+    _, hparams, state = ppo.load_trial(alone, env=RandomWalk())
+    assert repr(hparams.learning_rate) == best["learning_rate"]
+    assert isinstance(state.learner, LearnerState)
+
+
+def test_a_member_becomes_a_run_that_can_be_made_longer(failing: Path):
+    """It has no metrics of the updates before it was revived."""
+    run_dir = extract_trial(failing, 0, env=RandomWalk())
+    longer = ppo.resume(run_dir, total_timesteps=9 * 32, progress=False, env=RandomWalk())
+    np.testing.assert_array_equal(
+        np.isnan(longer.metrics["policy_loss"]), [[True] * 4 + [False] * 5]
+    )
+    np.testing.assert_array_equal(longer.metrics["env_steps"][0, 4:], 32 * np.arange(5, 10))
+    kept = curves(failing)["policy_loss"].reshape(8, 8)[0, 4:]
+    np.testing.assert_array_equal(longer.metrics["policy_loss"][0, 4:8], kept)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +270,7 @@ def test_the_best_member_comes_out_as_a_config_file(alone: Path):
             "kl_beta is swept, and has no effect with objective = ppo_kl_adaptive, after the first",
         ),
         ("--sample gamma=uniform:0.9,1 --trials 4", "a population has at least 5 members"),
-        ("--sample gamma=uniform:0.9,1 --seeds 2", "leave seeds at 1, and choose trials"),
+        ("--sample gamma=uniform:0.9,1 --num-seeds 2", "num_seeds = 2: must be 1 with strategy"),
     ],
 )
 def test_what_a_population_cannot_be_made_of(

@@ -2,22 +2,37 @@
 
 import base64
 import csv
+import dataclasses
+import io
+import itertools
+import json
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import purejaxppo as ppo
 from purejaxppo.cli import main
 from purejaxppo.host.configfile import RunSettings, Settings
 from purejaxppo.host.loggers import COLUMNS
-from purejaxppo.host.stats import bootstrap_interval, interquartile_mean
-from purejaxppo.sweeps import files
-from purejaxppo.sweeps.report import read_results, write_report
+from purejaxppo.host.plots import learning_curve
+from purejaxppo.host.stats import (
+    bootstrap_interval,
+    bootstrap_mean_interval,
+    interquartile_mean,
+)
+from purejaxppo.sweeps import files, pictures
+from purejaxppo.sweeps.outcomes import Outcome, result_rows
+from purejaxppo.sweeps.report import write_report
+from purejaxppo.sweeps.results import read_results
 from purejaxppo.sweeps.settings import Definition, SweepSettings
+from purejaxppo.sweeps.space import parse_values
+from purejaxppo.sweeps.strategies import all_trials
 
 RETURNS = {0: [1.0, 2.0, 3.0], 1: [5.0, 4.0, 9.0], 2: [np.nan, 7.0, 7.0], 3: [0.0, 0.5, 1.0]}
 UPDATES = 4
@@ -31,7 +46,7 @@ def finished(tmp_path: Path) -> Path:
         grid=("hidden_sizes=[8],[16,16]",), sample=("learning_rate=loguniform:1e-4,1e-2",), trials=2
     )
     settings = Settings(ppo.Config(total_timesteps=UPDATES * 512), run=RunSettings(num_seeds=3))
-    rates = [1e-4, 1e-3, 1e-2, 3e-4]
+    rates = [1e-4, 0.0010123456789012345, 1e-2, 3e-4]
     rows = [
         {
             "trial": trial, "seed": seed, "hidden_sizes": "[8]" if trial % 2 else "[16, 16]",
@@ -46,6 +61,15 @@ def finished(tmp_path: Path) -> Path:
         columns = {"trial": keys[0], "seed": keys[1], "update": keys[2] + 1}
         curve = keys[2] * np.asarray(list(RETURNS.values()))[keys[0], keys[1]]
         files.write_curves(directory / files.CURVES, [columns | {name: curve for name in COLUMNS}])
+        winner = {
+            "trial": 1, "tied_with": [], "return": 5.5, "return_interval_95": [4.25, 6.75],
+            "interval_over": "seeds", "return_per_seed": [5.0, 5.5, 6.0],
+            "episodes_per_seed": 342, "selection_return": 6.0,
+        }  # fmt: skip
+        files.write(directory / files.WINNER_JSON, json.dumps(winner))
+        wave = files.wave_directory(directory, 0)
+        wave.mkdir(parents=True)
+        (wave / "summary.json").write_text(json.dumps({"versions": {"jax": "0.10.2"}}))
     return directory
 
 
@@ -53,9 +77,23 @@ def test_results_are_read_back_with_the_best_trial_first(finished: Path):
     results = read_results(finished)
     assert results.numbers == [1, 0, 3, 2]
     assert results.values["hidden_sizes"] == [(8,), (16, 16), (8,), (16, 16)]
-    assert results.values["learning_rate"] == [1e-3, 1e-4, 3e-4, 1e-2]
+    assert results.values["learning_rate"] == [0.0010123456789012345, 1e-4, 3e-4, 1e-2]
     np.testing.assert_array_equal(results.returns[0], RETURNS[1])
     assert np.isnan(results.scores[3])
+
+
+def test_values_of_every_kind_are_read_back_from_the_table(tmp_path: Path):
+    grid = (
+        "normalize_obs=true,false", "activation=tanh,relu", "target_kl=none,0.01", "num_envs=4,8",
+        "hidden_sizes=[8],[16,16]", "learning_rate=1e-4,0.1",
+    )  # fmt: skip
+    definition = Definition(Settings(), SweepSettings(grid=grid))
+    trials = all_trials(definition.sweep.space, "random", 1, seed=0)
+    outcomes = {t.number: Outcome(t, np.zeros(1), {}, 1, 0) for t in trials}
+    rows = csv.DictReader(io.StringIO(files.results_text(result_rows(outcomes, definition))))
+    for trial, row in zip(trials, rows, strict=True):
+        for name, value in trial.values.items():
+            assert parse_values(name, row[name]) == (value,)
 
 
 def test_the_page_holds_its_pictures_and_needs_nothing_else(
@@ -69,8 +107,20 @@ def test_the_page_holds_its_pictures_and_needs_nothing_else(
         assert found is not None
         assert base64.b64decode(found[1]) == (finished / f"{name}.png").read_bytes()
     assert not re.search(r'(src|href)="(?!data:)', text)
-    assert "The best is trial 1" in text
+    assert len(re.findall("<figcaption>[^<]{20,}</figcaption>", text)) == len(PICTURES)
     assert "<td>failed</td>" in text
+
+
+def test_the_page_says_what_was_run_in_numbers_that_can_be_read(finished: Path):
+    text = re.sub('base64,[^"]+', "", write_report(finished).read_text())
+    for said in (
+        "Winner: trial 1: return 5.50 on 1,026 fresh episodes, 95% interval 4.25 to 6.75 over 3 "
+        "seeds (few seeds); selection return 6.00.",
+        "learning_rate = 0.001012", "ppo_clip", "2,048 per training", "jax 0.10.2",
+        "mean over 128 evaluation episodes per seed", "mean over 342 fresh episodes per seed",
+    ):  # fmt: skip
+        assert said in text
+    assert not re.search(r"\d\.\d{7}", text)
 
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -100,9 +150,9 @@ def test_a_sweep_that_is_not_finished_has_no_page(
 ):
     (finished / files.CURVES).unlink()
     assert main(["plot", str(finished)]) == 2
-    assert "is not finished; go on with it by purejaxppo resume" in capsys.readouterr().err
+    assert "is not finished; to resume: purejaxppo resume" in capsys.readouterr().err
     assert main(["plot", str(tmp_path)]) == 2
-    assert "holds no sweep.toml" in capsys.readouterr().err
+    assert "no sweep.toml found" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("error")
@@ -111,6 +161,7 @@ def test_a_sweep_of_which_every_trial_failed_has_a_page_too(finished: Path):
     with table.open(newline="") as file:
         rows = [row | {"eval_return": ""} for row in csv.DictReader(file)]
     table.write_text(files.results_text(rows))
+    (finished / files.WINNER_JSON).unlink()
     assert "Every trial failed" in write_report(finished).read_text()
 
 
@@ -121,3 +172,89 @@ def test_the_interquartile_mean_and_its_interval():
     low, high = bootstrap_interval(sample, lambda x: x.mean(axis=-1))
     half = 1.96 * sample.std() / 20
     np.testing.assert_allclose([low, high], [sample.mean() - half, sample.mean() + half], atol=0.03)
+
+
+def test_the_bootstrap_interval_of_means_is_that_of_all_resamples():
+    """Of three seeds there are 27; and what a seed has no value for does not count."""
+    values = np.array([[1.0, 2.0, 6.0], [3.0, np.nan, 5.0], [4.0, np.nan, np.nan]])
+    low, high = bootstrap_mean_interval(values, confidence=0.8, resamples=20_000)
+    for row, expected in ((0, values[0]), (1, values[1, [0, 2]])):
+        # Of the second row, three draws from three seeds leave one to three values.
+        draws = [d for d in itertools.product(values[row], repeat=3) if np.isfinite(d).any()]
+        means = np.array([np.nanmean(d) for d in draws])
+        bounds = np.quantile(means, [0.1, 0.9], method="inverted_cdf")
+        np.testing.assert_allclose([low[row], high[row]], bounds)
+        assert expected.min() <= low[row] <= high[row] <= expected.max()
+    assert np.isnan([low[2], high[2]]).all()
+
+
+def test_a_runs_band_stays_within_the_returns_and_says_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    figures = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure)
+    )
+    returns = np.array([[0.0, 500.0, 500.0], [500.0, 500.0, 500.0]])
+    learning_curve(tmp_path / "x.png", "CartPole-v1", np.array([512, 1024]), returns)
+    (axes,) = figures[0].axes
+    (band,) = axes.collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (0.0, 500.0)
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["mean of 3 seeds", "95% bootstrap interval of the mean (3 seeds, few)"]
+
+
+def drawn(figure: Any) -> Any:
+    FigureCanvasAgg(figure).draw()
+    return figure
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(1e-4, 1e-2), (1.3e-4, 3.8e-3), (1e-5, 1.0), (0.21, 0.34), (1, 2**20)]
+)
+def test_ticks_of_a_logarithmic_axis_do_not_overlap(low: float, high: float, finished: Path):
+    results = read_results(finished)
+    values = results.values | {"learning_rate": [low, high, low, high]}
+    figure = drawn(pictures.final_returns(dataclasses.replace(results, values=values)))
+    (axes,) = (axes for axes in figure.axes if axes.get_xlabel() == "learning_rate")
+    assert axes.get_xscale() == "log"
+    labels = [x for x in axes.get_xticklabels(which="both") if x.get_text()]
+    boxes = sorted((box.x0, box.x1) for box in (x.get_window_extent() for x in labels))
+    assert len(boxes) >= 2
+    assert all(end < begin for (_, end), (begin, _) in itertools.pairwise(boxes))
+
+
+def test_a_setting_with_a_few_values_has_them_as_ticks_in_order(finished: Path):
+    results = read_results(finished)
+    sweep = SweepSettings(grid=("gamma=0.999,0.9,0.99", "hidden_sizes=[8],[16,16]"))
+    definition = dataclasses.replace(results.definition, sweep=sweep)
+    values = {"gamma": [0.99, 0.9, 0.999, 0.9], "hidden_sizes": results.values["hidden_sizes"]}
+    changed = dataclasses.replace(results, definition=definition, values=values)
+    figure = drawn(pictures.final_returns(changed))
+    ticks = [[x.get_text() for x in axes.get_xticklabels()] for axes in figure.axes]
+    assert ticks == [["0.9", "0.99", "0.999"], ["[8]", "[16, 16]"]]
+    points = figure.axes[0].collections[-1].get_offsets()
+    np.testing.assert_array_equal(points[:, 0], [1, 0, 2, 0])
+
+
+def test_each_picture_explains_its_marks(finished: Path):
+    results = read_results(finished)
+    curves, returns, coordinates, seeds = (
+        drawn(draw(results))
+        for draw in (
+            pictures.learning_curves, pictures.final_returns, pictures.parallel_coordinates,
+            pictures.robustness,
+        )
+    )  # fmt: skip
+
+    def texts(legend: Any) -> list[str]:
+        return [text.get_text() for text in legend.get_texts()]
+
+    band = "95% bootstrap interval of the mean (3 seeds, few)"
+    assert texts(curves.legends[0]) == ["trial 1", "trial 0", "trial 3", "other trials", band]
+    assert texts(returns.legends[0]) == ["one seed", "mean of a trial"]
+    assert coordinates.axes[-1].get_ylabel() == "selection return"
+    left, right = seeds.axes
+    assert texts(left.get_legend()) == ["95% bootstrap interval", "3 seeds (few seeds)"]
+    assert texts(right.get_legend()) == ["trial 1", "trial 0", "trial 3"]

@@ -29,7 +29,7 @@ RATES = [1e-3, 1e-2, 3e-2]
 
 
 def sweep(space: dict[str, Any], directory: Path | None = None, **options: Any) -> ppo.SweepResult:
-    given: dict[str, Any] = {"seeds": 2, "eval_episodes": 4, "progress": False} | options
+    given: dict[str, Any] = {"num_seeds": 2, "eval_episodes": 4, "progress": False} | options
     return ppo.sweep(CONFIG, space, run_dir=directory, env=RandomWalk(), **given)
 
 
@@ -152,7 +152,7 @@ def test_a_trial_that_fails_is_recorded_and_disturbs_no_other(whole: Path, tmp_p
 
 def test_halving_trains_the_best_on_as_if_they_had_never_stopped(tmp_path: Path):
     space = {"learning_rate": ppo.loguniform(1e-4, 1e-1)}
-    options: dict[str, Any] = {"trials": 9, "seeds": 1, "eval_episodes": 4}
+    options: dict[str, Any] = {"trials": 9, "num_seeds": 1, "eval_episodes": 4}
     halved = sweep(space, tmp_path / "halved", strategy="halving", **options)
     whole = sweep(space, **options)
     updates = [outcome.updates for outcome in halved.outcomes]

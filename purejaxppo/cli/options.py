@@ -290,7 +290,8 @@ def join_help_lines() -> None:
                 texts[(table, f.name)] = " ".join((own[f.name] or "").split())
                 f.metadata = MappingProxy({**f.metadata, "help": texts[(table, f.name)]})
     for command in (Train, Sweep):
-        for group in (f.type for f in dataclasses.fields(command) if f.name != "config"):
+        groups: list[Any] = [f.type for f in dataclasses.fields(command) if f.name != "config"]
+        for group in groups:
             for f in dataclasses.fields(group):
                 f.metadata = MappingProxy({**f.metadata, **_help_of(f.metadata["source"])})
 

@@ -67,20 +67,23 @@ def from_gymnax(name: str, env: Any, params: Any = None) -> Environment:
 
     def reset_one(key: Key[Array, ""]) -> tuple[PyTree, Array]:
         obs, state = env.reset(key, params)
-        return _strong(state), _like(obs, obs_like)
+        return _strong(state), _like(name, "observation", obs, obs_like)
 
     base = import_gymnax().environments.environment.Environment
     plain = isinstance(env, base) and all(
         getattr(type(env), method) is getattr(base, method) for method in ("step", "reset")
     )
     if plain:
-        step = reset_on_demand(reset_one, _inner_step(env, params, obs_like))
+        step = reset_on_demand(reset_one, _inner_step(name, env, params, obs_like))
     else:
-        step = jax.vmap(_public_step(env, params, obs_like))
+        step = jax.vmap(_public_step(name, env, params, obs_like))
+    # Bounds built by jnp inside a trace would be tracers, which no policy can be made from.
+    with jax.ensure_compile_time_eval():
+        observation_space, action_space = env.observation_space(params), env.action_space(params)
     return Environment(
         name=name,
-        observation_space=env.observation_space(params),
-        action_space=env.action_space(params),
+        observation_space=observation_space,
+        action_space=action_space,
         max_episode_steps=_time_limit(params),
         reset=jax.vmap(reset_one),
         step=step,
@@ -97,9 +100,37 @@ def _strong(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jax.lax.convert_element_type(x, jnp.asarray(x).dtype), tree)
 
 
-def _like(new: PyTree, old: PyTree) -> PyTree:
-    """Some environments' step returns other types than their reset (int32 for float32)."""
-    return jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), new, old)
+def _like(name: str, what: str, new: PyTree, old: PyTree) -> PyTree:
+    """`new` with the types of `old`: some environments' step returns others than their reset
+    (int32 for float32).
+
+    Raises:
+        ConfigError: if that could lose something (float32 for int32).
+    """
+
+    def cast(path: Any, x: Any, y: Any) -> Array:
+        x = jnp.asarray(x)
+        if _loses(x, y.dtype):
+            leaf = jax.tree_util.keystr(path)
+            raise ConfigError(
+                f"env {name}: step returns {x.dtype} but reset returns {y.dtype} as its {what}"
+                f"{f' {leaf}' if leaf else ''}, so values would be cut; make reset return {x.dtype}"
+            )
+        return jnp.asarray(x, y.dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, new, old)
+
+
+def _loses(x: Array, dtype: Any) -> bool:
+    """Whether a cast to `dtype` may lose something: floats to integers, either to bools, or to
+    fewer bits than 32 unless `x` is weakly typed (a Python number)."""
+    kinds = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
+    before, after = (
+        next((i for i, kind in enumerate(kinds) if jnp.issubdtype(each, kind)), -1)
+        for each in (x.dtype, dtype)
+    )
+    narrower = not x.weak_type and dtype.itemsize < min(x.dtype.itemsize, 4)
+    return after < before or (after == before and narrower)
 
 
 def _number(value: Any, dtype: Any, what: str) -> Array:
@@ -111,13 +142,13 @@ def _number(value: Any, dtype: Any, what: str) -> Array:
     return jnp.asarray(value, dtype)
 
 
-def _inner_step(env: Any, params: Any, obs_like: PyTree) -> Any:
+def _inner_step(name: str, env: Any, params: Any, obs_like: PyTree) -> Any:
     def step_one(key: Key[Array, ""], state: PyTree, action: Array) -> Any:
         obs, next_state, reward, terminated, _ = env.step_env(key, state, action, params)
         truncated = env.is_truncated(next_state, params)
         return (
-            _like(next_state, state),
-            _like(obs, obs_like),
+            _like(name, "state", next_state, state),
+            _like(name, "observation", obs, obs_like),
             _number(reward, jnp.float32, "reward"),
             _number(terminated, bool, "terminated"),
             _number(truncated, bool, "truncated"),
@@ -126,7 +157,7 @@ def _inner_step(env: Any, params: Any, obs_like: PyTree) -> Any:
     return step_one
 
 
-def _public_step(env: Any, params: Any, obs_like: PyTree) -> Any:
+def _public_step(name: str, env: Any, params: Any, obs_like: PyTree) -> Any:
     def step_one(key: Key[Array, ""], state: PyTree, action: Array) -> tuple[PyTree, TimeStep]:
         result = env.step(key, state, action, params)
         if len(result) != 6 or "final_observation" not in result[5]:
@@ -136,12 +167,12 @@ def _public_step(env: Any, params: Any, obs_like: PyTree) -> Any:
                 "auto-reset in info['final_observation']"
             )
         obs, next_state, reward, terminated, truncated, info = result
-        return _like(next_state, state), TimeStep(
-            obs=_like(obs, obs_like),
+        return _like(name, "state", next_state, state), TimeStep(
+            obs=_like(name, "observation", obs, obs_like),
             reward=_number(reward, jnp.float32, "reward"),
             terminated=_number(terminated, bool, "terminated"),
             truncated=_number(truncated, bool, "truncated"),
-            final_obs=_like(info["final_observation"], obs_like),
+            final_obs=_like(name, "observation", info["final_observation"], obs_like),
         )
 
     return step_one

@@ -59,7 +59,8 @@ def _changed(config: Config, params: Any) -> Any:
                 f"env_params.{name}: {config.env_id} has no such parameter; {hint}It has: {listed}"
             )
         changed[name] = _of_type(name, value, getattr(params, name))
-    return dataclasses.replace(params, **changed)
+    replaced: Any = params
+    return dataclasses.replace(replaced, **changed)
 
 
 def _of_type(name: str, value: float | int | bool, default: Any) -> Any:

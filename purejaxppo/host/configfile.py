@@ -21,41 +21,40 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Which trainings to run side by side, and what the host does around them.
+    """Seeds, devices, evaluation, checkpoints and loggers of a run.
 
     Raises `ConfigError` on construction if a value is out of range.
     """
 
     seed: int = field(default=0, metadata={"low": 0, "high": 2**32 - 1, "open_low": False})
-    """Seed of the random numbers, from which those of all trainings are split."""
+    """Base random seed; each run's seed is derived from it."""
     num_seeds: int = field(default=1, metadata={"low": 1, "high": 2**20, "open_low": False})
-    """S, trainings that differ in their random numbers alone."""
+    """Number of seeds to train in parallel (S)."""
     devices: int = field(default=0, metadata={"low": 0, "high": 2**20, "open_low": False})
-    """Devices to spread over: seeds, and where there are more devices than seeds the environments
-    of each, which then learns from minibatches of equal parts. 0 takes as many as divide several
-    seeds, one for a single one, and all of several processes."""
+    """Number of devices (on CPU: cores). Seeds are spread over them, and the environments of each
+    seed if there are more devices than seeds. 0 chooses: a divisor of the number of seeds, and for
+    one seed as many CPU cores as make it faster."""
     eval_episodes: int = field(default=128, metadata={"low": 1, "high": 2**20, "open_low": False})
-    """Episodes of the evaluation of each checkpoint and of the final one, per seed."""
+    """Episodes of each evaluation, per seed."""
     eval_every: float = field(
         default=math.inf, metadata={"low": 0, "high": math.inf, "open_low": True}
     )
-    """Evaluate at this interval, in eval_unit, into eval.csv, and keep the best checkpoint. inf
+    """Evaluation interval, in eval_unit: writes eval.csv and keeps the best checkpoint. inf
     evaluates each checkpoint and the end of the run."""
     eval_unit: Literal["updates", "seconds"] = "updates"
     """Unit of eval_every."""
     checkpoint_every: float = field(
         default=300.0, metadata={"low": 0, "high": math.inf, "open_low": True}
     )
-    """How often the whole state is saved while training; inf saves only where a run ends or is
-    stopped."""
+    """Checkpoint interval, in checkpoint_unit; inf saves only when the run ends or is stopped."""
     checkpoint_unit: Literal["seconds", "updates"] = "seconds"
     """Unit of checkpoint_every."""
     keep: int = field(default=3, metadata={"low": 1, "high": 2**20, "open_low": False})
-    """Newest checkpoints that are kept, beside the best by evaluation."""
+    """Number of newest checkpoints to keep, in addition to the best by evaluation."""
     tensorboard: bool = False
-    """Write TensorBoard event files too."""
+    """Write TensorBoard event files."""
     wandb: bool = False
-    """Log to Weights & Biases too; WANDB_MODE=offline needs no network."""
+    """Log to Weights & Biases; WANDB_MODE=offline needs no network."""
     custom_env: tyro.conf.Suppress[bool] = False
     """Whether the environment was passed from Python, so that no name brings it back."""
 

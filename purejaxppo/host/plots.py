@@ -7,43 +7,57 @@ import numpy as np
 from jaxtyping import Float
 
 from purejaxppo.curves import POINTS, means_of_stretches
-from purejaxppo.host.stats import mean_interval
+from purejaxppo.host.stats import FEW_SEEDS, bootstrap_mean_interval, mean_interval
+
+NO_EVALUATIONS = np.zeros(0), np.zeros(0)
 
 
 def learning_curve(
-    path: Path, env_id: str, env_steps: np.ndarray, returns: Float[np.ndarray, "U S"]
+    path: Path,
+    env_id: str,
+    env_steps: np.ndarray,
+    returns: Float[np.ndarray, "U S"],
+    evaluations: tuple[np.ndarray, np.ndarray] = NO_EVALUATIONS,
 ) -> None:
-    """Draw the return over environment steps: the mean over seeds with its 95% band.
+    """Draw the return over environment steps: the mean over seeds and its 95% bootstrap interval.
 
     Args:
         path: of the PNG file to write.
-        env_steps: `[U]` steps of one training.
+        env_steps: `[U]` steps of one run.
         returns: mean return of the episodes that ended in each update, NaN where none did.
+        evaluations: environment steps `[P]` and mean return over seeds `[P]`.
     """
     from matplotlib.figure import Figure  # slow to import
     from matplotlib.ticker import EngFormatter
 
     steps, curves = smooth(env_steps, returns)
-    mean, low, high = mean_interval(curves)
+    mean, _, _ = mean_interval(curves)
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
     num_seeds = returns.shape[1]
-    axes.plot(
-        steps, mean, color="C0", label=f"mean of {num_seeds} seeds" if num_seeds > 1 else None
-    )
+    of_seeds = f", mean of {num_seeds} seeds" if num_seeds > 1 else ""
+    axes.plot(steps, mean, color="C0", label=f"training episodes{of_seeds}")
     if num_seeds > 1:
-        axes.fill_between(steps, low, high, color="C0", alpha=0.2, lw=0, label="95% interval")
+        low, high = bootstrap_mean_interval(curves)
+        axes.fill_between(
+            steps, low, high, color="C0", alpha=0.2, lw=0, label=band_label(num_seeds)
+        )
+    if evaluations[0].size:
+        label = f"evaluation, sampled actions{of_seeds}"
+        axes.plot(*evaluations, "o-", ms=4, lw=1, color="C1", label=label)
+    if num_seeds > 1 or evaluations[0].size:
         axes.legend(loc="best", frameon=False)
-    if np.isfinite(curves).any():
-        # The interval of a few seeds may reach far beyond any return that occurred.
-        least, most = np.nanmin(curves), np.nanmax(curves)
-        margin = 0.05 * (most - least) or 1.0
-        axes.set_ylim(least - margin, most + margin)
-    bare_axes(axes, "environment steps (per seed)", "return of training episodes")
+    bare_axes(axes, "environment steps (per seed)", "return")
     axes.set_title(env_id)
     axes.set_xlim(0, float(env_steps[-1]))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.savefig(path, dpi=150)
+
+
+def band_label(num_seeds: int) -> str:
+    """Legend entry of a band of `bootstrap_mean_interval`."""
+    few = ", few" if num_seeds < FEW_SEEDS else ""
+    return f"95% bootstrap interval of the mean ({num_seeds} seeds{few})"
 
 
 def bare_axes(axes: Any, xlabel: str, ylabel: str) -> None:

@@ -5,49 +5,60 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from purejaxppo.config import HParams
 from purejaxppo.host.parallel import SEEDS, each_seed
 from purejaxppo.types import Learner, LearnerState, Metrics, PyTree, TrainState
 
 TRUNCATION = 0.2
-"""The worst of which the best take the place, as a part of the population."""
+"""Share of the population that is replaced at each exchange, and share that may be copied."""
 FACTORS = (0.8, 1.2)
-"""By one of which each number is multiplied when it is taken over."""
+"""Each hyperparameter that is taken over is multiplied by one of these."""
 
 
 class Population(NamedTuple):
-    """How K trainings learn from each other."""
+    """How K members learn from each other."""
 
     size: int
+    """K; rows beyond it only fill up the devices."""
     interval: int
-    """Updates between two times that they do."""
+    """Rounds between two exchanges."""
     ranges: tuple[tuple[str, float, float], ...]
-    """Hyperparameters that change, and within which bounds they stay."""
+    """(name, low, high) of the hyperparameters that an exchange may change."""
     seed: int
     num_updates: int
-    """After which nothing is taken over any more."""
+    """Rounds in total; there is no exchange after the last."""
 
 
 class Member(NamedTuple):
-    """What a training of a population has in place of a `LearnerState`."""
+    """State of one member, in place of its `LearnerState`."""
 
     learner: LearnerState
+    """Its `updates` fall behind `rounds` while the member's updates are not kept (see `failed`)."""
     hparams: HParams
-    """Its own, as they are now."""
+    """Current hyperparameters."""
     returned: Float[Array, ""]
-    """The sum of the returns of episodes since the last exchange."""
+    """Sum of the returns of the episodes since the last exchange."""
     episodes: Float[Array, ""]
+    """Number of those episodes."""
+    rounds: Int[Array, ""]
+    """Updates tried. The same for all members, so every device agrees on when to exchange."""
+
+    @property
+    def failed(self) -> Bool[Array, ""]:
+        """Whether the last update was not kept, since its loss was not finite."""
+        return self.learner.updates != self.rounds
 
 
 def member_learner(learner: Learner) -> Learner:
-    """The same learner, whose states are of `Member`s and hold their hyperparameters."""
+    """The same learner with `Member`s as states, which hold their own hyperparameters."""
 
     def init(key: Array, hparams: HParams) -> TrainState:
         state = learner.init(key, hparams)
         numbers = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), hparams)
-        member: Any = Member(state.learner, numbers, jnp.zeros(()), jnp.zeros(()))
+        zero = jnp.zeros(())
+        member: Any = Member(state.learner, numbers, zero, zero, jnp.zeros((), jnp.int32))
         return TrainState(member, state.actors)
 
     def update(state: TrainState, _: HParams) -> tuple[TrainState, Metrics]:
@@ -56,15 +67,16 @@ def member_learner(learner: Learner) -> Learner:
         ended = metrics["episodes"].astype(jnp.float32)
         returned = jnp.where(ended > 0, metrics["episode_return"] * ended, 0.0)
         member = Member(
-            new.learner, member.hparams, member.returned + returned, member.episodes + ended
-        )
+            new.learner, member.hparams, member.returned + returned, member.episodes + ended,
+            member.rounds + 1,
+        )  # fmt: skip
         return TrainState(member, new.actors), metrics
 
     return Learner(init, update)
 
 
 def without_members(states: TrainState) -> TrainState:
-    """States as any learner has them."""
+    """The same states with plain `LearnerState`s."""
     member: Any = states.learner
     return TrainState(member.learner, states.actors)
 
@@ -78,8 +90,8 @@ def train_population(
     *,
     capacity: int,
 ) -> tuple[TrainState, Metrics]:
-    """`count` updates, at most `capacity`, of a device's own members `[S, ...]`, all of which learn
-    from each other.
+    """Train a device's own members `[S, ...]` for `count` rounds, at most `capacity`, with an
+    exchange between all devices every `population.interval` rounds.
 
     Returns:
         states, and metrics `[capacity, S]` of which the first `count` rows are filled.
@@ -91,11 +103,10 @@ def train_population(
     def body(i: Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
         states, rows = carry
         states, metrics = update(states)
-        done = states.learner.learner.updates[0]  # pyright: ignore[reportAttributeAccessIssue]
+        members: Any = states.learner
+        done = members.rounds[0]
         due = (done % population.interval == 0) & (done < population.num_updates)
-        members = jax.lax.cond(
-            due, lambda x: exchange(population, x, done), lambda x: x, states.learner
-        )
+        members = jax.lax.cond(due, lambda x: exchange(population, x), lambda x: x, members)
         rows = jax.tree.map(lambda all_, row: all_.at[i].set(row), rows, metrics)
         return TrainState(members, states.actors), rows
 
@@ -104,9 +115,14 @@ def train_population(
     return jax.lax.fori_loop(0, count, body, (states, rows))
 
 
-def exchange(population: Population, members: Any, updates: Int[Array, ""]) -> Any:
-    """Exploit and explore: the worst members take over what better ones have learned, and their
-    hyperparameters, somewhat changed. Keys and environments stay everyone's own."""
+def exchange(population: Population, members: Any) -> Any:
+    """Exploit and explore (Jaderberg et al. 2017, section 3), for a device's own members
+    `[S, ...]`: the worst take over the learner states and the perturbed hyperparameters of better
+    ones.
+
+    A member that takes over a state takes over its `updates` too, so schedules continue from there
+    and a member that had failed learns again. Keys and environments stay each member's own.
+    """
     own = members.episodes.shape[0]
     first = jax.lax.axis_index(SEEDS) * own
 
@@ -116,37 +132,50 @@ def exchange(population: Population, members: Any, updates: Int[Array, ""]) -> A
     def mine(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, own), tree)
 
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(population.seed), 2**31), updates)
-    parent_key, explore_key = jax.random.split(key)
-    returned, episodes, hparams = everyone((members.returned, members.episodes, members.hparams))
-    parents = choose_parents(parent_key, population.size, returned / episodes)
+    root = jax.random.fold_in(jax.random.key(population.seed), 2**31)
+    parent_key, explore_key = jax.random.split(jax.random.fold_in(root, members.rounds[0]))
+    score = jnp.where(members.failed, -jnp.inf, members.returned / members.episodes)
+    scores, hparams = everyone((score, members.hparams))
+    parents = choose_parents(parent_key, population.size, scores)
     taken = parents != jnp.arange(parents.shape[0])
     explored = explore(explore_key, population, jax.tree.map(lambda x: x[parents], hparams), taken)
 
-    learned = members.learner._replace(key=(), updates=())
-    inherited = jax.tree.map(lambda x: x[mine(parents)], everyone(learned))
+    learned = everyone(members.learner._replace(key=()))
+    inherited = jax.tree.map(lambda x: x[mine(parents)], learned)
     return Member(
-        inherited._replace(key=members.learner.key, updates=members.learner.updates),
+        inherited._replace(key=members.learner.key),
         mine(explored),
         jnp.zeros_like(members.returned),
         jnp.zeros_like(members.episodes),
+        members.rounds,
     )
 
 
 def choose_parents(key: Array, size: int, score: Float[Array, " K"]) -> Int[Array, " K"]:
-    """Whose place each of the first `size` members is taken by: its own, or for the worst one of
-    the best. Members without a score are the worst; those beyond `size` only fill the devices."""
+    """Parent of each member: itself, or one of the best for each of the worst.
+
+    Only members with a finite score become parents; if there are none, everyone keeps their own
+    state.
+
+    Args:
+        size: members that count; those beyond it only fill up the devices.
+        score: NaN for members without an episode, which rank last but for those that failed,
+            whose score is -inf.
+    """
     count = score.shape[0]
-    score = jnp.where(jnp.isfinite(score), score, -jnp.inf)
-    order = jnp.argsort(-score[:size], stable=True)
+    low = jnp.finfo(score.dtype).min
+    order = jnp.argsort(-jnp.where(jnp.isnan(score), low, score)[:size], stable=True)
     cut = max(1, int(TRUNCATION * size))
-    better = order[jax.random.randint(key, (cut,), 0, cut)]
-    return jnp.arange(count).at[order[size - cut :]].set(better)
+    drawn = order[jax.random.randint(key, (cut,), 0, cut)]
+    better = jnp.where(jnp.isfinite(score[drawn]), drawn, order[0])
+    worst = order[size - cut :]
+    better = jnp.where(jnp.isfinite(score[better]), better, worst)
+    return jnp.arange(count).at[worst].set(better)
 
 
 def explore(key: Array, population: Population, hparams: HParams, taken: Array) -> HParams:
-    """Each number of a range, where it was `taken` over, multiplied by one of `FACTORS` and held in
-    the range."""
+    """Multiply each hyperparameter of a range by one of `FACTORS`, where it was `taken` over, and
+    clip it to the range."""
     changed = {}
     for index, (name, low, high) in enumerate(population.ranges):
         value = getattr(hparams, name)

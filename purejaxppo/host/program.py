@@ -113,6 +113,8 @@ class Prepared(NamedTuple):
     program: Program
     evaluation: Callable[[TrainState], np.ndarray]
     """`states[S, ...] -> returns[S, E]`."""
+    population: bool = False
+    """Whether trainings learn from each other, so that one that failed may learn again."""
 
 
 def prepare(
@@ -125,7 +127,9 @@ def prepare(
     evaluation = Evaluation(settings, env, env_params)
     if population is None:
         return Prepared(learner, program, evaluation)
-    return Prepared(member_learner(learner), program, lambda x: evaluation(without_members(x)))
+    return Prepared(
+        member_learner(learner), program, lambda x: evaluation(without_members(x)), population=True
+    )
 
 
 def stacked_hparams(settings: Settings) -> HParams:

@@ -20,6 +20,7 @@ from purejaxppo.config import Config, ConfigError, HParams, check_fields
 from purejaxppo.evaluation import FRESH_EVALUATION
 from purejaxppo.host.checkpoint import Checkpoint, Position, check_same_run, ranked_by_return
 from purejaxppo.host.configfile import RunSettings, Settings, load_settings
+from purejaxppo.host.evaluations import evaluation_curve
 from purejaxppo.host.load import check_env, newest_or_none, restore_states
 from purejaxppo.host.loggers import (
     COLUMNS,
@@ -504,7 +505,7 @@ def _best_checkpoint(
     found = ranked_by_return(directory)
     if not found:
         return None
-    if len(found) == 1:
+    if len(evaluation_curve(directory)[0]) == 1:
         return Best(found[0], None)
     same = found[0].position.updates == training.position.updates
     if not same and jax.process_count() > 1:  # reading a checkpoint takes all processes
@@ -598,10 +599,14 @@ class _Loop:
 
     def _take(self, metrics: HostMetrics) -> None:
         """Check, log and show the metrics `[u, S]` of the updates that follow."""
-        written, bad = _finite_rows(metrics, self._alive())
-        for seed, row in bad.items():
-            self.failed[seed] = self.done + row + 1
-            self.shown.failed(seed, self.failed[seed])
+        prepared = self.session.prepared
+        if prepared is not None and prepared.population:
+            written = self._take_population(metrics)
+        else:
+            written, bad = _finite_rows(metrics, self._alive())
+            for seed, row in bad.items():
+                self.failed[seed] = self.done + row + 1
+                self.shown.failed(seed, self.failed[seed])
         seconds = time.perf_counter() - self.began
         metrics["seconds"] = np.full(written.shape, round(seconds, 3))
         self.parts.append({k: np.where(written, v, np.nan) for k, v in metrics.items()})
@@ -613,6 +618,17 @@ class _Loop:
         self._check_episodes(metrics)
         self.done += len(written)
         self.shown.update(self.done, self.parts[-1]["episode_return"])
+
+    def _take_population(self, metrics: HostMetrics) -> np.ndarray:
+        """Which rows `[u, S]` are of updates that were kept. A member of a population counts as
+        failed only until an exchange replaces it."""
+        kept = _kept_rows(metrics)
+        before = np.vstack([self._alive(), kept])[:-1]
+        for row, seed in zip(*np.nonzero(before & ~kept), strict=True):
+            self.failed[int(seed)] = self.done + int(row) + 1
+            self.shown.failed(int(seed), self.failed[int(seed)])
+        self.failed = {seed: update for seed, update in self.failed.items() if not kept[-1, seed]}
+        return kept
 
     def _check_episodes(self, metrics: HostMetrics) -> None:
         config = self.session.settings.config
@@ -694,7 +710,12 @@ def _columns(rows: Metrics, count: int) -> HostMetrics:
 def _finite_rows(metrics: HostMetrics, alive: np.ndarray) -> tuple[np.ndarray, dict[int, int]]:
     """Which rows `[u, S]` belong to a training that goes well, its first bad one included, and
     the first bad row of each seed that has one."""
-    finite = np.all([np.isfinite(metrics[name]) for name in MUST_BE_FINITE], axis=0)
+    finite = _kept_rows(metrics)
     good_before = np.cumsum(~finite, axis=0) - ~finite == 0
     bad = {int(s): int(np.argmin(finite[:, s])) for s in np.flatnonzero(alive & ~finite.all(0))}
     return good_before & alive, bad
+
+
+def _kept_rows(metrics: HostMetrics) -> np.ndarray:
+    """Which rows `[u, S]` are of updates that the learner kept."""
+    return np.all([np.isfinite(metrics[name]) for name in MUST_BE_FINITE], axis=0)

@@ -5,6 +5,9 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float
 
+FEW_SEEDS = 5
+"""Intervals over fewer seeds than this are only rough, and are marked as such."""
+
 
 def mean_interval(
     values: Float[np.ndarray, "*batch S"], confidence: float = 0.95
@@ -33,6 +36,31 @@ def episode_mean(returns: Float[np.ndarray, "*batch E"]) -> np.ndarray:
     count = ended.sum(axis=-1)
     total = np.where(ended, returns, 0.0).sum(axis=-1)
     return np.asarray(np.where(count, total / np.maximum(count, 1), np.nan))
+
+
+def bootstrap_mean_interval(
+    values: Float[np.ndarray, "P S"], confidence: float = 0.95, resamples: int = 1000
+) -> tuple[Float[np.ndarray, " P"], Float[np.ndarray, " P"]]:
+    """Percentile bootstrap interval (Efron 1979) of the mean over the last axis, which lies within
+    the range of the values; NaNs are left out.
+
+    All P means use the same resamples of the S columns, so a band over curves is smooth. With fewer
+    than two values there is no interval: its bounds are NaN.
+
+    Returns:
+        lower and upper bound.
+    """
+    seen = np.isfinite(values)
+    size = values.shape[1]
+    drawn = np.random.default_rng(0).multinomial(size, np.full(size, 1 / size), resamples)
+    count = seen @ drawn.T
+    total = np.where(seen, values, 0.0) @ drawn.T
+    means = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    bounds, enough = np.full((2, len(values)), np.nan), seen.sum(axis=1) > 1
+    if enough.any():
+        shares = [0.5 - confidence / 2, 0.5 + confidence / 2]
+        bounds[:, enough] = np.nanquantile(means[enough], shares, axis=1)
+    return bounds[0], bounds[1]
 
 
 def interquartile_mean(values: Float[np.ndarray, "*batch S"]) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 
 from purejaxppo.host.checkpoint import Checkpoint, Position
 from purejaxppo.host.configfile import Settings
+from purejaxppo.host.evaluations import evaluation_curve
 from purejaxppo.host.parallel import choose_spread
 from purejaxppo.host.plots import learning_curve
 from purejaxppo.host.rundir import CURVE, SUMMARY, StorageError, resume_command, write_whole
@@ -95,7 +96,8 @@ def write_results(
     steps = np.arange(1, len(returns) + 1) * settings.config.batch_size
     try:
         if not settings.trials:
-            learning_curve(directory / CURVE, settings.config.env_id, steps, returns)
+            evaluations = evaluation_curve(directory)
+            learning_curve(directory / CURVE, settings.config.env_id, steps, returns, evaluations)
         write_whole(directory / SUMMARY, text)
     except OSError as error:
         raise StorageError(

@@ -1,16 +1,15 @@
 """Runs a sweep: batch by batch, wave by wave, so that it can be interrupted anywhere."""
 
-import dataclasses
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from purejaxppo.config import Config, ConfigError, HParams, why_unread
-from purejaxppo.host.configfile import RunSettings, Settings, dump_settings
+from purejaxppo.host.configfile import RunSettings, Settings
 from purejaxppo.host.load import check_env
 from purejaxppo.host.loggers import binary_metrics
 from purejaxppo.host.parallel import choose_spread, use_all_cores
@@ -21,33 +20,17 @@ from purejaxppo.learner import make_learner
 from purejaxppo.sweeps import files
 from purejaxppo.sweeps.files import PlannedBatch, PlannedWave, wave_directory
 from purejaxppo.sweeps.onray import OnRay, cluster, leave_memory
-from purejaxppo.sweeps.outcomes import Outcome, curve_columns, ranked, result_rows
-from purejaxppo.sweeps.plan import Wave, filled, make_groups, population_of
+from purejaxppo.sweeps.outcomes import Outcome, SweepResult, curve_columns, ranked, result_rows
+from purejaxppo.sweeps.plan import Wave, filled, make_groups
 from purejaxppo.sweeps.progress import SweepProgress
 from purejaxppo.sweeps.report import write_report
 from purejaxppo.sweeps.settings import Definition, SweepSettings, load_definition
 from purejaxppo.sweeps.space import apply, space_texts
 from purejaxppo.sweeps.strategies import Batch, Strategy, Trial, make_strategy
-from purejaxppo.sweeps.waves import Job, Local, Work, Workers
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """What `sweep` gives back, for K trials of S seeds."""
-
-    outcomes: list[Outcome]
-    """By the trials' numbers."""
-    best: Outcome | None
-    """Of those trained to the end; None if each of them failed."""
-    config: Config
-    """Of the best."""
-    hparams: HParams
-    """Of the best."""
-
-    @property
-    def returns(self) -> np.ndarray:
-        """`[K, S]`."""
-        return np.stack([outcome.returns for outcome in self.outcomes])
+from purejaxppo.sweeps.trials import alone, last_hparams
+from purejaxppo.sweeps.waves import Job, Local, Work, Workers, trial_rows
+from purejaxppo.sweeps.winner import Winner, best_of, evaluate_again, write_winner
+from purejaxppo.types import TrainState
 
 
 def sweep(
@@ -55,7 +38,13 @@ def sweep(
     space: Mapping[str, Any],
     *,
     hparams: HParams | None = None,
-    seeds: int = 1,
+    strategy: Literal["random", "sobol", "optuna", "halving", "pbt"] = "random",
+    trials: int = 16,
+    batch: int = 16,
+    eta: int = 3,
+    rungs: int = 3,
+    interval: int = 10,
+    num_seeds: int = 1,
     seed: int = 0,
     devices: int = 0,
     run_dir: str | Path | None = None,
@@ -65,23 +54,39 @@ def sweep(
     progress: bool = True,
     env: Any = None,
     env_params: Any = None,
-    **search: Any,
+    memory_gb: float = 0.0,
+    engine: Literal["local", "ray"] = "local",
+    wave_cpus: int = 1,
+    wave_gpus: int = 0,
+    wave_tpus: int = 0,
 ) -> SweepResult:
-    """Train every trial of a space with `seeds` seeds, as few compiled programs as there are
-    different shapes, and find the best.
+    """Train every trial of a space with `num_seeds` seeds, select the best by its mean return in
+    the final evaluation, and evaluate it again on fresh episodes.
 
-    Seed s of each trial is what `run` with these settings and `num_seeds=seeds` makes of it.
+    Trials of the same shapes share one compiled program. Seed s of each trial is seed s of `run`
+    with its settings, bit for bit on CPU.
 
     Args:
-        space: settings by name. A list holds values of which each is tried, in every combination;
-            `uniform`, `loguniform` and `choice` are drawn from.
-        hparams: of what is not swept.
-        devices: how many to spread over; 0 takes all, where there are enough trainings.
-        run_dir: takes `sweep.toml`, `results.csv`, `curves.npz`, `winner.toml`, `report.html` and
-            the waves; None writes nothing.
-        checkpoint_every: seconds between checkpoints of the trainings under way.
-        others: as in `run`.
-        search: fields of `SweepSettings`, which describes them: strategy, trials, engine, ...
+        space: settings by name. Each value of a list is tried, in every combination; `uniform`,
+            `loguniform` and `choice` are drawn from.
+        hparams: hyperparameters that are not swept.
+        strategy: how samples are drawn, see `SweepSettings.strategy`: random, sobol, optuna,
+            halving (successive halving) or pbt (population-based training).
+        trials: samples drawn, each tried at every point of the grid; with optuna all trials.
+        batch: with optuna, trials that run side by side.
+        eta: with halving, the best 1 / eta of the trials continue, eta times as long.
+        rungs: with halving, the maximum number of selections.
+        interval: with pbt, updates between exchanges.
+        num_seeds: seeds (S) per trial.
+        devices: how many to spread over; 0 takes all if there are enough trainings.
+        run_dir: directory for `sweep.toml`, `results.csv`, `curves.npz`, `winner.toml`,
+            `winner.json`, `report.html` and the waves; None writes nothing.
+        checkpoint_every: seconds between checkpoints.
+        seed, eval_episodes, compilation_cache, progress, env, env_params: as in `run`.
+        memory_gb: memory on each device for trainings; trials that do not fit run one wave after
+            the other. 0 takes half of the free memory.
+        engine: where waves run: local, or ray (a Ray cluster, see `SweepSettings.engine`).
+        wave_cpus, wave_gpus, wave_tpus: with ray, CPU cores, GPUs and TPU chips per wave.
 
     Raises:
         ConfigError: before anything is compiled or written, if the space or a setting cannot work.
@@ -89,12 +94,14 @@ def sweep(
         LostError: with engine = ray, if machines are lost too often.
     """
     host = RunSettings(
-        seed, seeds, devices, eval_episodes, checkpoint_every, keep=1,
+        seed, num_seeds, devices, eval_episodes, checkpoint_every, keep=1,
         custom_env=env is not None or env_params is not None,
     )  # fmt: skip
-    definition = Definition(
-        Settings(config, hparams or HParams(), host), SweepSettings(*space_texts(space), **search)
-    )
+    search = SweepSettings(
+        *space_texts(space), strategy, trials, batch, eta, rungs, interval, memory_gb, engine,
+        wave_cpus, wave_gpus, wave_tpus,
+    )  # fmt: skip
+    definition = Definition(Settings(config, hparams or HParams(), host), search)
     found = start_sweep(
         definition, None if run_dir is None else Path(run_dir), progress=progress,
         compilation_cache=compilation_cache, env=env, env_params=env_params,
@@ -119,8 +126,8 @@ def start_sweep(
     check_scalars(definition.settings.hparams)
     if definition.sweep.strategy == "pbt" and definition.settings.run.num_seeds != 1:
         raise ConfigError(
-            f"seeds = {definition.settings.run.num_seeds}: the members of a population (strategy = "
-            "pbt) have random numbers of their own; leave seeds at 1, and choose trials"
+            f"num_seeds = {definition.settings.run.num_seeds}: must be 1 with strategy = pbt, each "
+            "of whose members has its own random numbers; set trials instead"
         )
     if definition.sweep.engine == "ray" and directory is None and not dry_run:
         raise ConfigError(
@@ -296,15 +303,17 @@ class _Engine:
             self.latest[trial.number] = (job.wave, job.index)
 
     def _with_last_values(self, wave: Wave, index: int) -> list[Trial]:
-        """The wave's trials with the numbers that they ended with: a population's have changed."""
-        population = population_of(wave.settings, self.definition.sweep)
-        if population is None:
+        """The wave's trials with the values that they ended with, which differ in a population."""
+        sweep = self.definition.sweep
+        if sweep.strategy != "pbt":
             return wave.trials
-        member: Any = self.here.states_after(wave, index).learner
-        names = [name for name, _, _ in population.ranges]
+        states = self.here.states_after(index)
+        ended = [
+            last_hparams(sweep, began, states, i) for i, began in enumerate(wave.settings.trials)
+        ]
         return [
-            Trial(trial.number, {n: float(getattr(member.hparams, n)[i]) for n in names})
-            for i, trial in enumerate(wave.trials)
+            Trial(trial.number, {name: getattr(hparams, name) for name in sweep.space.names})
+            for trial, hparams in zip(wave.trials, ended, strict=False)
         ]
 
     def _write_results(self) -> None:
@@ -313,22 +322,46 @@ class _Engine:
             files.write(self.directory / files.RESULTS, files.results_text(rows))
 
     def _finish(self) -> SweepResult:
-        settings, order = self.definition.settings, ranked(self.outcomes, self.definition)
-        best = order[0] if order and order[0].is_whole(settings) else None
-        values = {} if best is None else best.trial.values
-        config, hparams = apply(values, settings.config, settings.hparams)
-        winner = None
+        winner = self._winner()
         if self.directory is not None:
-            if best is not None:
-                winner = self.directory / files.WINNER
-                won = dataclasses.replace(settings, config=config, hparams=hparams)
-                note = f"# Trial {best.trial.number}: return {best.score:.2f}\n"
-                files.write(winner, note + dump_settings(won))
+            if winner is not None:
+                write_winner(self.directory, winner)
             files.write_curves(self.directory / files.CURVES, self._curves(self.directory))
             write_report(self.directory)
+        order = ranked(self.outcomes, self.definition)
         self.shown.best([(o.trial, o.score, float(np.min(o.returns))) for o in order])
-        self.shown.finished(self.directory, winner)
-        return SweepResult([self.outcomes[n] for n in sorted(self.outcomes)], best, config, hparams)
+        self.shown.finished(self.directory, None if winner is None else winner.table())
+        settings = self.definition.settings if winner is None else winner.settings
+        return SweepResult(
+            outcomes=[self.outcomes[n] for n in sorted(self.outcomes)],
+            best=None if winner is None else winner.outcome,
+            tied=[] if winner is None else winner.tied,
+            best_returns=np.zeros((0, 0)) if winner is None else winner.returns,
+            config=settings.config,
+            hparams=settings.hparams,
+            _states=self._states,
+        )
+
+    def _winner(self) -> Winner | None:
+        equals = best_of(self.outcomes, self.definition)
+        if not equals:
+            return None
+        best, settings = equals[0], self.definition.settings
+        wave, _ = self.latest[best.trial.number]
+        _, hparams = apply(best.trial.values, settings.config, settings.hparams)
+        own = alone(wave.settings, hparams, settings.run.num_seeds)
+        with self.shown.evaluating():
+            returns = evaluate_again(
+                own, self._states(best.trial.number), self.work.env, self.work.env_params
+            )
+        return Winner(best, [other.trial.number for other in equals[1:]], own, returns)
+
+    def _states(self, number: int) -> TrainState:
+        """States `[S, ...]` of a trial."""
+        wave, index = self.latest[number]
+        position = [trial.number for trial in wave.trials].index(number)
+        seeds = self.definition.settings.run.num_seeds
+        return trial_rows(self.here.states_after(index), position, seeds)
 
     def _curves(self, directory: Path) -> list[dict[str, np.ndarray]]:
         seeds = self.definition.settings.run.num_seeds

@@ -27,7 +27,8 @@ from purejaxppo.host.rundir import (
 from purejaxppo.sweeps.settings import Definition, dump_definition
 from purejaxppo.sweeps.strategies import Batch, Trial
 
-PLAN, RESULTS, CURVES, WINNER = "plan.json", "results.csv", "curves.npz", "winner.toml"
+PLAN, RESULTS, CURVES = "plan.json", "results.csv", "curves.npz"
+WINNER, WINNER_JSON = "winner.toml", "winner.json"
 
 
 class PlannedWave(NamedTuple):
@@ -143,6 +144,25 @@ def wave_outcome(directory: Path) -> dict[str, Any] | None:
     """The summary of a wave that is finished."""
     path = directory / SUMMARY
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def read_winner(directory: Path) -> dict[str, Any] | None:
+    """`winner.json` of a finished sweep; None if every trial failed."""
+    path = directory / WINNER_JSON
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def check_finished(directory: Path) -> None:
+    """Raise `ConfigError` if the directory holds no sweep, or one that is not finished."""
+    if not holds(directory, SWEEP):
+        raise ConfigError(
+            f"run_dir = {str(directory)!r}: no {SWEEP} found; give a sweep's directory"
+        )
+    if not holds(directory, CURVES):
+        raise ConfigError(
+            f"run_dir = {str(directory)!r}: the sweep is not finished; to resume: "
+            f"{resume_command(directory)}"
+        )
 
 
 def binary_content(directory: Path) -> bytes:

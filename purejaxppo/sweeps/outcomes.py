@@ -1,36 +1,42 @@
-"""What came of trials, and which was best."""
+"""Results of trials, and their order."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from purejaxppo.config import Config, ConfigError, HParams
 from purejaxppo.host.configfile import Settings, toml
 from purejaxppo.host.loggers import COLUMNS, HostMetrics
 from purejaxppo.sweeps.settings import Definition
 from purejaxppo.sweeps.space import apply
 from purejaxppo.sweeps.strategies import Trial
+from purejaxppo.types import TrainState
 
 
 class Outcome(NamedTuple):
-    """What came of a trial, of S seeds."""
+    """Result of a trial, of S seeds."""
 
     trial: Trial
     returns: np.ndarray
-    """`[S]` means over the episodes of the final evaluation; NaN where a training failed."""
+    """`[S]` means over the episodes of the final evaluation, by which the best trial is selected;
+    NaN for a seed that failed."""
     failed: dict[int, int]
-    """Seeds whose loss turned non-finite, and the update at which it did."""
+    """Seeds whose loss turned non-finite, and the update at which it did. A member of a population
+    that was replaced later has not failed."""
     updates: int
-    """Of how many it was trained."""
+    """Updates trained."""
     wave: int
+    """Number of the wave that trained it last."""
 
     @property
     def score(self) -> float:
-        """What trials are ranked by: the mean over seeds, NaN if one failed."""
+        """Selection return, by which trials are ranked: the mean over seeds, NaN if one failed."""
         return float(np.mean(self.returns))
 
     def num_updates(self, settings: Settings) -> int:
-        """Of the trial's whole training."""
+        """Updates of the trial at full length."""
         return apply(self.trial.values, settings.config, settings.hparams)[0].num_updates
 
     def is_whole(self, settings: Settings) -> bool:
@@ -38,15 +44,69 @@ class Outcome(NamedTuple):
         return np.isfinite(self.score) and self.updates == self.num_updates(settings)
 
 
+@dataclass(frozen=True)
+class SweepResult:
+    """Result of `sweep`, for K trials of S seeds."""
+
+    outcomes: list[Outcome]
+    """Ordered by trial number."""
+    best: Outcome | None
+    """The trial with the highest selection return of those trained to the end, the lowest number
+    of equals; None if every trial failed."""
+    tied: list[int]
+    """Numbers of the trials whose selection return equals the best one's."""
+    best_returns: np.ndarray
+    """`[S, E]` returns of the best trial on fresh episodes, at least 1,024 over all seeds; empty
+    if every trial failed."""
+    config: Config
+    """Config of the best trial."""
+    hparams: HParams
+    """Hyperparameters of the best trial; of a member of a population, those it ended with."""
+    _states: Callable[[int], TrainState] = field(repr=False)
+
+    @property
+    def returns(self) -> np.ndarray:
+        """`[K, S]` selection returns: means over the episodes that trials are ranked by. The
+        highest of them is optimistic; `best_return` is not."""
+        return np.stack([outcome.returns for outcome in self.outcomes])
+
+    @property
+    def best_return(self) -> float:
+        """Mean return of the best trial on fresh episodes; NaN if every trial failed."""
+        return float(np.mean(self.best_returns)) if self.best_returns.size else np.nan
+
+    def states(self, trial: int | None = None) -> TrainState:
+        """Trained states of a trial, or of the best; of a seed that failed, its last good state.
+
+        Returns:
+            leaves `[S, ...]`.
+
+        Raises:
+            ConfigError: if there is no such trial, or every trial failed.
+        """
+        if trial is None:
+            if self.best is None:
+                raise ConfigError("every trial failed, so none is best; give the number of a trial")
+            trial = self.best.trial.number
+        if not 0 <= trial < len(self.outcomes):
+            count = len(self.outcomes)
+            raise ConfigError(f"trial = {trial}: the sweep has trials 0 to {count - 1}")
+        return self._states(trial)
+
+
 def ranked(outcomes: Mapping[int, Outcome], definition: Definition) -> list[Outcome]:
-    """Without those that failed: the ones trained farthest first, and of those the best."""
+    """Trials that did not fail: those trained longest first, then by selection return, then by
+    number."""
     settings = definition.settings
     good = [outcome for outcome in outcomes.values() if np.isfinite(outcome.score)]
-    return sorted(good, key=lambda o: (o.updates / o.num_updates(settings), o.score), reverse=True)
+    return sorted(
+        good, key=lambda o: (-o.updates / o.num_updates(settings), -o.score, o.trial.number)
+    )
 
 
 def result_rows(outcomes: Mapping[int, Outcome], definition: Definition) -> list[dict[str, Any]]:
-    """`results.csv`: a row per trial and seed."""
+    """`results.csv`: a row per trial and seed, with the seed's mean return in the final evaluation
+    (`eval_return`, empty if it failed) and the update at which its loss turned non-finite."""
     names, rows = definition.sweep.space.names, []
     for number in sorted(outcomes):
         outcome = outcomes[number]
@@ -83,4 +143,5 @@ def curve_columns(
 
 
 def _cell(value: Any) -> Any:
-    return "none" if value is None else toml(value) if isinstance(value, tuple) else value
+    """As `parse_values` reads it back."""
+    return "none" if value is None else toml(value) if isinstance(value, tuple | bool) else value

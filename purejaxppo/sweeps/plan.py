@@ -15,7 +15,7 @@ from purejaxppo.host.population import Population
 from purejaxppo.host.program import Prepared, prepare
 from purejaxppo.sweeps.settings import SweepSettings
 from purejaxppo.sweeps.space import Range, apply
-from purejaxppo.sweeps.strategies import Trial
+from purejaxppo.sweeps.strategies import Trial, describe
 
 SHARE_OF_MEMORY = 0.5
 """Of what is free: evaluations and checkpoints keep states of their own."""
@@ -62,8 +62,7 @@ def make_groups(settings: Settings, trials: Sequence[Trial]) -> list[Group]:
         try:
             config, hparams = apply(trial.values, settings.config, settings.hparams)
         except ConfigError as error:
-            values = ", ".join(f"{k} = {v}" for k, v in trial.values.items())
-            raise ConfigError(f"trial {trial.number} ({values}): {error}") from error
+            raise ConfigError(f"trial {trial.number} ({describe(trial)}): {error}") from error
         absent = tuple(value is None for value in vars(hparams).values())
         base = dataclasses.replace(settings, config=config)
         group = groups.setdefault((config, absent), Group(base, []))

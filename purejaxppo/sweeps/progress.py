@@ -8,10 +8,11 @@ import numpy as np
 
 from purejaxppo.host.checkpoint import Checkpoint
 from purejaxppo.host.progress import Progress, make_console
-from purejaxppo.sweeps.files import PlannedWave
+from purejaxppo.sweeps.files import WINNER, PlannedWave
 from purejaxppo.sweeps.plan import Group, Wave
 from purejaxppo.sweeps.settings import Definition
-from purejaxppo.sweeps.strategies import Trial
+from purejaxppo.sweeps.strategies import Trial, describe
+from purejaxppo.sweeps.winner import describe_winner
 
 SHOWN_TRIALS = 5
 
@@ -45,7 +46,7 @@ class SweepProgress:
         return self._console.status("compiling")
 
     def wave(self, index: int, planned: PlannedWave, wave: Wave) -> "WaveProgress":
-        return WaveProgress(wave, planned, f"wave {index}", self.enabled)
+        return WaveProgress(wave, planned, f"wave {index}", self.enabled, self._sweep.strategy)
 
     def waves(self) -> Any:
         """A sign of life while machines train."""
@@ -71,27 +72,33 @@ class SweepProgress:
     def stopped(self, how: str) -> None:
         self._console.print(f"stopped; go on by: {how}")
 
+    def evaluating(self) -> Any:
+        return self._console.status("evaluating the best trial")
+
     def best(self, rows: Sequence[tuple[Trial, float, float]]) -> None:
         """The best trials, with mean and lowest return of their seeds."""
-        self._console.print("best trials:" if rows else "every trial failed")
+        run = self._settings.run
+        title = f"best trials by selection return ({run.eval_episodes} episodes per seed):"
+        self._console.print(title if rows else "every trial failed")
         for trial, mean, least in rows[:SHOWN_TRIALS]:
-            worst = f", lowest seed {least:.2f}" if self._settings.run.num_seeds > 1 else ""
-            self._console.print(
-                f"  trial {trial.number}: return {mean:.2f}{worst}; {describe(trial)}"
-            )
+            worst = f", lowest seed {least:.2f}" if run.num_seeds > 1 else ""
+            self._console.print(f"  trial {trial.number}: {mean:.2f}{worst}; {describe(trial)}")
 
-    def finished(self, directory: Path | None, winner: Path | None) -> None:
+    def finished(self, directory: Path | None, winner: dict[str, Any] | None) -> None:
+        if winner is not None:
+            self._console.print(f"winner: {describe_winner(winner)}")
         if directory is not None:
             self._console.print(f"results: {directory / 'report.html'}")
-        if winner is not None:
-            self._console.print(f"train the best again: purejaxppo train {winner}")
+        if directory is not None and winner is not None:
+            self._console.print(f"to train it again: purejaxppo train {directory / WINNER}")
 
 
 class WaveProgress(Progress):
     """Reports of one wave."""
 
-    def __init__(self, wave: Wave, planned: PlannedWave, title: str, enabled: bool):
+    def __init__(self, wave: Wave, planned: PlannedWave, title: str, enabled: bool, strategy: str):
         super().__init__(wave.settings, planned.first, enabled, planned.last)
+        self._population = strategy == "pbt"
         self._trials, self._title = wave.trials, title
         self._seeds = wave.settings.run.num_seeds
 
@@ -108,9 +115,11 @@ class WaveProgress(Progress):
         index = seed // self._seeds
         if index < len(self._trials):
             trial = self._trials[index]
+            # A member of a population may still be replaced, and has other values by now.
+            result = "" if self._population else f"; recorded as failed ({describe(trial)})"
             self._console.print(
                 f"trial {trial.number}, seed {seed % self._seeds}: the loss is not finite at "
-                f"update {update}; recorded as failed ({describe(trial)})"
+                f"update {update}{result}"
             )
 
     def finished(self, summary: dict[str, Any], directory: Path | None) -> None:
@@ -121,13 +130,6 @@ class WaveProgress(Progress):
         rows = self._returns.reshape(-1, self._seeds)[: len(self._trials)]
         seen = rows[np.isfinite(rows).all(axis=1)].mean(axis=1)
         return f"{np.median(seen):.1f}, best {seen.max():.1f}" if seen.size else "-"
-
-
-def describe(trial: Trial) -> str:
-    return ", ".join(
-        f"{name} = {value:.4g}" if isinstance(value, float) else f"{name} = {value}"
-        for name, value in trial.values.items()
-    )
 
 
 def _count(number: int, what: str) -> str:

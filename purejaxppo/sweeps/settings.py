@@ -36,39 +36,39 @@ class SweepSettings:
     """
 
     grid: tuple[str, ...] = ()
-    """NAME=VALUE,VALUE: a setting of which each value is tried, in every combination."""
+    """NAME=VALUE,VALUE: try each value of a setting, in every combination of such settings."""
     sample: tuple[str, ...] = ()
-    """NAME=uniform:LOW,HIGH or loguniform:LOW,HIGH or choice:VALUE,VALUE: a setting that is
-    drawn anew for each trial."""
+    """NAME=uniform:LOW,HIGH or loguniform:LOW,HIGH or choice:VALUE,VALUE: draw a setting for each
+    trial."""
     strategy: Literal["random", "sobol", "optuna", "halving", "pbt"] = "random"
-    """How samples are drawn: independently, evenly spread (sobol), or where returns were high
-    (optuna, which takes the grid's values as choices). halving draws like random, and trains the
-    best 1 / eta of the trials on, again and again. pbt is one population, in which now and then
-    the best fifth take the place of the worst, with numbers somewhat changed."""
+    """How samples are drawn: independently (random), evenly spread (sobol), or where returns were
+    high (optuna, which treats grid values as choices). halving draws like random and repeatedly
+    continues only the best 1 / eta of the trials. pbt is one population: it periodically replaces
+    the worst fifth with perturbed copies of the best."""
     trials: int = _count(16, 1)
-    """Samples drawn, each of which is tried at every point of the grid; with optuna all trials."""
+    """Number of samples, each tried at every point of the grid; with optuna, of all trials."""
     batch: int = _count(16, 1, strategy="optuna")
-    """Trials that optuna is asked for at a time, which run side by side."""
+    """With optuna: trials to ask for at a time, which run in parallel."""
     eta: int = _count(3, 2, strategy="halving")
-    """With halving: the part of the trials that goes on, and how many times longer."""
+    """With halving: continue the best 1 / eta of the trials, for eta times as many updates."""
     rungs: int = _count(3, 1, 64, strategy="halving")
-    """With halving: how often trials are picked, at most; all begin with 1 / eta^rungs of their
+    """With halving: maximum number of selections; all trials begin with 1 / eta^rungs of their
     updates."""
     interval: int = _count(10, 1, strategy="pbt")
-    """With pbt: updates from one exchange to the next."""
+    """With pbt: updates between replacements."""
     memory_gb: float = field(default=0.0, metadata={"low": 0, "high": math.inf, "open_low": False})
-    """Memory that trainings may take on each device; what does not fit runs in waves, one after
-    the other. 0 takes half of what is free."""
+    """Memory to use on each device, in GB; what does not fit runs in waves, one after the other. 0
+    uses half of the free memory."""
     engine: Literal["local", "ray"] = "local"
-    """Where waves run: here, or on the machines of a Ray cluster, several at a time. That is the
-    one RAY_ADDRESS names, or that of this machine, or one begun here; the run directory must lie
-    on a disk that all of them share."""
+    """Where waves run: local, in this process; ray, on the machines of a Ray cluster, several at a
+    time: that of RAY_ADDRESS, one running on this machine, or one started for this sweep. The run
+    directory must be on a disk that all machines share."""
     wave_cpus: int = _count(1, 1, engine="ray")
-    """With ray: the CPU cores that a wave takes, which are its devices if it has no others."""
+    """With ray: CPU cores per wave; its devices if it has no GPUs or TPUs."""
     wave_gpus: int = _count(0, 0, engine="ray")
-    """With ray: the GPUs that a wave takes."""
+    """With ray: GPUs per wave."""
     wave_tpus: int = _count(0, 0, engine="ray")
-    """With ray: the TPU chips that a wave takes."""
+    """With ray: TPU chips per wave."""
 
     def __post_init__(self) -> None:
         check_fields(self)

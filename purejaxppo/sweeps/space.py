@@ -161,6 +161,13 @@ def apply(values: Values, config: Config, hparams: HParams) -> tuple[Config, HPa
     return dataclasses.replace(config, **static), dataclasses.replace(hparams, **traced)
 
 
+def short(value: Any) -> str:
+    """A value to be read, numbers with 4 significant digits."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(short, value))}]"
+    return "none" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _word(name: str, text: str) -> Any:
     try:
         return _tuples(tomllib.loads(f"x = {text}")["x"])

@@ -9,7 +9,7 @@ import numpy as np
 
 from purejaxppo.config import ConfigError
 from purejaxppo.sweeps.settings import SweepSettings
-from purejaxppo.sweeps.space import Range, Space, Values
+from purejaxppo.sweeps.space import Range, Space, Values, short
 
 
 class Trial(NamedTuple):
@@ -17,6 +17,11 @@ class Trial(NamedTuple):
 
     number: int
     values: Values
+
+
+def describe(trial: Trial) -> str:
+    """Its values, rounded to be read."""
+    return ", ".join(f"{name} = {short(value)}" for name, value in trial.values.items())
 
 
 class Batch(NamedTuple):

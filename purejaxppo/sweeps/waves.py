@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from purejaxppo.host import checkpoint
+from purejaxppo.host.checkpoint import Checkpoint
 from purejaxppo.host.load import restore_states
-from purejaxppo.host.population import member_learner
+from purejaxppo.host.population import Member, member_learner, without_members
 from purejaxppo.host.run import Leg, run_wave
 from purejaxppo.learner import make_learner
 from purejaxppo.sweeps.files import PlannedWave, wave_directory
-from purejaxppo.sweeps.plan import Group, Programs, Wave, population_of
+from purejaxppo.sweeps.plan import Group, Programs, Wave
 from purejaxppo.sweeps.progress import SweepProgress
 from purejaxppo.sweeps.settings import Definition
 from purejaxppo.types import TrainState
@@ -39,6 +40,23 @@ class Job:
     before: dict[int, tuple[Wave, int]]
     """Of each of its trials that was trained already: the wave that did it last, and that one's
     index."""
+
+
+def wave_states(work: Work, index: int) -> tuple[Checkpoint, TrainState]:
+    """The last checkpoint of a wave and its states `[trials * S, ...]`; of a population with
+    `Member`s. Raises `ConfigError` if there is no complete one."""
+    assert work.directory is not None
+    found, _ = checkpoint.find(wave_directory(work.directory, index))
+    learner = make_learner(found.settings.config, work.env, work.env_params)
+    if work.definition.sweep.strategy == "pbt":
+        learner = member_learner(learner)
+    return found, restore_states(found, learner)
+
+
+def trial_rows(states: TrainState, position: int, num_seeds: int) -> TrainState:
+    """States `[S, ...]` of the trial at a position of a wave, without `Member`s."""
+    rows = jax.tree.map(lambda x: x[position * num_seeds : (position + 1) * num_seeds], states)
+    return without_members(rows) if isinstance(rows.learner, Member) else rows
 
 
 class Workers(Protocol):
@@ -94,15 +112,11 @@ class Local:
             self._kept[job.index] = found.states
         return found.summary
 
-    def states_after(self, wave: Wave, index: int) -> TrainState:
-        """What a finished wave came to."""
+    def states_after(self, index: int) -> TrainState:
+        """States `[trials * S, ...]` at the end of a wave; of a population with `Member`s."""
         if self._work.directory is None:
             return self._kept[index]
-        found, _ = checkpoint.find(wave_directory(self._work.directory, index))
-        learner = make_learner(wave.settings.config, self._work.env, self._work.env_params)
-        if population_of(wave.settings, self._work.definition.sweep) is not None:
-            learner = member_learner(learner)
-        return restore_states(found, learner)
+        return wave_states(self._work, index)[1]
 
     def _states_before(self, job: Job) -> Any:
         """Where the trials of a wave were left by earlier ones; None if they begin with it."""
@@ -115,7 +129,7 @@ class Local:
             for trial in job.wave.trials:
                 before, index = job.before[trial.number]
                 if index not in cache:
-                    cache[index] = self.states_after(before, index)
+                    cache[index] = self.states_after(index)
                 at = [t.number for t in before.trials].index(trial.number) * seeds
                 parts.append(jax.tree.map(lambda x, at=at: x[at : at + seeds], cache[index]))
             parts += [parts[-1]] * (len(job.wave.settings.trials) - len(parts))

@@ -1,0 +1,76 @@
+"""What a finished sweep has written, read back."""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from purejaxppo.host.rundir import SWEEP
+from purejaxppo.sweeps import files
+from purejaxppo.sweeps.files import wave_directory
+from purejaxppo.sweeps.settings import Definition, load_definition
+from purejaxppo.sweeps.space import parse_values
+
+
+@dataclass(frozen=True)
+class Results:
+    """A finished sweep of K trials and S seeds, the best trial first."""
+
+    definition: Definition
+    numbers: list[int]
+    """`[K]` of the trials."""
+    values: dict[str, list[Any]]
+    """`[K]` of each swept setting."""
+    returns: np.ndarray
+    """`[K, S]` selection returns, NaN for a seed that failed."""
+    steps: np.ndarray
+    """`[K]` environment steps of each training."""
+    curves: dict[str, np.ndarray]
+    winner: dict[str, Any] | None
+    """Content of `winner.json`; None if every trial failed."""
+    versions: dict[str, str]
+    """Versions of the packages with which the first wave was trained."""
+
+    @property
+    def scores(self) -> np.ndarray:
+        """`[K]` selection returns, means over seeds."""
+        return self.returns.mean(axis=1)
+
+    @property
+    def env_id(self) -> str:
+        return self.definition.settings.config.env_id
+
+    @property
+    def num_seeds(self) -> int:
+        return self.returns.shape[1]
+
+
+def read_results(directory: Path) -> Results:
+    """Read what `write_report` draws.
+
+    Raises:
+        ConfigError: if the directory holds no sweep, or one that is not finished.
+    """
+    files.check_finished(directory)
+    definition = load_definition(directory / SWEEP)
+    names, seeds = definition.sweep.space.names, definition.settings.run.num_seeds
+    with (directory / files.RESULTS).open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    returns = np.array([float(r["eval_return"] or "nan") for r in rows]).reshape(-1, seeds)
+    steps = np.array([int(r["env_steps"]) for r in rows]).reshape(-1, seeds)[:, 0]
+    score = np.where(np.isfinite(returns.mean(axis=1)), returns.mean(axis=1), -np.inf)
+    order = np.lexsort((-score, -steps))
+    firsts = [rows[i * seeds] for i in order]
+    with np.load(directory / files.CURVES) as curves:
+        return Results(
+            definition=definition,
+            numbers=[int(row["trial"]) for row in firsts],
+            values={name: [parse_values(name, row[name])[0] for row in firsts] for name in names},
+            returns=returns[order],
+            steps=steps[order],
+            curves=dict(curves),
+            winner=files.read_winner(directory),
+            versions=(files.wave_outcome(wave_directory(directory, 0)) or {}).get("versions", {}),
+        )

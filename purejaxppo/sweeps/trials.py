@@ -1,0 +1,231 @@
+"""Single trials of a finished sweep: their states, and run directories made of them."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from purejaxppo.config import Config, ConfigError, HParams
+from purejaxppo.host import checkpoint
+from purejaxppo.host.checkpoint import Position
+from purejaxppo.host.configfile import RunSettings, Settings
+from purejaxppo.host.load import Loaded, check_env
+from purejaxppo.host.loggers import CsvLogger, HostMetrics, binary_metrics
+from purejaxppo.host.rundir import SUMMARY, SWEEP, StorageError, locked, write_settings
+from purejaxppo.learner import env_steps
+from purejaxppo.sweeps import files
+from purejaxppo.sweeps.files import wave_directory
+from purejaxppo.sweeps.settings import SweepSettings, load_definition
+from purejaxppo.sweeps.waves import Work, trial_rows, wave_states
+from purejaxppo.types import TrainState
+
+TRIALS = "trials"
+"""Folder of the run directories that `extract_trial` makes."""
+
+
+def load_trial(
+    sweep_dir: str | Path,
+    trial: Literal["best"] | int = "best",
+    seed: int | None = None,
+    *,
+    env: Any = None,
+    env_params: Any = None,
+) -> Loaded:
+    """Load the settings and trained states of a trial of a finished sweep.
+
+    A member of a population (strategy = pbt) has the hyperparameters that it ended with.
+
+    Args:
+        trial: its number, or the best.
+        seed: one seed, counted from 0; None gives all, leaves `[S, ...]`.
+        env: the object passed to `sweep`, if one was.
+        env_params: its parameters, if they were passed to `sweep`.
+
+    Raises:
+        ConfigError: if the sweep is not finished, or has no such trial or seed, or its loss turned
+            non-finite, or the environment is another.
+    """
+    source = _open(Path(sweep_dir), trial, seed, env, env_params)
+    states = source.states
+    if seed is not None:
+        states = jax.tree.map(lambda x: x[0], states)
+    return Loaded(source.settings.config, source.settings.hparams, states)
+
+
+def extract_trial(
+    sweep_dir: str | Path,
+    trial: Literal["best"] | int = "best",
+    seed: int | None = None,
+    *,
+    env: Any = None,
+    env_params: Any = None,
+) -> Path:
+    """Make a run directory of a trial of a finished sweep, for `resume`, `load`, `eval` and
+    `export`: `SWEEP_DIR/trials/NNNN`, or `NNNN-seed-K` for one seed.
+
+    With all seeds, resuming a trial that successive halving stopped early ends as `run` with its
+    settings does, bit for bit on CPU. A directory that exists already is left as it is.
+
+    Args:
+        trial, seed, env, env_params: as in `load_trial`.
+
+    Returns:
+        the run directory.
+
+    Raises:
+        ConfigError: as `load_trial`, or if another process writes to the sweep's directory.
+        StorageError: if the directory cannot be written.
+    """
+    directory = Path(sweep_dir)
+    files.check_finished(directory)
+    with locked(directory):
+        number = _number(directory, trial)
+        name = f"{number:04d}" if seed is None else f"{number:04d}-seed-{seed}"
+        target = directory / TRIALS / name
+        if target.exists():
+            return target
+        source = _open(directory, number, seed, env, env_params)
+        part = target.with_name(f"{name}.part")
+        try:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            _write_run(directory, source, part)
+            part.replace(target)
+        except OSError as error:
+            raise StorageError(
+                f"{str(target)!r}: cannot be written: {error.strerror}; free space and try again"
+            ) from error
+    return target
+
+
+class _Leg(NamedTuple):
+    """A wave that trained the trial."""
+
+    wave: int
+    columns: np.ndarray
+    """Of the wave's trainings, the trial's `[S]`."""
+    num_trainings: int
+
+
+class _Source(NamedTuple):
+    """A trial of a finished sweep, or one seed of it."""
+
+    settings: Settings
+    """Of a run of this trial alone."""
+    states: TrainState
+    """`[S, ...]`."""
+    updates: int
+    legs: list[_Leg]
+
+
+def alone(wave: Settings, hparams: HParams, num_seeds: int) -> Settings:
+    """Settings of a run of one trial of a wave, with as many devices per training as there."""
+    run = wave.run
+    each = run.devices // wave.num_trainings
+    own = RunSettings(
+        seed=run.seed, num_seeds=num_seeds, devices=num_seeds * each if each > 1 else 0,
+        eval_episodes=run.eval_episodes, checkpoint_every=run.checkpoint_every,
+        custom_env=run.custom_env,
+    )  # fmt: skip
+    return Settings(wave.config, hparams, own)
+
+
+def last_hparams(
+    sweep: SweepSettings, hparams: HParams, states: TrainState, position: int
+) -> HParams:
+    """Hyperparameters with which a trial of a wave ended, given those it began with. Only those
+    of a population change."""
+    if sweep.strategy != "pbt":
+        return hparams
+    member: Any = states.learner
+    ended = {name: float(getattr(member.hparams, name)[position]) for name in sweep.space.names}
+    return dataclasses.replace(hparams, **ended)
+
+
+def _open(
+    directory: Path, trial: str | int, seed: int | None, env: Any, env_params: Any
+) -> _Source:
+    """Read a trial. Raises `ConfigError` as `load_trial`."""
+    files.check_finished(directory)
+    definition = load_definition(directory / SWEEP)
+    number, num_seeds = _number(directory, trial), definition.settings.run.num_seeds
+    check_env(definition.settings, env, env_params)
+    if seed is not None and not 0 <= seed < num_seeds:
+        raise ConfigError(f"seed = {seed}: the trials have seeds 0 to {num_seeds - 1}")
+    seeds = np.arange(num_seeds) if seed is None else np.array([seed])
+    legs = _legs(directory, number, seeds, num_seeds)
+    found, states = wave_states(Work(definition, directory, env, env_params), legs[-1].wave)
+    for k, column in zip(seeds, legs[-1].columns, strict=True):
+        if column in found.position.failed:
+            raise ConfigError(
+                f"trial = {number}: the loss of seed {k} was not finite at update "
+                f"{found.position.failed[column]}; choose a trial, or a seed, that did not fail"
+            )
+    position = int(legs[-1].columns[0]) // num_seeds
+    began = found.settings.trials[position]
+    hparams = last_hparams(definition.sweep, began, states, position)
+    mine = jax.tree.map(lambda x: x[seeds], trial_rows(states, position, num_seeds))
+    settings = alone(found.settings, hparams, len(seeds))
+    return _Source(settings, mine, found.position.updates, legs)
+
+
+def _number(directory: Path, trial: str | int) -> int:
+    """Raises `ConfigError` if there is no such trial."""
+    if trial == "best":
+        winner = files.read_winner(directory)
+        if winner is None:
+            raise ConfigError(f"run_dir = {str(directory)!r}: every trial failed, so none is best")
+        return winner["trial"]
+    if isinstance(trial, str):
+        raise ConfigError(f"trial = {trial!r}: must be best, or the number of a trial")
+    count = 1 + max(max(w.numbers) for batch in files.read_plan(directory) for w in batch.waves)
+    if not 0 <= trial < count:
+        raise ConfigError(f"trial = {trial}: the sweep has trials 0 to {count - 1}")
+    return trial
+
+
+def _legs(directory: Path, number: int, seeds: np.ndarray, num_seeds: int) -> list[_Leg]:
+    """Waves that trained a trial, in order: several with successive halving."""
+    waves = [wave for batch in files.read_plan(directory) for wave in batch.waves]
+    return [
+        _Leg(index, wave.numbers.index(number) * num_seeds + seeds, wave.size * num_seeds)
+        for index, wave in enumerate(waves)
+        if number in wave.numbers
+    ]
+
+
+def _write_run(sweep_dir: Path, source: _Source, target: Path) -> None:
+    """All files of a run directory that `resume` needs. Raises `StorageError` or `OSError`."""
+    settings, parts = source.settings, []
+    seconds, returns = 0.0, np.empty(0)
+    for leg in source.legs:
+        wave = wave_directory(sweep_dir, leg.wave)
+        metrics = binary_metrics(files.binary_content(wave), leg.num_trainings)
+        parts.append({name: column[:, leg.columns] for name, column in metrics.items()})
+        summary = json.loads((wave / SUMMARY).read_text(encoding="utf-8"))
+        seconds += summary["run_seconds"] * len(leg.columns) / leg.num_trainings
+        returns = np.asarray(summary["eval_return_per_seed"], float)[leg.columns]
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    kept = np.isfinite(joined["env_steps"])
+    write_settings(target, settings)
+    logger = CsvLogger(target)
+    logger.write(1, _as_logged(joined, kept, settings.config), kept)
+    size, digest = logger.sync()
+    logger.close()
+    position = Position(source.updates, size, digest, seconds)
+    saved = checkpoint.save(target, position, settings, source.states)
+    checkpoint.record_evaluation(saved, float(returns.mean()))
+
+
+def _as_logged(metrics: HostMetrics, kept: np.ndarray, config: Config) -> HostMetrics:
+    """Metrics `[U, S]` with counts as integers, as the learner gives them: 32-bit floats, which
+    waves log, hold integers up to 2^24 only."""
+    updates = np.arange(1, len(kept) + 1, dtype=np.int32)[:, None]
+    steps = np.broadcast_to(np.asarray(env_steps(config, jnp.asarray(updates))), kept.shape)
+    episodes = np.where(kept, metrics["episodes"], 0).astype(np.int64)
+    return metrics | {"env_steps": steps, "episodes": episodes}

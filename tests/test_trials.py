@@ -1,0 +1,218 @@
+"""The winner of a sweep, and single trials of it as states and as runs."""
+
+import dataclasses
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from envs import RandomWalk
+
+import purejaxppo as ppo
+from purejaxppo.host.configfile import Settings, load_settings
+from purejaxppo.sweeps.outcomes import Outcome
+from purejaxppo.sweeps.settings import Definition, SweepSettings
+from purejaxppo.sweeps.strategies import Trial
+from purejaxppo.sweeps.trials import extract_trial
+from purejaxppo.sweeps.winner import best_of, describe_winner
+
+CONFIG = ppo.Config(
+    env_id="RandomWalk", total_timesteps=8 * 32, num_steps=8, hidden_sizes=(8,),
+    normalize_obs=True, num_minibatches=2,
+)  # fmt: skip
+RATES = [1e-3, 3e-3, 1e-2, 1e30]
+OPTIONS: dict[str, Any] = {"num_seeds": 2, "eval_episodes": 4, "progress": False}
+ALONE: dict[str, Any] = OPTIONS | {"env": RandomWalk()}
+
+
+@pytest.fixture(scope="module")
+def halved(tmp_path_factory: pytest.TempPathFactory) -> tuple[ppo.SweepResult, Path]:
+    """Four trials, the last of which fails; two go on after half of the updates."""
+    directory = tmp_path_factory.mktemp("halved") / "s"
+    result = ppo.sweep(
+        CONFIG, {"learning_rate": RATES}, strategy="halving", eta=2, rungs=1, run_dir=directory,
+        env=RandomWalk(), **OPTIONS,
+    )  # fmt: skip
+    return result, directory
+
+
+def stopped_early(result: ppo.SweepResult) -> int:
+    return next(o.trial.number for o in result.outcomes if o.updates == 4 and not o.failed)
+
+
+@pytest.fixture(scope="module")
+def best_run(halved: tuple[ppo.SweepResult, Path]) -> ppo.Result:
+    return ppo.run(CONFIG, halved[0].hparams, **ALONE)
+
+
+def test_the_winner_is_evaluated_again_on_episodes_that_did_not_select_it(
+    halved: tuple[ppo.SweepResult, Path], best_run: ppo.Result
+):
+    result, directory = halved
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), 2**31 + 2), 2)
+    fresh = [
+        ppo.evaluate(
+            CONFIG, jax.tree.map(lambda x, s=s: x[s], best_run.states), keys[s], 512,
+            env=RandomWalk(),
+        )
+        for s in range(2)
+    ]  # fmt: skip
+    np.testing.assert_allclose(result.best_returns, fresh, rtol=1e-5)
+    assert result.best is not None
+    table = json.loads((directory / "winner.json").read_text())
+    assert table["trial"] == result.best.trial.number
+    assert table["values"] == result.best.trial.values
+    np.testing.assert_allclose(table["selection_return"], best_run.returns.mean(), rtol=1e-6)
+    means = np.mean(fresh, axis=1)
+    np.testing.assert_allclose(table["return"], means.mean(), rtol=1e-5)
+    assert table["return"] == pytest.approx(result.best_return, rel=1e-6)
+    half = 12.7062 * means.std(ddof=1) / np.sqrt(2)  # Student's t of one degree of freedom
+    np.testing.assert_allclose(
+        table["return_interval_95"], [means.mean() - half, means.mean() + half], rtol=1e-3
+    )
+    assert (table["episodes_per_seed"], table["selection_episodes_per_seed"]) == (512, 4)
+    note = (directory / "winner.toml").read_text().partition("\n")[0]
+    assert f"return {table['return']:.2f} on 1,024 fresh episodes" in note
+    assert note.endswith(f"selection return {table['selection_return']:.2f}.")
+
+
+def test_trials_with_the_same_return_are_a_tie_that_the_lowest_number_wins():
+    definition = Definition(Settings(CONFIG), SweepSettings(grid=("learning_rate=1,2,3,4,5,6",)))
+    returns = {5: [500.0, 500.0], 3: [500.0, 499.0], 4: [500.0, 500.0], 2: [np.nan, 500.0]}
+    returns |= {1: [500.0, 500.0], 0: [500.0, 500.0]}
+    outcomes = {
+        n: Outcome(Trial(n, {"learning_rate": n + 1.0}), np.array(r), {}, 8 if n else 4, 0)
+        for n, r in returns.items()
+    }
+    assert [o.trial.number for o in best_of(outcomes, definition)] == [1, 4, 5]
+    table = {
+        "trial": 1, "tied_with": [4, 5], "return": 498.756, "return_interval_95": [490.0, 500.0],
+        "interval_over": "seeds", "return_per_seed": [1.0, 2.0], "episodes_per_seed": 512,
+        "selection_return": 500.0,
+    }  # fmt: skip
+    assert describe_winner(table) == (
+        "trial 1 (tied with trials 4, 5): return 498.76 on 1,024 fresh episodes, 95% interval "
+        "490.00 to 500.00 over 2 seeds (few seeds); selection return 500.00"
+    )
+
+
+def test_states_of_each_trial_are_those_of_its_run(
+    halved: tuple[ppo.SweepResult, Path], best_run: ppo.Result
+):
+    result, directory = halved
+    loaded = ppo.load_trial(directory, env=RandomWalk())
+    assert loaded.config == CONFIG
+    assert loaded.hparams == result.hparams
+    for states in (loaded.state, result.states()):
+        jax.tree.map(np.testing.assert_array_equal, raw(states), raw(best_run.states))
+    (one, state), expected = ppo.load_trial(directory, seed=1, env=RandomWalk())[1:], best_run
+    assert one == result.hparams
+    mine = jax.tree.map(lambda x: x[1], expected.states)
+    jax.tree.map(np.testing.assert_array_equal, raw(state), raw(mine))
+    number = stopped_early(result)
+    early = ppo.load_trial(directory, number, env=RandomWalk())
+    assert early.hparams.learning_rate == RATES[number]
+    np.testing.assert_array_equal(early.state.learner.updates, [4, 4])
+    np.testing.assert_array_equal(result.states(3).learner.updates[0] < 4, True)  # it failed
+
+
+def raw(states: ppo.TrainState) -> Any:
+    def data(x: Any) -> np.ndarray:
+        key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(x) if key else x)
+
+    return jax.tree.map(data, states)
+
+
+def test_a_trial_that_was_stopped_early_goes_on_as_the_run_that_it_stands_for(
+    halved: tuple[ppo.SweepResult, Path], tmp_path: Path
+):
+    result, directory = halved
+    number = stopped_early(result)
+    run_dir = extract_trial(directory, number, env=RandomWalk())
+    assert run_dir == directory / "trials" / f"{number:04d}"
+    assert load_settings(run_dir / "config.toml").hparams.learning_rate == RATES[number]
+    (checkpoint,) = (run_dir / "checkpoints").iterdir()
+    made = checkpoint.stat().st_mtime_ns
+    assert extract_trial(directory, number, env=RandomWalk()) == run_dir
+    assert checkpoint.stat().st_mtime_ns == made
+    assert ppo.load(run_dir, seed=1, which="best", env=RandomWalk()).state.learner.updates == 4
+
+    again = ppo.resume(run_dir, progress=False, env=RandomWalk())
+    whole = ppo.run(
+        CONFIG, ppo.HParams(learning_rate=RATES[number]), run_dir=tmp_path / "whole", **ALONE
+    )
+    np.testing.assert_array_equal(again.returns, whole.returns)
+    jax.tree.map(np.testing.assert_array_equal, raw(again.states), raw(whole.states))
+    for name, column in whole.metrics.items():
+        np.testing.assert_array_equal(again.metrics[name], column)
+    text = [(path / "metrics.csv").read_text() for path in (run_dir, tmp_path / "whole")]
+    assert text[0] == text[1]
+
+
+def test_a_single_seed_of_the_winner_becomes_a_run_that_can_be_made_longer(
+    halved: tuple[ppo.SweepResult, Path], best_run: ppo.Result
+):
+    run_dir = extract_trial(halved[1], "best", seed=1, env=RandomWalk())
+    assert run_dir.name.endswith("-seed-1")
+    longer = ppo.resume(run_dir, total_timesteps=10 * 32, progress=False, env=RandomWalk())
+    assert longer.metrics["episode_return"].shape == (1, 10)
+    for name in ("episode_return", "policy_loss", "env_steps"):
+        np.testing.assert_array_equal(longer.metrics[name][0, :8], best_run.metrics[name][1])
+
+
+@pytest.mark.parametrize(
+    ("trial", "seed", "message"),
+    [
+        (99, None, "trial = 99: the sweep has trials 0 to 3"),
+        (-1, None, "trial = -1: the sweep has trials 0 to 3"),
+        ("worst", None, "trial = 'worst': must be best, or the number of a trial"),
+        (0, 2, "seed = 2: the trials have seeds 0 to 1"),
+        (3, None, "trial = 3: the loss of seed 0 was not finite at update"),
+    ],
+)
+def test_what_cannot_be_loaded_is_said_in_one_line(
+    halved: tuple[ppo.SweepResult, Path], trial: Any, seed: int | None, message: str
+):
+    for function in (ppo.load_trial, extract_trial):
+        with pytest.raises(ppo.ConfigError) as raised:
+            function(halved[1], trial, seed, env=RandomWalk())
+        assert str(raised.value).startswith(message)
+        assert "\n" not in str(raised.value)
+    assert not list((halved[1] / "trials").glob("*.part"))
+    if trial == 99:
+        with pytest.raises(ppo.ConfigError, match="trials 0 to 3"):
+            halved[0].states(trial)
+
+
+def test_a_sweep_that_is_not_finished_has_no_trials_yet(tmp_path: Path):
+    with pytest.raises(ppo.ConfigError, match=r"no sweep\.toml found"):
+        ppo.load_trial(tmp_path)
+    (tmp_path / "sweep.toml").write_text("")
+    for function in (ppo.load_trial, extract_trial):
+        with pytest.raises(ppo.ConfigError, match="is not finished; to resume: purejaxppo resume"):
+            function(tmp_path)
+
+
+def test_sweep_names_all_settings_and_passes_them_on(monkeypatch: pytest.MonkeyPatch):
+    given = inspect.signature(ppo.sweep).parameters
+    others: dict[str, Any] = {
+        "strategy": "sobol", "trials": 3, "batch": 2, "eta": 2, "rungs": 2, "interval": 2,
+        "memory_gb": 1.0, "engine": "ray", "wave_cpus": 2, "wave_gpus": 1, "wave_tpus": 1,
+    }  # fmt: skip
+    needs = {"batch": "optuna", "eta": "halving", "rungs": "halving", "interval": "pbt"}
+    seen: list[Definition] = []
+    monkeypatch.setattr(
+        "purejaxppo.sweeps.engine.start_sweep", lambda found, *_, **__: seen.append(found) or 1
+    )
+    for field in dataclasses.fields(SweepSettings):
+        if field.name in ("grid", "sample"):
+            continue
+        assert given[field.name].default == field.default
+        more = {"strategy": needs[field.name]} if field.name in needs else {}
+        more |= {"engine": "ray"} if field.name.startswith("wave_") else {}
+        ppo.sweep(CONFIG, {"gamma": ppo.uniform(0, 1)}, **{field.name: others[field.name]}, **more)
+        assert getattr(seen[-1].sweep, field.name) == others[field.name]
