@@ -1,19 +1,20 @@
 """Learning curves from metrics, ready to plot."""
 
 import difflib
+from collections.abc import Mapping
 
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from purejaxppo.config import ConfigError
 from purejaxppo.inputs import whole_number
-from purejaxppo.types import Metrics
 
 POINTS = 200
 
 
 def curve(
-    metrics: Metrics, name: str = "episode_return", points: int = POINTS
+    metrics: Mapping[str, ArrayLike], name: str = "episode_return", points: int = POINTS
 ) -> tuple[Float[np.ndarray, " P"], Float[np.ndarray, "*batch P"]]:
     """A metric over environment steps, without gaps, as NumPy arrays:
 
