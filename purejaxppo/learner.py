@@ -226,16 +226,12 @@ def explained_variance(
 ) -> Float[Array, ""]:
     """1 - Var(target - value) / Var(target): 1 for a perfect critic, 0 for a constant one; NaN
     where targets are equal but for rounding, since there is nothing to explain."""
+    mean = masked_mean(target, mask, axis)
 
-    def centred(x: Array) -> tuple[Array, Array]:
-        mean = masked_mean(x, mask, axis)
-        return x - mean, mean
+    def variance(x: Array) -> Array:
+        return masked_mean(jnp.square(x - masked_mean(x, mask, axis)), mask, axis)
 
-    deviation, mean = centred(target)
-    spread = masked_mean(jnp.abs(deviation), mask, axis)
-    constant = spread <= 1e-6 * jnp.abs(mean)
-    # In units of the spread: squares of small numbers would be lost, those of large ones infinite.
-    unit = jnp.where(constant, 1.0, spread)
-    unexplained = masked_mean(jnp.square(centred(target - value)[0] / unit), mask, axis)
-    variance = masked_mean(jnp.square(deviation / unit), mask, axis)
-    return jnp.where(constant, jnp.nan, 1.0 - unexplained / variance)
+    total = variance(target)
+    constant = total <= jnp.square(1e-6 * mean)
+    explained = 1.0 - variance(target - value) / jnp.where(constant, 1.0, total)
+    return jnp.where(constant, jnp.nan, explained)

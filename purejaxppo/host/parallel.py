@@ -119,12 +119,12 @@ def _usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-EXCHANGE_SECONDS = 150e-6
-"""What a minibatch costs more on several CPU devices: the sum of their gradients, and starting."""
+EXCHANGE_SECONDS = 7e-9
+"""What adding up one parameter's gradient over CPU devices takes, once per minibatch."""
 CORE_FLOPS = 100e9
 """Operations per second of the products of a small network on one CPU core."""
-LEAST_GAIN = 1.15
-"""How much faster an update has to be on more devices to be worth them."""
+LEAST_GAIN = 1.25
+"""Estimated speed-up from which a run is spread; another busy process would undo a smaller one."""
 
 
 def with_devices(settings: Settings, env: Any = None, env_params: Any = None) -> Settings:
@@ -150,36 +150,37 @@ def _devices_that_pay(config: Config, env: Any, env_params: Any) -> int:
     accelerators.
 
     A minibatch of R samples takes 3 R F / C seconds on one device, for F operations of the network
-    per sample, and R F / C / D plus one exchange on D devices.
+    per sample, and 3 R F / (C D) + E P on D devices, which exchange gradients of P parameters.
     """
     available = len(jax.devices())
     if jax.default_backend() != "cpu" or available == 1:
         return 1
+    operations, parameters = network_costs(config, env, env_params)
     samples = config.batch_size / config.num_minibatches
-    alone = 3 * samples * network_operations(config, env, env_params) / CORE_FLOPS
+    alone = 3 * samples * operations / CORE_FLOPS
     for count in range(available, 1, -1):
-        spread = alone / count + EXCHANGE_SECONDS
-        if alone / spread >= LEAST_GAIN and why_not_divided(config, count) is None:
+        gain = alone / (alone / count + EXCHANGE_SECONDS * parameters)
+        if gain >= LEAST_GAIN and why_not_divided(config, count) is None:
             return count
     return 1
 
 
-def network_operations(config: Config, env: Any = None, env_params: Any = None) -> float:
-    """Floating-point operations of the network for one observation, by XLA's count."""
+def network_costs(config: Config, env: Any = None, env_params: Any = None) -> tuple[float, int]:
+    """Floating-point operations of the network for one observation, by XLA's count, and its number
+    of parameters."""
     rows = 64
     environment = make_environment(config, env, env_params)
     policy = make_policy(config, environment.action_space)
     network = make_network(config, environment.observation_space, policy)
 
-    def apply(key: jax.Array) -> Any:
+    def arguments(key: jax.Array) -> Any:
         _, obs = environment.reset(jax.random.split(key, rows))
         start = jnp.ones((1, rows), bool)
-        params, carry = network.init(key), network.initial_carry(rows)
-        return params, carry, obs[None], start
+        return network.init(key), network.initial_carry(rows), obs[None], start
 
-    shapes = jax.eval_shape(apply, jax.random.key(0))
+    shapes = jax.eval_shape(arguments, jax.random.key(0))
     counted: Any = jax.jit(network.apply).lower(*shapes).cost_analysis()
-    return counted["flops"] / rows
+    return counted["flops"] / rows, sum(x.size for x in jax.tree.leaves(shapes[0]))
 
 
 def choose_spread(settings: Settings) -> Spread:
