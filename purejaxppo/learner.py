@@ -226,6 +226,8 @@ def explained_variance(
 ) -> Float[Array, ""]:
     """1 - Var(target - value) / Var(target): 1 for a perfect critic, 0 for a constant one; NaN
     where targets are equal but for rounding, since there is nothing to explain."""
+    # Held apart, or XLA fuses it with what training computes, and rounds that otherwise.
+    value, target, mask = jax.lax.optimization_barrier((value, target, mask))
     mean = masked_mean(target, mask, axis)
 
     def variance(x: Array) -> Array:

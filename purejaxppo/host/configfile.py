@@ -19,7 +19,7 @@ from purejaxppo.config import Config, ConfigError, HParams, check_fields
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """Seeds, devices, evaluation, checkpoints and loggers of a run.
 

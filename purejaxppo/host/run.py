@@ -144,8 +144,9 @@ def run(
         StorageError: if metrics or the last checkpoint cannot be written (a full disk).
     """
     host = RunSettings(
-        seed, num_seeds, devices, eval_episodes, eval_every, eval_unit, checkpoint_every,
-        checkpoint_unit, keep, tensorboard, wandb,
+        seed=seed, num_seeds=num_seeds, devices=devices, eval_episodes=eval_episodes,
+        eval_every=eval_every, eval_unit=eval_unit, checkpoint_every=checkpoint_every,
+        checkpoint_unit=checkpoint_unit, keep=keep, tensorboard=tensorboard, wandb=wandb,
         custom_env=env is not None or env_params is not None,
     )  # fmt: skip
     settings = Settings(config, hparams or HParams(), host)

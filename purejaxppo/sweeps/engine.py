@@ -94,7 +94,8 @@ def sweep(
         LostError: with engine = ray, if machines are lost too often.
     """
     host = RunSettings(
-        seed, num_seeds, devices, eval_episodes, checkpoint_every, keep=1,
+        seed=seed, num_seeds=num_seeds, devices=devices, eval_episodes=eval_episodes,
+        checkpoint_every=checkpoint_every, keep=1,
         custom_env=env is not None or env_params is not None,
     )  # fmt: skip
     search = SweepSettings(

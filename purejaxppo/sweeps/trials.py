@@ -127,8 +127,9 @@ def alone(wave: Settings, hparams: HParams, num_seeds: int) -> Settings:
     """Settings of a run of one trial of a wave, with as many devices per training as there."""
     run = wave.run
     each = run.devices // wave.num_trainings
+    whole = 1 if num_seeds == 1 else 0  # or a single run might be spread over more
     own = RunSettings(
-        seed=run.seed, num_seeds=num_seeds, devices=num_seeds * each if each > 1 else 0,
+        seed=run.seed, num_seeds=num_seeds, devices=num_seeds * each if each > 1 else whole,
         eval_episodes=run.eval_episodes, checkpoint_every=run.checkpoint_every,
         custom_env=run.custom_env,
     )  # fmt: skip
