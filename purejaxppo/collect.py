@@ -129,12 +129,17 @@ def _draw(config: Config, policy: Policy, keys: Key[Array, " N"]) -> tuple[Array
 def _in_parts(
     function: Callable[[tuple[Array, ...]], Any], steps: tuple[Array, ...], num_parts: int
 ) -> Any:
-    """`function` of steps `[T, N, ...]`, which gives `[T, N, ...]`, in equal parts along time."""
+    """`function` of steps `[T, N, ...]`, which gives `[T, N, ...]`; in a program for CPU in equal
+    parts along time."""
     if num_parts == 1:
         return function(steps)
-    parts = jax.tree.map(lambda x: x.reshape((num_parts, -1, *x.shape[1:])), steps)
-    joined = jax.lax.map(function, parts)
-    return jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), joined)
+
+    def in_parts(steps: tuple[Array, ...]) -> Any:
+        parts = jax.tree.map(lambda x: x.reshape((num_parts, -1, *x.shape[1:])), steps)
+        joined = jax.lax.map(function, parts)
+        return jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), joined)
+
+    return jax.lax.platform_dependent(steps, cpu=in_parts, default=function)
 
 
 def _value_where_cut(

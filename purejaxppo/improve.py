@@ -213,8 +213,7 @@ def make_descent(
                 return loss(unravel(flat), as_sequences(config, part), hparams, count)
 
             gradient = jax.grad(of_part, has_aux=True)
-            parts = make_parts(config, network, rows)
-            gradient, metrics = sum_over(parts, lambda part: gradient(flat, part))
+            gradient, metrics = over_parts(config, network, rows, partial(gradient, flat))
             gradient = all_sum(gradient, axis)
             direction, opt_state = optimizer.update(gradient, opt_state)
             flat = optax.apply_updates(flat, -rates * jnp.asarray(direction))
@@ -260,8 +259,11 @@ def over_all(
     """The sum of `function(part, count)` over the parts of a batch `[T, N, ...]` of `count`
     samples, and over the devices that share it."""
     count = jnp.maximum(all_sum(jnp.sum(batch.mask), axis), 1.0)
-    parts = make_parts(config, network, as_rows(config, batch))
-    return all_sum(sum_over(parts, lambda x: function(as_sequences(config, x), count)), axis)
+
+    def of_part(rows: Batch) -> PyTree:
+        return function(as_sequences(config, rows), count)
+
+    return all_sum(over_parts(config, network, as_rows(config, batch), of_part), axis)
 
 
 def at_this_update(
@@ -331,21 +333,24 @@ def _shuffle(rows: Batch, key: Key[Array, ""], num_minibatches: int) -> Batch:
     return jax.tree.map(take, rows)
 
 
-def make_parts(config: Config, network: Network, rows: Batch) -> Batch:
-    """`[R, ...]` as `[parts, R / parts, ...]`; whole sequences are left in one part."""
+def over_parts(
+    config: Config, network: Network, rows: Batch, function: Callable[[Batch], PyTree]
+) -> PyTree:
+    """`function` of rows `[R, ...]`; in a program for CPU the sum of it over equal parts of them
+    that fit into a core's cache. Whole sequences are left in one part."""
     num_rows = rows.target.shape[0]
-    parts = parts_in_cache(network, num_rows, num_rows) if config.memory == "none" else 1
-    return jax.tree.map(lambda x: x.reshape((parts, -1, *x.shape[1:])), rows)
+    num_parts = parts_in_cache(network, num_rows, num_rows) if config.memory == "none" else 1
+    if num_parts == 1:
+        return function(rows)
 
+    def in_parts(rows: Batch) -> PyTree:
+        parts = jax.tree.map(lambda x: x.reshape((num_parts, -1, *x.shape[1:])), rows)
+        shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-def sum_over(parts: PyTree, function: Callable[[PyTree], PyTree]) -> PyTree:
-    """The sum of `function`'s results over the leading axis of `parts`."""
-    first = jax.tree.map(lambda x: x[0], parts)
-    if jax.tree.leaves(parts)[0].shape[0] == 1:
-        return function(first)
+        def add(total: PyTree, part: Batch) -> tuple[PyTree, None]:
+            return jax.tree.map(jnp.add, total, function(part)), None
 
-    def add(total: PyTree, part: PyTree) -> tuple[PyTree, None]:
-        return jax.tree.map(jnp.add, total, function(part)), None
+        return jax.lax.scan(add, zeros, parts)[0]
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first))
-    return jax.lax.scan(add, zeros, parts)[0]
+    return jax.lax.platform_dependent(rows, cpu=in_parts, default=function)

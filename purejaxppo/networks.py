@@ -275,9 +275,11 @@ def make_network(config: Config, observation_space: Any, policy: Policy) -> Netw
 
 def parts_in_cache(network: Network, num_rows: int, divisible: int) -> int:
     """Into how many equal parts to cut a batch of rows, along an axis of the length `divisible`,
-    so that on CPU what the layers make of a part stays in a core's cache. 1 on accelerators."""
-    if jax.default_backend() != "cpu":
-        return 1
+    so that on CPU what the layers make of a part stays in a core's cache.
+
+    For programs for CPU only: choose by `jax.lax.platform_dependent`, since the backend where a
+    program is traced need not be the one it is compiled for.
+    """
     wanted = max(1, num_rows * network.width // PART_SIZE)
     return next(n for n in range(min(wanted, divisible), 0, -1) if divisible % n == 0)
 

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -193,6 +194,23 @@ def test_a_minibatch_in_parts_teaches_the_same(normalization: str, monkeypatch: 
     in_parts = trained(config, ppo.HParams(learning_rate=1e-2), 3)
     assert_equal_trees(in_parts[0].learner.params, whole[0].learner.params, atol=1e-5)
     assert_equal_trees(in_parts[1], whole[1], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["ppo_clip", pytest.param("trpo", marks=pytest.mark.slow)])
+def test_a_program_for_an_accelerator_is_not_cut_into_parts(objective: Any, monkeypatch: Any):
+    """Nor one for CPU left whole, whichever backend it is traced on: loops of the lowered program,
+    with parts of 8 samples and with parts that hold everything."""
+    config = ppo.Config(num_envs=8, num_steps=32, hidden_sizes=(16,), objective=objective)
+
+    def loops(platform: str, part_size: int) -> int:
+        monkeypatch.setattr("purejaxppo.networks.PART_SIZE", part_size)
+        learner = ppo.make_learner(config)
+        state = jax.eval_shape(learner.init, jax.random.key(0), ppo.HParams())
+        update = jax.export.export(jax.jit(learner.update), platforms=(platform,))
+        return update(state, ppo.HParams()).mlir_module().count("stablehlo.while")
+
+    assert loops("cuda", 8 * 16) == loops("cuda", 2**30)
+    assert loops("cpu", 8 * 16) > loops("cpu", 2**30)
 
 
 def test_the_first_minibatch_ratio_is_exactly_1_with_the_default_sizes():

@@ -1,11 +1,13 @@
 """Random orders: that they are orders, and random."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from purejaxppo.shuffle import random_order
+from purejaxppo.shuffle import ROUNDS, _feistel, _sides, random_order
 
 DRAWS = 1000
 
@@ -15,14 +17,14 @@ def orders(n: int) -> np.ndarray:
     return np.asarray(jax.jit(jax.vmap(lambda key: random_order(key, n)))(keys))
 
 
-@pytest.mark.parametrize("n", [1, 100, 256, 257, 1000])
+@pytest.mark.parametrize("n", [1, 100, 256, 257, 652, 1000])
 def test_each_is_a_permutation_and_keys_give_different_ones(n: int):
     drawn = orders(n)
     np.testing.assert_array_equal(np.sort(drawn, axis=1), np.tile(np.arange(n), (DRAWS, 1)))
     assert len(np.unique(drawn, axis=0)) >= min(n, DRAWS)
 
 
-@pytest.mark.parametrize("n", [256, 300, 1000])
+@pytest.mark.parametrize("n", [256, 257, 300, 1000])
 def test_they_are_as_uniform_as_chance_allows(n: int):
     """Against what uniformly random permutations give, each within about 4 deviations: where a
     number lands (chi-squared), what follows it, how many stay, how far the order is kept."""
@@ -38,6 +40,37 @@ def test_they_are_as_uniform_as_chance_allows(n: int):
     assert fixed == pytest.approx(1.0, abs=4 / np.sqrt(DRAWS))
     kept = np.mean([np.corrcoef(order, np.arange(n))[0, 1] for order in drawn])
     assert kept == pytest.approx(0.0, abs=4 / np.sqrt(DRAWS * n))
+
+
+@pytest.mark.parametrize("n", [257, 652])
+def test_numbers_that_land_outside_are_sent_through_again_until_they_do_not(n: int):
+    """Against walking each number on its own, for as many orders as show every case."""
+    sides = _sides(-(-n // 8) * 8)
+    end = sides[0] * sides[1]
+    assert n < end < n + 32
+    key = jax.random.key(0)
+    through = jax.jit(jax.vmap(lambda k: _feistel(jnp.arange(end, dtype=jnp.uint32), sides, k)))
+    keys = jax.random.split(key, 50)
+    networks = through(jax.vmap(lambda key: jax.random.bits(key, (ROUNDS,), jnp.uint32))(keys))
+    found = jax.jit(jax.vmap(lambda key: random_order(key, n)))(keys)
+    walked = 0
+    for network, order in zip(np.asarray(networks), np.asarray(found), strict=True):
+        np.testing.assert_array_equal(np.sort(network), np.arange(end))
+        expected = network[:n]
+        while (expected >= n).any():
+            walked += np.sum(expected >= n)
+            expected = np.where(expected >= n, network[np.minimum(expected, end - 1)], expected)
+        np.testing.assert_array_equal(order, expected)
+    assert walked > 50
+
+
+@pytest.mark.parametrize("n", [1025, 131_073, 3 * 2**16, 2**20 + 7])
+def test_work_is_little_more_than_n_at_every_size(n: int):
+    """What lies beyond n is few numbers, and loops go over those alone."""
+    hlo = jax.jit(lambda key: random_order(key, n)).lower(jax.random.key(0)).as_text()
+    loops = [line for line in hlo.splitlines() if "stablehlo.while" in line]
+    sizes = [int(size) for line in loops for size in re.findall(r"tensor<(\d+)xui32>", line)]
+    assert all(size <= 32 for size in sizes), sizes
 
 
 def test_a_minibatch_is_a_random_sample():
