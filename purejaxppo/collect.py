@@ -73,6 +73,8 @@ def make_collect(config: Config, env: Environment, network: Network, policy: Pol
             )
             action = policy.sample(outputs[0], noise)
             env_state, result = env.step(step_keys, actors.env_state, policy.to_env(action))
+            if not config.bootstrap_time_limits:
+                result = result._replace(terminated=result.terminated | result.truncated)
             cut_value = _value_where_cut(network, learner, carry, result)
             done = result.terminated | result.truncated
             moved = actors._replace(env_state=env_state, obs=result.obs, start=done, carry=carry)

@@ -26,6 +26,7 @@ MAX_WIDTH = 2**16
 
 EPISODIC = ("reinforce", "reinforce_baseline")
 PENALIZED = ("ppo_kl", "ppo_kl_adaptive")
+BOOTSTRAPPING = ("a2c", "trpo", *PENALIZED, "ppo_clip")
 
 
 def _bounded(
@@ -113,6 +114,10 @@ class Config:
     """Advantage estimator; auto uses monte_carlo for the REINFORCE objectives, gae for others."""
     bootstrap_steps: int = _bounded(5, 1, advantage=("n_step",))
     """n of n_step: number of rewards summed before bootstrapping from the value."""
+    bootstrap_time_limits: bool = _only_with(True, objective=BOOTSTRAPPING)
+    """Bootstrap from the value of the last observation where a time limit ends an episode; false
+    treats time limits as terminations. Use false if the limit is part of the task, or with a memory
+    and a fixed limit, since a memory can tell the time and never sees what follows the limit."""
     baseline: Literal["none", "mean", "value", "optimal"] = _only_with(
         "value", objective=("reinforce_baseline",)
     )

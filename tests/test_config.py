@@ -131,6 +131,7 @@ OTHER_VALUES: dict[str, Any] = {
     "objective": "ppo_kl",
     "advantage": "td0",
     "bootstrap_steps": 2,
+    "bootstrap_time_limits": False,
     "baseline": "mean",
     "causality": False,
     "discount_weight": True,

@@ -16,6 +16,7 @@ import pytest
 from envs import Combination, ConstantChain, Countdown, RandomWalk, Target
 
 import purejaxppo as ppo
+from purejaxppo.advantages import gae
 from purejaxppo.collect import make_collect
 from purejaxppo.distributions import make_policy
 from purejaxppo.envs import make_environment
@@ -524,3 +525,20 @@ def test_memory_chain_needs_a_memory(memory: Any, low: float, high: float):
     state, _ = trained(config, ppo.HParams(learning_rate=3e-3), 60)
     returns = ppo.evaluate(config, state, jax.random.key(1), num_episodes=256)
     assert low <= returns.mean() <= high
+
+
+def test_time_limits_can_count_as_terminations(tiny: ppo.Config):
+    """Reward 1 per step and a limit of 5: returns to the limit, 1 + 0.9 + ..., where bootstrapping
+    adds the critic's value of what follows."""
+    hparams = ppo.HParams(gamma=0.9, gae_lambda=1.0)
+    targets = {}
+    for bootstraps in (True, False):
+        config = dataclasses.replace(tiny, bootstrap_time_limits=bootstraps, num_steps=20)
+        learner = ppo.make_learner(config, ConstantChain())
+        state = jax.jit(learner.init)(jax.random.key(0), hparams)
+        _, rollout, _ = jax.jit(parts(config, ConstantChain())[2])(state.learner, state.actors)
+        assert np.asarray(rollout.truncated)[4::5].all()
+        targets[bootstraps] = np.asarray(gae(rollout, hparams)[1])
+    left = np.array([sum(0.9**k for k in range(n)) for n in (5, 4, 3, 2, 1)] * 4)
+    np.testing.assert_allclose(targets[False], np.repeat(left[:, None], 4, 1), rtol=1e-5)
+    assert np.abs(targets[True] - targets[False]).min() > 1e-4
