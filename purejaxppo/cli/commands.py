@@ -125,8 +125,14 @@ def _resume(command: Resume) -> int:
     if holds(run_dir, SWEEP) and command.trial is None:
         return _resume_sweep(command)
     if command.trial is not None:
+        if command.processes != ProcessFlags():
+            raise ConfigError(
+                "coordinator: does not go with --trial; resume the trial in one process first"
+            )
+        from purejaxppo.host.parallel import use_all_cores
         from purejaxppo.sweeps.trials import extract_trial
 
+        use_all_cores()
         run_dir = extract_trial(run_dir, _trial(command.trial), command.seed)
     task = f"{run_dir.absolute()} {command.total_timesteps}"
     with joined(_processes(command.processes), task):
@@ -272,7 +278,7 @@ def _report(command: Eval, trained: _Trained, episodes: Any) -> None:
     count in the mean."""
     import numpy as np
 
-    from purejaxppo.host.stats import episode_mean, mean_interval
+    from purejaxppo.host.stats import describe_interval, episode_mean, mean_interval
 
     per_seed = episode_mean(episodes)
     failed = np.isin(trained.seeds, trained.failed)
@@ -298,7 +304,7 @@ def _report(command: Eval, trained: _Trained, episodes: Any) -> None:
         note = "; this seed failed, and this is its last good state" if bad else ""
         shown = f"{returns.mean():.2f} (standard deviation {returns.std():.2f})"
         print(f"seed {seed}: return {shown if returns.size else '-'}{note}")
-    between = f" (95% interval {interval[0]:.2f} to {interval[1]:.2f})" if interval else ""
+    between = describe_interval(interval, int((~failed).sum()))
     actions = "deterministic" if command.deterministic else "sampled"
     if not np.isnan(mean):
         print(f"mean: {mean:.2f}{between}, {command.episodes} episodes per seed, {actions} actions")

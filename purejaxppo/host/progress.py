@@ -14,6 +14,7 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from purejaxppo.host.configfile import Settings
+from purejaxppo.host.stats import describe_interval
 
 if TYPE_CHECKING:  # which imports JAX, while this is shown before JAX is loaded
     from purejaxppo.host.checkpoint import Checkpoint
@@ -190,7 +191,8 @@ class Progress:
             mean, interval = summary.get(f"{name}_mean"), summary.get(f"{name}_interval_95")
             if mean is None:
                 continue
-            between = f" (95% interval {interval[0]:.2f} to {interval[1]:.2f})" if interval else ""
+            seeds = self._num_trainings - len(summary["failed_seeds"])
+            between = describe_interval(interval, seeds)
             self._console.print(
                 f"evaluation return, {actions} actions: {mean:.2f}{between}, "
                 f"{summary['eval_episodes']} episodes per seed"

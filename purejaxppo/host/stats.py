@@ -1,6 +1,6 @@
 """Means over seeds and their intervals."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -28,6 +28,14 @@ def mean_interval(
     freedom = np.where(count > 1, count - 1, np.nan)
     half = t.ppf(0.5 + confidence / 2, freedom) * np.sqrt(squares / freedom / np.maximum(count, 1))
     return np.asarray(mean), np.asarray(mean - half), np.asarray(mean + half)
+
+
+def describe_interval(interval: Sequence[float] | None, seeds: int) -> str:
+    """A 95% interval over seeds in parentheses, with a remark if there are few; nothing for None."""
+    if interval is None:
+        return ""
+    few = ", few seeds" if seeds < FEW_SEEDS else ""
+    return f" (95% interval {interval[0]:.2f} to {interval[1]:.2f}{few})"
 
 
 def episode_mean(returns: Float[np.ndarray, "*batch E"]) -> np.ndarray:
