@@ -13,6 +13,8 @@ from commands import logged
 from envs import RandomWalk
 
 import purejaxppo as ppo
+from purejaxppo.cli import main
+from purejaxppo.evaluation import LATER_EVALUATION, evaluation_keys
 from purejaxppo.host.configfile import RunSettings, Settings, load_settings
 from purejaxppo.sweeps.outcomes import Outcome
 from purejaxppo.sweeps.settings import Definition, SweepSettings
@@ -231,3 +233,43 @@ def test_a_trial_alone_has_as_many_devices_per_training_as_in_its_wave(
     found = alone(wave, hparams, seeds)
     assert (found.config, found.hparams, found.trials) == (CONFIG, hparams, ())
     assert (found.run.seed, found.run.num_seeds, found.run.devices) == (3, seeds, own)
+
+
+def test_the_command_line_evaluates_exports_and_continues_a_trial(tmp_path: Path, capsys: Any):
+    sweep, policy = str(tmp_path / "s"), tmp_path / "policy.bin"
+    small = "--total-timesteps 64 --num-steps 8 --hidden-sizes 4 --num-minibatches 2".split()
+    search = "--num-seeds 2 --eval-episodes 2 --grid gamma=0.9,0.99".split()
+    assert main(["sweep", "--run-dir", sweep, *small, *search]) == 0
+    best = json.loads((tmp_path / "s/winner.json").read_text())["trial"]
+    capsys.readouterr()
+
+    assert main(["eval", sweep, "--trial", str(1 - best), "--seed", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["seeds"] == [1]
+    assert main(["eval", sweep, "--json", "--episodes", "4"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    states = ppo.load_trial(sweep, best).state
+    keys = evaluation_keys(0, 2, LATER_EVALUATION)
+    config = ppo.load_trial(sweep, best).config
+    returns = [
+        ppo.evaluate(config, jax.tree.map(lambda x, s=s: x[s], states), keys[s], 4).mean()
+        for s in (0, 1)
+    ]
+    np.testing.assert_allclose(found["return_per_seed"], returns, rtol=1e-6)
+    assert main(["export", sweep, str(policy), "--seed", "1"]) == 0
+    assert policy.stat().st_size > 0
+
+    capsys.readouterr()
+    resumed = ["resume", sweep, "--trial", "best", "--total-timesteps", "96"]
+    assert main(resumed) == 0
+    run_dir = tmp_path / f"s/trials/{best:04d}"
+    assert ppo.load(run_dir, seed=None).state.learner.updates.tolist() == [3, 3]
+    for command, words in (
+        (["eval", sweep, "--trial", "9"], "trial = 9: the sweep has trials 0 to 1"),
+        (["eval", sweep, "--trial", "x"], "must be best, or the number of a trial"),
+        (["eval", sweep, "--checkpoint", "best"], "leave --checkpoint out"),
+        (["eval", sweep, "--seed", "2"], "seed = 2: the seeds are 0 to 1"),
+        (["resume", sweep, "--total-timesteps", "96"], "extend one of them with --trial best"),
+        ([*resumed, "--coordinator", "127.0.0.1:1"], "does not go with --trial"),
+    ):
+        assert main(command) == 2
+        assert words in capsys.readouterr().err

@@ -31,7 +31,7 @@ def mean_interval(
 
 
 def describe_interval(interval: Sequence[float] | None, seeds: int) -> str:
-    """A 95% interval over seeds in parentheses, with a remark if there are few; nothing for None."""
+    """A 95% interval over seeds in parentheses, marked if the seeds are few; nothing for None."""
     if interval is None:
         return ""
     few = ", few seeds" if seeds < FEW_SEEDS else ""
