@@ -95,7 +95,7 @@ def kill_and_resume(
         process.popen.send_signal(signal.SIGKILL)
         finished = process.end() == 0
         done += not finished
-        went_on += "going on after update" in process.text()
+        went_on += "resuming from update" in process.text()
         command = ["resume", killed]
         if finished or not (killed / "config.toml").exists():
             command = ["train", "--run-dir", killed, *arguments]
@@ -104,7 +104,7 @@ def kill_and_resume(
             killed.rename(killed.with_name(f"killed {done}"))
     process = start(*command)
     assert process.end() == 0, process.text()
-    return went_on + ("going on after update" in process.text())
+    return went_on + ("resuming from update" in process.text())
 
 
 def test_killed_with_8_seeds_a_memory_and_statistics(start: Any, undisturbed: Any, tmp_path: Path):
@@ -117,7 +117,7 @@ def test_killed_with_8_seeds_a_memory_and_statistics(start: Any, undisturbed: An
     assert process.end() == -signal.SIGKILL
     process = start("resume", run)
     assert process.end() == 0, process.text()
-    assert "going on after update" in process.text()
+    assert "resuming from update" in process.text()
     assert_same_end(alone, run)
 
 
@@ -134,7 +134,7 @@ def test_killed_20_times(start: Any, undisturbed: Any, tmp_path: Path, arguments
 
 STOPPED = "--total-timesteps=40000 --eval-episodes=8 --hidden-sizes 128 128".split()
 MOMENTS: dict[str, Callable[[Path, Process], Any]] = {
-    "compiling": lambda run, p: "environment steps each" in p.out.read_text(),
+    "compiling": lambda run, p: "\ncompiling\n" in p.out.read_text(),
     "chunk": lambda run, p: rows(run) > 20,
     "saving": lambda run, p: rows(run) > 20 and list((run / "checkpoints").glob("*.saving*")),
 }
@@ -148,7 +148,7 @@ def stop_and_resume(start: Any, folder: Path, moment: str, signum: int) -> Path:
     process.until(lambda: MOMENTS[moment](run, process))
     process.popen.send_signal(signum)
     assert process.end() == 128 + signum, process.text()
-    assert f"stopped; go on by: purejaxppo resume '{run}'" in process.text()
+    assert f"stopped; to resume: purejaxppo resume '{run}'" in process.text()
     if moment != "compiling":
         found, skipped = checkpoint.find(run)
         assert found.position.updates == rows(run) > 0
@@ -190,17 +190,21 @@ def test_a_stop_waits_for_no_evaluation(start: Any, tmp_path: Path):
     time.sleep(1.0)
     process.popen.send_signal(signal.SIGINT)
     assert process.end() == 130
-    assert "go on by: purejaxppo resume" in process.text()
+    assert "to resume: purejaxppo resume" in process.text()
 
 
 def test_a_second_signal_exits_at_once(start: Any, tmp_path: Path):
     process = start("train", "--run-dir", tmp_path / "r", *LONG, "--no-compilation-cache")
     process.until(lambda: MOMENTS["compiling"](tmp_path, process))
     process.popen.send_signal(signal.SIGINT)
-    process.until(lambda: "SIGINT: stopping; once more exits at once" in process.err.read_text())
+    process.until(
+        lambda: (
+            "SIGINT: stopping; press Ctrl-C again to quit immediately" in process.err.read_text()
+        )
+    )
     process.popen.send_signal(signal.SIGTERM)
     assert process.end() == 143
-    assert "go on by" not in process.text()
+    assert "to resume" not in process.text()
     assert rows(tmp_path / "r") == 0
 
 

@@ -83,7 +83,7 @@ def test_a_signal_to_one_process_stops_both(start_two: Any, tmp_path: Path):
     first.until(lambda: rows(run) > 2)
     second.popen.send_signal(signal.SIGTERM)
     assert (first.end(), second.end()) == (143, 143), first.text() + second.text()
-    assert "stopped; go on by: purejaxppo resume" in first.text()
+    assert "stopped; to resume: purejaxppo resume" in first.text()
     assert checkpoint.find(run)[0].position.updates == rows(run)
 
 

@@ -72,7 +72,7 @@ def test_a_sweep_that_is_stopped_and_loses_a_node_ends_like_a_local_one(
     process.until(lambda: trainers(shared, set()))
     process.popen.send_signal(signal.SIGTERM)
     assert process.end() == 143
-    assert "stopped; go on by: purejaxppo resume" in process.text()
+    assert "stopped; to resume: purejaxppo resume" in process.text()
 
     before = set(shared.glob("waves/*/checkpoints/*/manifest.json"))
     (started,) = cluster.list_all_nodes()[1].all_processes["raylet"]

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -157,7 +156,7 @@ def compile_program(
         fresh: compile the initial states too; False if they come from a checkpoint.
         population: how runs learn from each other, if they do. Their states then hold their
             hyperparameters, and each has its own random numbers.
-        evaluation: compiled at the same time, if given.
+        evaluation: compiled too, if given.
 
     Raises:
         ConfigError: as `choose_spread` does.
@@ -198,7 +197,7 @@ def compile_program(
     lowered = [jax.jit(chunks).lower(shapes, hparams, np.int32(1))]
     lowered += [traced.lower()] if fresh else []
     lowered += [evaluation.lower(traced.out_info)] if evaluation is not None else []
-    compiled, *others = _compile_all(lowered)
+    compiled, *others = [one.compile() for one in lowered]
     compiled_init: Any = others[0] if fresh else None
     if evaluation is not None:
         evaluation.compiled = others[-1]
@@ -209,14 +208,6 @@ def compile_program(
         spread.gather,
         _bytes(compiled),
     )
-
-
-def _compile_all(lowered: list[Any]) -> list[Any]:
-    """Side by side: XLA compiles outside Python's lock, each program mostly on one core."""
-    if jax.process_count() > 1:  # processes compile in the same order
-        return [one.compile() for one in lowered]
-    with ThreadPoolExecutor(len(lowered), thread_name_prefix="compile") as pool:
-        return list(pool.map(lambda one: one.compile(), lowered))
 
 
 def _bytes(compiled: Any) -> int:

@@ -36,7 +36,7 @@ from purejaxppo.host.loggers import (
     read_metrics,
     require,
 )
-from purejaxppo.host.parallel import describe_devices, use_all_cores, with_devices
+from purejaxppo.host.parallel import choose_spread, describe_devices, use_all_cores
 from purejaxppo.host.processes import agree, is_first
 from purejaxppo.host.program import (
     CHUNK_CAPACITY,
@@ -172,7 +172,7 @@ def run_settings(
     _check_outputs(run_dir, settings.run)
     use_all_cores()
     learner = make_learner(settings.config, env, env_params)
-    settings = with_devices(settings, env, env_params)
+    choose_spread(settings)
     with ExitStack() as stack:
         directory = None if run_dir is None else Path(run_dir)
         if directory is not None and is_first():
@@ -270,7 +270,7 @@ def resume(
         _check_outputs(directory, settings.run)
         found = newest_or_none(directory)
         learner = make_learner(settings.config, env, env_params)
-        settings = with_devices(settings, env, env_params)
+        choose_spread(settings)
         start = _restore(directory, found, settings, learner)
         shown = Progress(settings, start.position.updates, enabled=progress and is_first())
         if (summary := _summary_if_finished(directory, start, settings)) is not None:

@@ -66,7 +66,8 @@ def exit_at_second_signal() -> Iterator[None]:
                 os._exit(128 + byte[0])
             asked = True
             name = signal.Signals(byte[0]).name
-            os.write(2, f"\npurejaxppo: {name}: stopping; once more exits at once\n".encode())
+            again = "press Ctrl-C again to quit immediately"
+            os.write(2, f"\npurejaxppo: {name}: stopping; {again}\n".encode())
 
     def take(signum: int, _: object) -> None:
         stop = StopRequest()

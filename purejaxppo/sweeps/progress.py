@@ -70,7 +70,7 @@ class SweepProgress:
         self._console.print(f"wave {index}: its machine was lost ({why}); going on elsewhere")
 
     def stopped(self, how: str) -> None:
-        self._console.print(f"stopped; go on by: {how}")
+        self._console.print(f"stopped; to resume: {how}")
 
     def evaluating(self) -> Any:
         return self._console.status("evaluating the best trial")
