@@ -690,6 +690,6 @@ def test_combinations_that_make_no_sense_are_refused(settings: dict[str, Any], m
 def test_rollouts_in_which_no_episode_ends_are_warned_of(tiny: ppo.Config):
     """The environment states no limit, and its episodes are of 5 steps."""
     config = dataclasses.replace(tiny, objective="reinforce", num_steps=4, **ONE_PASS)
-    with pytest.warns(RunWarning, match=r"num_steps = 4: .* choose more") as seen:
+    with pytest.warns(RunWarning, match=r"num_steps = 4 in .* increase num_steps") as seen:
         ppo.run(config, env=Countdown(), env_params=(), eval_episodes=1, progress=False)
     assert len({str(warning.message) for warning in seen}) == 1  # is shown once

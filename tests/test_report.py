@@ -202,7 +202,10 @@ def test_a_runs_band_stays_within_the_returns_and_says_what_it_is(
     heights = band.get_paths()[0].vertices[:, 1]
     assert (heights.min(), heights.max()) == (0.0, 500.0)
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels == ["mean of 3 seeds", "95% bootstrap interval of the mean (3 seeds, few)"]
+    assert labels == [
+        "training episodes, mean of 3 seeds",
+        "95% bootstrap interval of the mean (3 seeds, few)",
+    ]
 
 
 def drawn(figure: Any) -> Any:
