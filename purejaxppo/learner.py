@@ -43,6 +43,8 @@ from purejaxppo.types import (
     TrainState,
 )
 
+# Rows of a split and folded-in numbers are the same keys: this lies beyond any split's rows.
+FIRST_STATISTICS = 2**31
 MUST_BE_FINITE = ("policy_loss", "value_loss", "entropy", "grad_norm")
 
 
@@ -71,7 +73,7 @@ def make_learner(
     network = make_network(config, environment.observation_space, policy)
     check_contract(environment, policy)
     collect, estimate, improve = _parts(config, environment, network, policy, axis)
-    init_state = _make_init(config, environment, network, axis)
+    init_state = _make_init(config, environment, network, collect, axis)
     made: list[TrainState] = []
     """The shapes of this learner's states, once `init` was traced."""
 
@@ -113,7 +115,7 @@ def make_learner(
 
 
 def _make_init(
-    config: Config, env: Environment, network: Network, axis: str | None
+    config: Config, env: Environment, network: Network, collect: Collect, axis: str | None
 ) -> Callable[[Key[Array, ""], HParams], TrainState]:
     adaptive = config.objective == "ppo_kl_adaptive"
     normalizes = config.normalize_obs and is_box(env.observation_space)
@@ -131,6 +133,10 @@ def _make_init(
             updates=jnp.zeros((), jnp.int32),
             objective_state=jnp.asarray(hparams.kl_beta, jnp.float32) if adaptive else (),
         )
+        if normalizes or config.normalize_reward:
+            actors_key = jax.random.fold_in(key, FIRST_STATISTICS)
+            actors = init_actors(config, env, network, actors_key, axis)
+            learner = first_statistics(learner, actors, collect, hparams, axis)
         return TrainState(learner, init_actors(config, env, network, envs_key, axis))
 
     return init
@@ -146,6 +152,25 @@ def _parts(
         estimate = make_episode_advantage(config, policy, env.observation_space, axis)
     make = make_trpo if config.objective == "trpo" else make_improve
     return collect, estimate, make(config, network, policy, axis)
+
+
+def first_statistics(
+    learner: LearnerState,
+    actors: ActorState,
+    collect: Collect,
+    hparams: HParams,
+    axis: str | None = None,
+) -> LearnerState:
+    """Statistics of one rollout under the initial parameters, so that the first update is already
+    normalised. Its N * T environment steps are not counted. Statistics that are not finite are left
+    out."""
+    plain = learner._replace(obs_stats=())
+    _, rollout, raw_obs = collect(plain, actors)
+    measured, _ = refresh_statistics(learner, actors, rollout._replace(obs=raw_obs), hparams, axis)
+    new, old = ((each.obs_stats, each.reward_stats) for each in (measured, learner))
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(new)]))
+    obs_stats, reward_stats = jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
+    return learner._replace(obs_stats=obs_stats, reward_stats=reward_stats)
 
 
 def refresh_statistics(

@@ -1,8 +1,8 @@
 """Running statistics, and what is normalised by them.
 
-Statistics are frozen during a rollout and the update on it, and refreshed after: so the
-network sees the same inputs when it acts and when it learns, and the first minibatch's
-probability ratio is exactly 1.
+Statistics begin with those of one rollout under the initial parameters. They are frozen during a
+rollout and the update on it, and refreshed after: so the network sees the same inputs when it acts
+and when it learns, and the first minibatch's probability ratio is exactly 1.
 """
 
 from functools import partial
@@ -20,7 +20,7 @@ _EPSILON = 1e-8
 
 
 def init_stats(shape: tuple[int, ...]) -> RunningStats:
-    """Statistics of no sample: normalising by them changes nothing."""
+    """Statistics of no sample: mean 0 and variance 1."""
     zeros, ones = (partial(make, dtype=jnp.float32) for make in (jnp.zeros, jnp.ones))
     return RunningStats(zeros(()), zeros(shape), ones(shape))
 

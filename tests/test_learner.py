@@ -17,13 +17,18 @@ from envs import Combination, ConstantChain, Countdown, RandomWalk, Target
 
 import purejaxppo as ppo
 from purejaxppo.advantages import gae
-from purejaxppo.collect import make_collect
+from purejaxppo.collect import init_actors, make_collect
 from purejaxppo.distributions import make_policy
 from purejaxppo.envs import make_environment
 from purejaxppo.improve import make_batch, make_improve, make_loss
-from purejaxppo.learner import count_episodes, env_steps, explained_variance
+from purejaxppo.learner import (
+    FIRST_STATISTICS,
+    count_episodes,
+    env_steps,
+    explained_variance,
+)
 from purejaxppo.networks import make_network, parts_in_cache
-from purejaxppo.types import ActorState, Rollout
+from purejaxppo.types import ActorState, Environment, Network, Rollout
 
 
 def parts(config: ppo.Config, env: Any = None) -> Any:
@@ -31,6 +36,10 @@ def parts(config: ppo.Config, env: Any = None) -> Any:
     policy = make_policy(config, environment.action_space)
     network = make_network(config, environment.observation_space, policy)
     return policy, network, make_collect(config, environment, network, policy)
+
+
+def parts_of(config: ppo.Config, env: Any) -> tuple[Environment, Network]:
+    return make_environment(config, env), parts(config, env)[1]
 
 
 def trained(config: ppo.Config, hparams: ppo.HParams, updates: int, env: Any = None) -> Any:
@@ -113,34 +122,102 @@ def test_next_value_is_the_value_of_the_true_successor(tiny: ppo.Config, memory:
 
 
 def test_statistics_are_frozen_in_a_rollout_and_the_first_observation_is_normalised_too():
-    """NumPy over what four updates saw: update k normalises by all that came before it."""
+    """NumPy over what four updates saw: update k normalises by all that came before it, and the
+    first by a rollout of `init`'s own, whose actors are not those of the first update."""
     config = ppo.Config(num_envs=3, num_steps=16, num_minibatches=2, hidden_sizes=(8,),
                         normalize_obs=True, normalize_reward=True)  # fmt: skip
     _, _, collect = parts(config, RandomWalk())
     learner, hparams = ppo.make_learner(config, RandomWalk()), ppo.HParams(gamma=0.9)
     state = jax.jit(learner.init)(jax.random.key(0), hparams)
     collect, update = jax.jit(collect), jax.jit(learner.update)
-    seen: list[np.ndarray] = [np.zeros((0, 2))]
     returns: list[np.ndarray] = []
-    running = np.zeros(3)
-    for k in range(4):
-        actors, rollout, raw = collect(*state)
-        before = np.concatenate(seen)
-        mean, std = (before.mean(0), before.std(0)) if k else (0.0, 1.0)
-        expected = np.clip((np.asarray(raw) - mean) / std, -10, 10)
-        np.testing.assert_allclose(rollout.obs, expected, atol=2e-4)
-        if k:  # not by their own batch's moments, nor left as they are
-            assert np.abs(np.asarray(rollout.obs[0]) - np.asarray(raw[0])).max() > 0.1
+
+    def take_in(rollout: Rollout, running: np.ndarray) -> np.ndarray:
         for reward, terminated, truncated in zip(
             rollout.reward, rollout.terminated, rollout.truncated, strict=True
         ):
             running = 0.9 * running + np.asarray(reward)
             returns.append(running)
             running = np.where(terminated | truncated, 0.0, running)
+        return running
+
+    key = jax.random.fold_in(jax.random.key(0), FIRST_STATISTICS)
+    first = init_actors(config, *parts_of(config, RandomWalk()), key)
+    _, rollout, raw = collect(state.learner._replace(obs_stats=()), first)
+    assert np.abs(np.asarray(raw[0]) - np.asarray(state.actors.obs)).max() > 0.1
+    seen = [np.asarray(raw, np.float64).reshape(-1, 2)]
+    take_in(rollout, np.zeros(3))
+    running = np.zeros(3)
+    assert state.learner.obs_stats.total == state.learner.reward_stats.total == 3 * 16
+    for _ in range(4):
+        np.testing.assert_allclose(state.learner.reward_stats.var, np.var(returns), rtol=1e-3)
+        actors, rollout, raw = collect(*state)
+        before = np.concatenate(seen)
+        expected = np.clip((np.asarray(raw) - before.mean(0)) / before.std(0), -10, 10)
+        np.testing.assert_allclose(rollout.obs, expected, atol=2e-4)
+        # not by their own batch's moments, nor left as they are
+        assert np.abs(np.asarray(rollout.obs[0]) - np.asarray(raw[0])).max() > 0.1
+        running = take_in(rollout, running)
         seen.append(np.asarray(raw, np.float64).reshape(-1, 2))
         state, _ = update(state, hparams)
         np.testing.assert_allclose(state.learner.reward_stats.var, np.var(returns), rtol=1e-3)
         np.testing.assert_array_equal(actors.env_state.time, state.actors.env_state.time)
+
+
+def test_the_first_update_is_normalised():
+    """Its value loss is that of later updates, although returns of Pendulum are some -1,000."""
+    config = ppo.Config(
+        env_id="Pendulum-v1", num_envs=4, num_steps=64, total_timesteps=256 * 8,
+        hidden_sizes=(16,), update_epochs=1, normalize_obs=True, normalize_reward=True,
+    )  # fmt: skip
+    _, metrics = trained(config, ppo.HParams(), 8)
+    losses = np.asarray(metrics["value_loss"])
+    assert losses[0] < 10 * np.median(losses[1:])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"memory": "gru"},
+        {"objective": "reinforce", "num_steps": 12, "update_epochs": 1, "num_minibatches": 1},
+    ],
+    ids=str,
+)
+def test_first_statistics_draw_nothing_that_others_draw(tiny: ppo.Config, settings: dict[str, Any]):
+    """Everything but the statistics is as without them, under vmap too; steps that do not count are
+    left out."""
+    plain = dataclasses.replace(tiny, **settings)
+    config = dataclasses.replace(plain, normalize_obs=True, normalize_reward=True)
+    keys = jax.random.split(jax.random.key(0), 2)
+
+    def begin(config: ppo.Config) -> Any:
+        learner = ppo.make_learner(config, RandomWalk())
+        return jax.jit(jax.vmap(lambda key: learner.init(key, ppo.HParams())))(keys)
+
+    state = begin(config)
+    stats = state.learner.obs_stats
+    learner = state.learner._replace(obs_stats=(), reward_stats=())
+    assert_equal_trees(state._replace(learner=learner), begin(plain))
+    assert (stats.var > 0).all()
+    assert (stats.mean[0] != stats.mean[1]).any()
+    if config.whole_episodes:
+        assert ((stats.total > 0) & (stats.total < config.batch_size)).all()
+    else:
+        np.testing.assert_array_equal(stats.total, config.batch_size)
+
+
+class Infinite(RandomWalk):
+    def step_env(self, key: Any, state: Any, action: Any, params: Any) -> Any:
+        obs, state, _, terminated, info = super().step_env(key, state, action, params)
+        return obs, state, jnp.inf, terminated, info
+
+
+def test_first_statistics_that_are_not_finite_are_left_out(tiny: ppo.Config):
+    config = dataclasses.replace(tiny, normalize_obs=True, normalize_reward=True)
+    learner = ppo.make_learner(config, Infinite())
+    state = jax.jit(learner.init)(jax.random.key(0), ppo.HParams())
+    assert state.learner.reward_stats.total == state.learner.obs_stats.total == 0
+    assert state.learner.reward_stats.var == 1
 
 
 # Rollouts and ratios

@@ -32,7 +32,7 @@ def test_a_batch_of_no_sample_changes_nothing():
     np.testing.assert_array_equal(stats.var, [1, 1])
 
 
-def test_observations_before_any_statistics_pass_as_they_are_but_clipped():
+def test_statistics_of_no_sample_clip_and_empty_ones_change_nothing():
     obs = jnp.array([[0.5, -3.0], [99.0, -99.0]])
     np.testing.assert_allclose(normalize_obs(init_stats((2,)), obs), [[0.5, -3.0], [10, -10]])
     np.testing.assert_array_equal(normalize_obs((), obs), obs)

@@ -65,6 +65,8 @@ def test_a_training_learns_the_same_over_1_2_and_4_devices(settings: dict[str, A
     differ in the first digits."""
     config = dataclasses.replace(WHOLE, **settings)
     alone, rows = trained(config, 1)
+    if config.objective not in EPISODIC:  # the first statistics are one rollout's
+        assert alone.learner.obs_stats.total == (config.num_updates + 1) * config.batch_size
     for devices in (4,) if settings else (2, 4):
         states, spread_rows = trained(config, devices)
         assert_close(states.learner, alone.learner, atol=1e-5, rtol=1e-5)
