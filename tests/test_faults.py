@@ -235,7 +235,7 @@ except KeyboardInterrupt:
 # A disk that is full
 
 
-WIDE = "--hidden-sizes 128 128 --num-steps=512 --checkpoint-every=0.5".split()
+WIDE = "--hidden-sizes 128 128 --num-steps=512 --checkpoint-every=0.5 --devices=1".split()
 
 
 def limit_files(process: Process, size: int = resource.RLIM_INFINITY) -> None:

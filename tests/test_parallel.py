@@ -4,6 +4,8 @@ import dataclasses
 import os
 import subprocess
 import sys
+import threading
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,9 +14,11 @@ import numpy as np
 import pytest
 
 import purejaxppo as ppo
-from purejaxppo.host.configfile import RunSettings, Settings
-from purejaxppo.host.parallel import choose_spread
-from purejaxppo.host.program import compile_program, stacked_hparams
+from purejaxppo.config import EPISODIC
+from purejaxppo.host import run as run_module
+from purejaxppo.host.configfile import RunSettings, Settings, load_settings
+from purejaxppo.host.parallel import choose_spread, why_not_divided, with_devices
+from purejaxppo.host.program import Evaluation, compile_program, stacked_hparams
 from purejaxppo.types import TrainState
 
 WHOLE = ppo.Config(
@@ -154,3 +158,97 @@ def test_every_core_is_a_device_unless_told_otherwise(told: dict[str, str], expe
 )
 def test_how_many_devices_are_used(run: dict[str, int], used: int):
     assert choose_spread(Settings(WHOLE, run=RunSettings(**run))).mesh.size == used
+
+
+@pytest.mark.parametrize(
+    ("changes", "devices"),
+    [
+        ({}, 1),  # 128 samples a minibatch: the exchange of gradients costs more than it saves
+        ({"num_envs": 64}, 4),
+        ({"num_envs": 62}, 2),  # not divisible by 4 or 3
+        ({"num_envs": 61}, 1),
+        ({"num_envs": 64, "num_minibatches": 64}, 1),
+        ({"hidden_sizes": (256, 256)}, 1),  # many parameters to exchange
+        # Two sequences a minibatch, which two devices share.
+        ({"num_envs": 64, "num_steps": 512, "memory": "gru", "num_minibatches": 32}, 2),
+    ],
+    ids=str,
+)
+def test_a_single_run_uses_the_cores_that_pay(changes: dict[str, Any], devices: int):
+    settings = Settings(ppo.Config(**changes))
+    assert with_devices(settings).run.devices == devices
+    for chosen in (1, 2):
+        run = RunSettings(devices=chosen)
+        if why_not_divided(settings.config, chosen) is None:
+            assert with_devices(Settings(settings.config, run=run)).run.devices == chosen
+    several = Settings(settings.config, run=RunSettings(num_seeds=2))
+    assert with_devices(several).run.devices == 0
+
+
+def test_the_number_of_cores_is_shown_and_recorded_so_that_a_run_repeats(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str]
+):
+    """The minibatches depend on it."""
+    config = ppo.Config(
+        total_timesteps=2 * 16 * 1024, num_envs=16, num_steps=1024, num_minibatches=2,
+        update_epochs=1,
+    )  # fmt: skip
+    first = ppo.run(config, run_dir=tmp_path / "a", eval_episodes=1)
+    assert "; on 4 of 4 CPU cores\n" in capsys.readouterr().out
+    settings = load_settings(tmp_path / "a/config.toml")
+    assert settings.run.devices == 4
+    again = ppo.run(config, devices=settings.run.devices, eval_episodes=1, progress=False)
+    alone = ppo.run(config, devices=1, eval_episodes=1, progress=False)
+    for x, y, z in zip(
+        *(jax.tree.leaves(r.states.learner.params) for r in (first, again, alone)), strict=True
+    ):
+        np.testing.assert_array_equal(x, y)
+        assert not np.array_equal(x, z) or not np.any(x)
+
+
+def test_a_spread_run_is_resumed_on_as_many_devices(tmp_path: Path):
+    config = dataclasses.replace(
+        WHOLE, num_minibatches=2, total_timesteps=2 * 8 * 16, lr_schedule="constant"
+    )
+    ppo.run(config, run_dir=tmp_path / "a", devices=2, eval_episodes=1, progress=False)
+    steps = 4 * 8 * 16
+    resumed = ppo.resume(tmp_path / "a", total_timesteps=steps, progress=False)
+    config = dataclasses.replace(config, total_timesteps=steps)
+    whole = ppo.run(config, devices=2, eval_episodes=1, progress=False)
+    for x, y in zip(
+        *(jax.tree.leaves(r.states.learner.params) for r in (resumed, whole)), strict=True
+    ):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_nothing_is_trained_beside_an_evaluation_if_devices_wait_for_each_other(
+    devices: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """On CPU a training whose devices miss a thread for 40 seconds is aborted by XLA."""
+    evaluating, during = threading.Event(), []
+    evaluate, compiled = Evaluation.__call__, run_module.compile_program
+
+    def noted(self: Evaluation, *args: Any, **options: Any) -> np.ndarray:
+        evaluating.set()
+        returns = evaluate(self, *args, **options)
+        evaluating.clear()
+        return returns
+
+    def watched(*args: Any, **options: Any) -> Any:
+        program = compiled(*args, **options)
+
+        def chunk(*args: Any) -> Any:
+            during.append(evaluating.wait(0.5))
+            return program.chunk(*args)
+
+        return program._replace(chunk=chunk)
+
+    monkeypatch.setattr(Evaluation, "__call__", noted)
+    monkeypatch.setattr(run_module, "compile_program", watched)
+    ppo.run(
+        dataclasses.replace(WHOLE, total_timesteps=2 * 8 * 16), run_dir=tmp_path / "run",
+        devices=devices, checkpoint_every=1, checkpoint_unit="updates", eval_episodes=1,
+        progress=False,
+    )  # fmt: skip
+    assert during == [False, devices == 1]

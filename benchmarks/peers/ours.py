@@ -10,7 +10,7 @@ import worker
 
 import purejaxppo as ppo
 from purejaxppo.host.configfile import RunSettings, Settings
-from purejaxppo.host.parallel import choose_spread, use_all_cores
+from purejaxppo.host.parallel import choose_spread, use_all_cores, with_devices
 from purejaxppo.host.program import (
     CHUNK_CAPACITY,
     compile_program,
@@ -34,7 +34,7 @@ def make(spec: dict[str, Any]) -> tuple[float, dict[str, Callable[[], Any]]]:
     )
     use_all_cores()
     ppo.make_learner(config)  # imports gymnax, as `run` does before it compiles
-    settings = Settings(config, ppo.HParams(), RunSettings(num_seeds=spec["seeds"]))
+    settings = with_devices(Settings(config, ppo.HParams(), RunSettings(num_seeds=spec["seeds"])))
     hparams = stacked_hparams(settings)
     began = time.perf_counter()
     program = compile_program(settings)

@@ -32,7 +32,8 @@ class RunSettings:
     """Number of seeds to train in parallel (S)."""
     devices: int = field(default=0, metadata={"low": 0, "high": 2**20, "open_low": False})
     """Number of devices (on CPU: cores). Seeds are spread over them, and the environments of each
-    seed if there are more devices than seeds. 0 uses as many as divide the number of seeds."""
+    seed if there are more devices than seeds. 0 chooses: a divisor of the number of seeds, and for
+    one seed as many CPU cores as make it faster."""
     eval_episodes: int = field(default=128, metadata={"low": 1, "high": 2**20, "open_low": False})
     """Episodes of each evaluation, per seed."""
     eval_every: float = field(

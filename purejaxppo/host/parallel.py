@@ -1,5 +1,6 @@
 """Over which devices a run is spread, and how."""
 
+import dataclasses
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,7 +12,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from purejaxppo.config import Config, ConfigError
+from purejaxppo.distributions import make_policy
+from purejaxppo.envs import make_environment
 from purejaxppo.host.configfile import Settings
+from purejaxppo.networks import make_network
 from purejaxppo.types import PyTree, TrainState
 
 SEEDS, ENVS = "seeds", "envs"
@@ -115,6 +119,79 @@ def _usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+EXCHANGE_SECONDS = 7e-9
+"""What adding up one parameter's gradient over CPU devices takes, once per minibatch."""
+CORE_FLOPS = 100e9
+"""Operations per second of the products of a small network on one CPU core."""
+LEAST_GAIN = 1.25
+"""Estimated speed-up from which a run is spread; another busy process would undo a smaller one."""
+
+
+def with_devices(settings: Settings, env: Any = None, env_params: Any = None) -> Settings:
+    """The settings with the number of devices that a single run will use.
+
+    The minibatches of a single run depend on it, so it is recorded. Several seeds do not, and
+    keep 0.
+
+    Raises:
+        ConfigError: as `choose_spread`.
+    """
+    alone = settings.num_trainings == 1 and jax.process_count() == 1
+    if alone and settings.run.devices == 0:
+        count = _devices_that_pay(settings.config, env, env_params)
+        run = dataclasses.replace(settings.run, devices=count)
+        settings = dataclasses.replace(settings, run=run)
+    choose_spread(settings)
+    return settings
+
+
+def _devices_that_pay(config: Config, env: Any, env_params: Any) -> int:
+    """The most CPU cores over which spreading a run's environments makes it faster; 1 on
+    accelerators.
+
+    A minibatch of R samples takes 3 R F / C seconds on one device, for F operations of the network
+    per sample, and 3 R F / (C D) + E P on D devices, which exchange gradients of P parameters.
+    """
+    available = len(jax.devices())
+    if jax.default_backend() != "cpu" or available == 1:
+        return 1
+    operations, parameters = network_costs(config, env, env_params)
+    samples = config.batch_size / config.num_minibatches
+    alone = 3 * samples * operations / CORE_FLOPS
+    for count in range(available, 1, -1):
+        gain = alone / (alone / count + EXCHANGE_SECONDS * parameters)
+        if gain >= LEAST_GAIN and why_not_divided(config, count) is None:
+            return count
+    return 1
+
+
+def network_costs(config: Config, env: Any = None, env_params: Any = None) -> tuple[float, int]:
+    """Floating-point operations of the network for one observation, by XLA's count, and its number
+    of parameters."""
+    rows = 64
+    environment = make_environment(config, env, env_params)
+    policy = make_policy(config, environment.action_space)
+    network = make_network(config, environment.observation_space, policy)
+
+    def arguments(key: jax.Array) -> Any:
+        _, obs = environment.reset(jax.random.split(key, rows))
+        start = jnp.ones((1, rows), bool)
+        return network.init(key), network.initial_carry(rows), obs[None], start
+
+    shapes = jax.eval_shape(arguments, jax.random.key(0))
+    counted: Any = jax.jit(network.apply).lower(*shapes).cost_analysis()
+    return counted["flops"] / rows, sum(x.size for x in jax.tree.leaves(shapes[0]))
+
+
+def needs_all_threads(settings: Settings) -> bool:
+    """Whether nothing else may be computed while the run trains: devices of this process wait for
+    each other, and on CPU each needs a thread of the pool that all programs share. If another
+    program holds one for 40 seconds, XLA aborts the process."""
+    spread = choose_spread(settings)
+    several = len(spread.mesh.local_devices) > 1
+    return jax.default_backend() == "cpu" and spread.axis is not None and several
+
+
 def choose_spread(settings: Settings) -> Spread:
     """Several trainings over as many devices as divide them, or over `devices`; where there are
     more of those than trainings, the environments of each over its part of them.
@@ -125,9 +202,11 @@ def choose_spread(settings: Settings) -> Spread:
     """
     count, wanted, available = settings.num_trainings, settings.run.devices, jax.devices()
     if wanted > len(available):
+        cpu = available[0].platform == "cpu"
+        more = f", or set JAX_NUM_CPU_DEVICES={wanted}: devices may share cores" if cpu else ""
         raise ConfigError(
             f"devices = {wanted}: there are {len(available)} ({available[0].platform}); ask for "
-            "at most as many, or for 0, which takes what fits"
+            f"at most as many, or for 0, which takes what fits{more}"
         )
     if jax.process_count() > 1:
         if wanted not in (0, len(available)):

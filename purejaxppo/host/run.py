@@ -36,7 +36,13 @@ from purejaxppo.host.loggers import (
     read_metrics,
     require,
 )
-from purejaxppo.host.parallel import choose_spread, describe_devices, use_all_cores
+from purejaxppo.host.parallel import (
+    choose_spread,
+    describe_devices,
+    needs_all_threads,
+    use_all_cores,
+    with_devices,
+)
 from purejaxppo.host.processes import agree, is_first
 from purejaxppo.host.program import (
     CHUNK_CAPACITY,
@@ -172,7 +178,7 @@ def run_settings(
     _check_outputs(run_dir, settings.run)
     use_all_cores()
     learner = make_learner(settings.config, env, env_params)
-    choose_spread(settings)
+    settings = with_devices(settings, env, env_params)
     with ExitStack() as stack:
         directory = None if run_dir is None else Path(run_dir)
         if directory is not None and is_first():
@@ -569,8 +575,12 @@ class _Loop:
         found = start.checkpoint
         if found is not None and found.eval_return is None and self.done < num_updates:
             self._make_up_for(found, states)
-        count = 1
+        count, undisturbed = 1, needs_all_threads(self.session.settings)
         while self.done < num_updates and self._alive().any():
+            if undisturbed and self.saver is not None:
+                self.saver.wait()
+                if _agreed(self.stop):
+                    break
             count = min(count, num_updates - self.done, CHUNK_CAPACITY, self._until_due())
             first = self.done == start.position.updates
             began = time.perf_counter()
