@@ -16,7 +16,6 @@ import pytest
 from commands import PATIENCE, Process, assert_same_end, rows
 
 import purejaxppo as ppo
-from purejaxppo.cli import main
 from purejaxppo.host import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_cache")
@@ -46,13 +45,16 @@ POWERLESS = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The directory of a run, by its arguments, that was left alone; trained in this process."""
+    """The directory of a run, by its arguments, that was left alone. A process of its own compiles
+    what those do that are disturbed."""
     done: dict[tuple[str, ...], Path] = {}
 
     def train(*arguments: str) -> Path:
         if arguments not in done:
-            done[arguments] = tmp_path_factory.mktemp("alone") / "run"
-            assert main(["train", "--run-dir", str(done[arguments]), *arguments]) == 0
+            folder = tmp_path_factory.mktemp("alone")
+            done[arguments] = folder / "run"
+            process = Process(folder, "train", "--run-dir", done[arguments], *arguments)
+            assert process.end() == 0, process.text()
         return done[arguments]
 
     return train
