@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -24,14 +25,17 @@ PART_SIZE = 2**17
 """Numbers that the widest layer may make of one part of a batch on CPU: half a megabyte."""
 
 
+@cache
 def orthogonal(gain: float) -> Callable[..., Array]:
     """Orthogonal initialiser scaled by `gain`, one draw at a time under `vmap`.
 
     Batched QR factorisation on CPU can block for ever with few cores; the sequential form gives
-    the same bits.
+    the same bits. Flax traces it at each application of a layer, to compare shapes, so what was
+    traced is kept.
     """
     initializer = nn.initializers.orthogonal(gain)
 
+    @partial(jax.jit, static_argnames=("shape", "dtype"))
     def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
         draw = jax.custom_batching.sequential_vmap(lambda key: initializer(key, shape, dtype))
         return draw(key)

@@ -15,9 +15,12 @@ CHECKED = (
 )
 install_import_hook([f"purejaxppo.{name}" for name in CHECKED.split()], "beartype.beartype")
 
-# Most of the tests' time goes into compiling: at the lowest level, and without the newer way to
-# fuse loops, it takes a fifth of the time. What is started by tests inherits it.
-LEVEL = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# Most of the tests' time goes into compiling: at the lowest level, in one piece, and without the
+# newer way to fuse loops, it takes a fifth of the time. What is started by tests inherits it.
+LEVEL = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {LEVEL}".strip()
 
 # Pretend devices, over which several seeds are spread by default.

@@ -36,7 +36,9 @@ def trained(config: ppo.Config, env: Any = None) -> ppo.TrainState:
     return jax.jit(ppo.make_train(config, env))(jax.random.key(0), ppo.HParams())[0]
 
 
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+@pytest.mark.parametrize(
+    "env_id", ["CartPole-v1", pytest.param("Pendulum-v1", marks=pytest.mark.slow)]
+)
 def test_ten_lines_without_the_package_give_the_agents_actions(
     tmp_path: Path, capsys: Any, env_id: str
 ):

@@ -161,7 +161,8 @@ def stop_and_resume(start: Any, folder: Path, moment: str, signum: int) -> Path:
 
 
 @pytest.mark.parametrize(
-    "moment", ["compiling", pytest.param("chunk", marks=pytest.mark.faults), "saving"]
+    "moment",
+    ["compiling", *(pytest.param(x, marks=pytest.mark.faults) for x in ("chunk", "saving"))],
 )
 def test_sigterm_saves_and_exits_with_143(
     start: Any, undisturbed: Any, tmp_path: Path, moment: str
@@ -177,22 +178,43 @@ def test_sigint_saves_and_exits_with_130(start: Any, undisturbed: Any, tmp_path:
     assert_same_end(undisturbed(*STOPPED), run)
 
 
-def test_a_stop_waits_for_no_evaluation(start: Any, tmp_path: Path):
-    """Neither a checkpoint's nor the final one; these would take minutes."""
-    run, arguments = tmp_path / "r", ["--num-envs=64", "--eval-episodes=1000000"]
-    arguments += ["--env-id=Pendulum-v1", "--hidden-sizes=256"]
-    process = start("train", "--run-dir", run, "--checkpoint-every=0.1", *LONG[:1], *arguments)
+EVALUATED = (
+    "--num-envs=64 --eval-episodes=1000000 --env-id=Pendulum-v1 --hidden-sizes=256 --devices=1"
+).split()
+"""So that each evaluation takes minutes."""
+
+
+def test_a_stop_waits_for_no_evaluation_of_a_checkpoint(start: Any, tmp_path: Path):
+    run = tmp_path / "r"
+    process = start("train", "--run-dir", run, "--checkpoint-every=0.1", *LONG[:1], *EVALUATED)
     process.until(lambda: checkpoint.has_any(run))
-    time.sleep(1.0)  # by now it is compiling or running the evaluation
+    time.sleep(1.0)
     process.popen.send_signal(signal.SIGTERM)
     assert process.end() == 143
     assert checkpoint.find(run)[0].position.updates == rows(run)
-    process = start("train", "--run-dir", tmp_path / "s", "--total-timesteps=8192", *arguments)
-    process.until(lambda: checkpoint.has_any(tmp_path / "s"))
+
+
+@pytest.mark.faults
+def test_a_stop_waits_for_no_evaluation_at_the_end(start: Any, tmp_path: Path):
+    run = tmp_path / "r"
+    process = start("train", "--run-dir", run, "--total-timesteps=8192", *EVALUATED)
+    process.until(lambda: checkpoint.has_any(run))
     time.sleep(1.0)
     process.popen.send_signal(signal.SIGINT)
     assert process.end() == 130
     assert "to resume: purejaxppo resume" in process.text()
+
+
+@pytest.mark.faults
+def test_a_stop_waits_for_no_evaluation_that_training_waits_for(start: Any, tmp_path: Path):
+    """Over two devices, which could not train beside it."""
+    run, arguments = tmp_path / "r", [*EVALUATED[:-1], "--devices=2"]
+    process = start("train", "--run-dir", run, "--checkpoint-every=0.1", *LONG[:1], *arguments)
+    process.until(lambda: checkpoint.has_any(run))
+    time.sleep(1.0)
+    process.popen.send_signal(signal.SIGTERM)
+    assert process.end() == 143
+    assert checkpoint.find(run)[0].position.updates == rows(run)
 
 
 def test_a_second_signal_exits_at_once(start: Any, tmp_path: Path):
@@ -260,14 +282,8 @@ def test_a_full_disk_costs_no_earlier_checkpoint_and_training_goes_on(start: Any
     assert process.end() == 143
 
 
-@pytest.mark.parametrize(
-    "what",
-    [
-        "checkpoint",
-        pytest.param("metrics", marks=pytest.mark.faults),
-        pytest.param("tensorboard", marks=pytest.mark.faults),
-    ],
-)
+@pytest.mark.faults
+@pytest.mark.parametrize("what", ["checkpoint", "metrics", "tensorboard"])
 def test_a_run_ended_by_a_full_disk_goes_on_once_there_is_space(
     start: Any, undisturbed: Any, tmp_path: Path, what: str
 ):

@@ -260,7 +260,9 @@ def test_the_first_minibatch_has_ratio_1_and_no_kl(settings: dict[str, Any]):
     assert metrics["clip_fraction"] == 0.0
 
 
-@pytest.mark.parametrize("normalization", ["minibatch", "batch", "none"])
+@pytest.mark.parametrize(
+    "normalization", ["minibatch", pytest.param("batch", marks=pytest.mark.slow), "none"]
+)
 def test_a_minibatch_in_parts_teaches_the_same(normalization: str, monkeypatch: Any):
     """64 samples by a layer of 16 are one part, or 8 of 8 samples."""
     config = ppo.Config(
@@ -591,6 +593,7 @@ def test_continuous_actions_learn_the_best_one_within_bounds(kind: Any):
     assert action[0, 0] == pytest.approx(1.0, abs=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("memory", "low", "high"), [("gru", 0.9, 1.0), ("none", -0.35, 0.35)])
 def test_memory_chain_needs_a_memory(memory: Any, low: float, high: float):
     """The answer is shown in the first steps and asked for in the last: a policy without a
