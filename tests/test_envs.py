@@ -120,10 +120,7 @@ def test_every_listed_environment_can_be_trained(env_id: str, key: jax.Array):
     assert all(x.dtype != jnp.int64 for x in jax.tree.leaves(state))
 
 
-IN_EVERY_SUITE = (
-    "Pendulum-v1", "Breakout-MinAtar", "Catch-bsuite", "PointRobot-misc", "Reacher-misc",
-    "Swimmer-misc", "FrozenLake-misc",
-)  # fmt: skip
+IN_EVERY_SUITE = ("Pendulum-v1", "PointRobot-misc", "Reacher-misc")
 
 
 @pytest.mark.parametrize(

@@ -109,9 +109,19 @@ def kill_and_resume(
     return went_on + ("resuming from update" in process.text())
 
 
-def test_killed_with_8_seeds_a_memory_and_statistics(start: Any, undisturbed: Any, tmp_path: Path):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "--num-envs=8 --hidden-sizes=16 --normalize-obs --eval-episodes=8 --num-seeds=2".split(),
+        pytest.param(STATEFUL, marks=pytest.mark.faults),
+    ],
+    ids=["plain", "stateful"],
+)
+def test_killed_after_a_checkpoint(
+    start: Any, undisturbed: Any, tmp_path: Path, settings: list[str]
+):
     every = ["--checkpoint-every=4", "--checkpoint-unit=updates"]
-    arguments = [*STATEFUL, "--total-timesteps=10240", *every]
+    arguments = [*settings, "--total-timesteps=10240", *every]
     alone, run = undisturbed(*arguments), tmp_path / "r"
     process = start("train", "--run-dir", run, *arguments)
     process.until(lambda: checkpoint.has_any(run))
@@ -160,10 +170,8 @@ def stop_and_resume(start: Any, folder: Path, moment: str, signum: int) -> Path:
     return run
 
 
-@pytest.mark.parametrize(
-    "moment",
-    ["compiling", *(pytest.param(x, marks=pytest.mark.faults) for x in ("chunk", "saving"))],
-)
+@pytest.mark.faults
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_sigterm_saves_and_exits_with_143(
     start: Any, undisturbed: Any, tmp_path: Path, moment: str
 ):
@@ -339,11 +347,10 @@ def test_a_second_process_is_refused_and_names_the_first(start: Any, tmp_path: P
     first = start("train", "--run-dir", run, *LONG)
     first.until(lambda: rows(run))
     pid, out = first.popen.pid, first.out.rename(tmp_path / "out of the first")
-    for command in (["train", "--run-dir", run, *LONG], ["resume", run]):
-        second = start(*command)
-        assert second.end() == 2
-        assert f"process {pid} on " in second.text()
-        assert "is writing there; wait for it, stop it" in second.text()
+    second = start("resume", run)
+    assert second.end() == 2
+    assert f"process {pid} on " in second.text()
+    assert "is writing there; wait for it, stop it" in second.text()
     assert first.popen.poll() is None
     first.popen.send_signal(signal.SIGTERM)
     assert first.end() == 143

@@ -40,7 +40,9 @@ def test_every_notebook_has_a_shorter_form():
     assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == set(SHORTER)
 
 
-@pytest.mark.parametrize("name", SHORTER)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=pytest.mark.slow if x == "02_sweeps" else ()) for x in SHORTER]
+)
 def test_notebook_runs_for_a_shorter_time(name: str, tmp_path: Path):
     run(NOTEBOOKS / f"{name}.ipynb", tmp_path, SHORTER[name])
 

@@ -256,6 +256,7 @@ def test_the_optimal_baseline_is_the_weighted_least_squares_of_the_others():
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_each_step_away_from_plain_reinforce_lowers_the_variance():
     """Of the gradient per episode, summed over the table's entries. Any of the baselines is worth
     more than half of it here, and they are within a few percent of each other; the optimal one is
@@ -436,9 +437,8 @@ def test_the_logged_kl_is_that_of_the_policies_before_and_after(tiny: ppo.Config
     assert metrics["kl"] == pytest.approx(wanted, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    "bound", ["ppo_clip", pytest.param("ppo_kl_adaptive", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("bound", ["ppo_clip", "ppo_kl_adaptive"])
 def test_without_a_bound_many_epochs_ruin_the_policy_and_with_a_bound_they_do_not(
     monkeypatch: pytest.MonkeyPatch, bound: Any
 ):

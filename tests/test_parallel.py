@@ -207,6 +207,7 @@ def test_the_number_of_cores_is_shown_and_recorded_so_that_a_run_repeats(
         assert not np.array_equal(x, z) or not np.any(x)
 
 
+@pytest.mark.slow
 def test_a_spread_run_is_resumed_on_as_many_devices(tmp_path: Path):
     config = dataclasses.replace(
         WHOLE, num_minibatches=2, total_timesteps=2 * 8 * 16, lr_schedule="constant"

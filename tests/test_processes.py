@@ -55,20 +55,24 @@ def start_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         process.popen.wait()
 
 
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_processes_are_one_with_two_devices_also_after_one_was_killed(
-    start_two: Any, tmp_path: Path
+    start_two: Any, tmp_path: Path, killed: bool
 ):
     """Bit for bit: parameters, statistics, metrics and evaluation."""
-    run, alone = tmp_path / "two", tmp_path / "one"
-    first, second = start_two("train", *LONG.split(), "--run-dir", run, "--checkpoint-every=0.3")
-    first.until(lambda: checkpoint.has_any(run))
-    second.popen.send_signal(signal.SIGKILL)
-    began = time.monotonic()
-    assert first.end() == 1
-    assert time.monotonic() - began < ENDED_WITHIN
-    assert "process 1 is gone, so this one ends" in first.text()
-    before = rows(run)
-    for process in start_two("resume", run):
+    run, alone, before = tmp_path / "two", tmp_path / "one", 0
+    both = start_two("train", *LONG.split(), "--run-dir", run, "--checkpoint-every=0.3")
+    if killed:
+        first, second = both
+        first.until(lambda: checkpoint.has_any(run))
+        second.popen.send_signal(signal.SIGKILL)
+        began = time.monotonic()
+        assert first.end() == 1
+        assert time.monotonic() - began < ENDED_WITHIN
+        assert "process 1 is gone, so this one ends" in first.text()
+        before = rows(run)
+        both = start_two("resume", run)
+    for process in both:
         assert process.end() == 0, process.text()
     assert rows(run) > before
     assert main(["train", *LONG.split(), "--run-dir", str(alone), "--devices=2"]) == 0

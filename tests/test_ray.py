@@ -63,7 +63,8 @@ def without_waves(directory: Path) -> list[str]:
     return [line.rpartition(",")[0] for line in lines]
 
 
-@pytest.mark.parametrize("disturbed", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("disturbed", [False, True])
 def test_a_sweep_that_is_stopped_and_loses_a_node_ends_like_a_local_one(
     cluster: Any, tmp_path: Path, disturbed: bool
 ):
