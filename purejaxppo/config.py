@@ -155,9 +155,11 @@ class Config:
     """Normalise advantages to mean 0 and standard deviation 1 per minibatch, per batch, or not at
     all. With trpo, which takes one policy step per batch, minibatch means batch."""
     normalize_obs: bool = False
-    """Normalise observations by running statistics; discrete observations are one-hot."""
+    """Normalise observations by their running mean and standard deviation, clipped to +-10. No
+    effect on discrete observations, which are always one-hot."""
     normalize_reward: bool = False
-    """Divide rewards by the running standard deviation of the discounted return."""
+    """Divide rewards by the running standard deviation of the discounted return, clipped to +-10.
+    Reported returns stay unscaled."""
     cg_iterations: int = _bounded(10, 1, objective=("trpo",))
     """With trpo: conjugate gradient iterations."""
     line_search_steps: int = _bounded(10, 1, objective=("trpo",))
@@ -249,9 +251,9 @@ class HParams:
     target_kl: Scalar | None = _bounded(
         None, 0, open_low=True, objective=("ppo_clip", "ppo_kl", "ppo_kl_adaptive")
     )
-    """Skip the remaining epochs of an update once the mean approximate KL exceeds this; None never
-    stops. With ppo_kl_adaptive, the divergence to aim for (None: 0.01). No effect with trpo or a
-    single epoch."""
+    """With ppo_clip and ppo_kl: skip the remaining epochs of an update once the mean approximate KL
+    of an epoch exceeds this; None never stops. With ppo_kl_adaptive: the divergence to aim for
+    (None: 0.01)."""
     kl_beta: Scalar = _bounded(1.0, 0, FLOAT_MAX, objective=PENALIZED)
     """Weight of the KL penalty of ppo_kl; initial weight with ppo_kl_adaptive."""
     trpo_delta: Scalar = _bounded(0.01, 1e-6, 1e3, objective=("trpo",))

@@ -40,13 +40,14 @@ class RunSettings:
         default=math.inf, metadata={"low": 0, "high": math.inf, "open_low": True}
     )
     """Evaluation interval, in eval_unit: writes eval.csv and keeps the best checkpoint. inf
-    evaluates each checkpoint and the end of the run."""
+    evaluates each checkpoint instead. The end of the run is always evaluated."""
     eval_unit: Literal["updates", "seconds"] = "updates"
     """Unit of eval_every."""
     checkpoint_every: float = field(
         default=300.0, metadata={"low": 0, "high": math.inf, "open_low": True}
     )
-    """Checkpoint interval, in checkpoint_unit; inf saves only when the run ends or is stopped."""
+    """Checkpoint interval, in checkpoint_unit; inf saves only at evaluations by eval_every and when
+    the run ends or is stopped."""
     checkpoint_unit: Literal["seconds", "updates"] = "seconds"
     """Unit of checkpoint_every."""
     keep: int = field(default=3, metadata={"low": 1, "high": 2**20, "open_low": False})
