@@ -1,6 +1,6 @@
 """What each search strategy finds with the same number of environment steps.
 
-    python benchmarks/search.py [--repeats N] [--table-only]
+    python benchmarks/search.py [--repeats N] [--go-on] [--table-only]
 
 Acrobot, four hyperparameters. Each strategy searches `--repeats` times with another seed. Its
 result is the return of the winner on at least 1,024 fresh episodes: the return that selected the
@@ -84,19 +84,19 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--repeats", type=int, default=15, metavar="N")
+    parser.add_argument("--go-on", action="store_true", help="keep the searches that are there")
     parser.add_argument("--table-only", action="store_true")
     args = parser.parse_args()
     if not args.table_only:
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in STRATEGIES}
-        for seed in range(args.repeats):
+        if args.go_on:
+            runs = json.loads(RESULTS.read_text(encoding="utf-8"))["runs"]
+        for seed in range(len(runs["random"]), args.repeats):
             for name, found in runs.items():
                 found.append(search(name, seed))
                 print(seed, name, json.dumps(found[-1]), flush=True)
-        RESULTS.write_text(json.dumps({"runs": runs}, indent=2) + "\n", encoding="utf-8")
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    if "fresh_return" not in results["runs"]["random"][0]:
-        raise SystemExit(f"{RESULTS} has no returns on fresh episodes; run without --table-only")
-    write_table("search", table(results))
+            RESULTS.write_text(json.dumps({"runs": runs}, indent=2) + "\n", encoding="utf-8")
+    write_table("search", table(json.loads(RESULTS.read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":
