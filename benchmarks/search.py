@@ -73,7 +73,7 @@ def table(results: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        f"{CONFIG.env_id}, {CONFIG.num_updates * CONFIG.batch_size:,} steps of a whole training; "
+        f"{CONFIG.env_id}, {CONFIG.num_updates * CONFIG.batch_size:,} steps per full run; "
         f"{', '.join(SPACE)}. Means over {len(random)} searches with different seeds, paired with "
         "random search of the same seed. The return is the winner's on 1,024 fresh episodes; the "
         "selection return, by which it was chosen, is optimistic. `make bench-search` repeats it.",

@@ -129,7 +129,7 @@ def extras(cases: dict[str, Any]) -> str:
             for who, r in case["contestants"].items()
         ]
         lines.append(
-            f"- Trainings of {TRAINING_STEPS:,} steps a minute, {case['seeds']} side by side: "
+            f"- Runs of {TRAINING_STEPS:,} steps per minute, {case['seeds']} in parallel: "
             f"{', '.join(rates)}."
         )
     for who, r in cases.get("solve", {}).get("contestants", {}).items():
@@ -220,7 +220,7 @@ def bars(axes: Any, cases: dict[str, Any]) -> None:
     axes.set_yscale("log")
     axes.set_xticks(range(len(cases)), cases)
     axes.set_ylabel("environment steps per second")
-    axes.set_title("One training")
+    axes.set_title("One run")
     bottom, top = axes.get_ylim()
     axes.set_ylim(bottom / 2, top * 4)
     axes.legend(loc="upper left", ncols=3, frameon=False)
@@ -237,7 +237,7 @@ def lines(axes: Any, cases: dict[str, Any]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(counts, [f"{count}" for count in counts])
-    axes.set_xlabel("seeds trained side by side")
+    axes.set_xlabel("seeds trained in parallel")
     axes.set_ylabel("environment steps per second, summed")
     axes.set_title("CartPole, 4 environments a seed")
     axes.legend(frameon=False)

@@ -186,15 +186,15 @@ def test_sigint_saves_and_exits_with_130(start: Any, undisturbed: Any, tmp_path:
     assert_same_end(undisturbed(*STOPPED), run)
 
 
-EVALUATED = (
-    "--num-envs=64 --eval-episodes=1000000 --env-id=Pendulum-v1 --hidden-sizes=256 --devices=1"
-).split()
+EVALUATED = "--num-envs=64 --eval-episodes=1000000 --env-id=Pendulum-v1 --hidden-sizes=256".split()
 """So that each evaluation takes minutes."""
 
 
-def test_a_stop_waits_for_no_evaluation_of_a_checkpoint(start: Any, tmp_path: Path):
-    run = tmp_path / "r"
-    process = start("train", "--run-dir", run, "--checkpoint-every=0.1", *LONG[:1], *EVALUATED)
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.faults)])
+def test_a_stop_waits_for_no_evaluation_of_a_checkpoint(start: Any, tmp_path: Path, devices: int):
+    """Beside which training goes on, or which it waits for if its devices wait for each other."""
+    run, often = tmp_path / "r", ["--checkpoint-every=0.1", f"--devices={devices}"]
+    process = start("train", "--run-dir", run, *often, *LONG[:1], *EVALUATED)
     process.until(lambda: checkpoint.has_any(run))
     time.sleep(1.0)
     process.popen.send_signal(signal.SIGTERM)
@@ -211,18 +211,6 @@ def test_a_stop_waits_for_no_evaluation_at_the_end(start: Any, tmp_path: Path):
     process.popen.send_signal(signal.SIGINT)
     assert process.end() == 130
     assert "to resume: purejaxppo resume" in process.text()
-
-
-@pytest.mark.faults
-def test_a_stop_waits_for_no_evaluation_that_training_waits_for(start: Any, tmp_path: Path):
-    """Over two devices, which could not train beside it."""
-    run, arguments = tmp_path / "r", [*EVALUATED[:-1], "--devices=2"]
-    process = start("train", "--run-dir", run, "--checkpoint-every=0.1", *LONG[:1], *arguments)
-    process.until(lambda: checkpoint.has_any(run))
-    time.sleep(1.0)
-    process.popen.send_signal(signal.SIGTERM)
-    assert process.end() == 143
-    assert checkpoint.find(run)[0].position.updates == rows(run)
 
 
 def test_a_second_signal_exits_at_once(start: Any, tmp_path: Path):
@@ -342,12 +330,14 @@ def test_a_run_whose_output_nobody_takes_goes_on(tmp_path: Path):
 # Directories
 
 
-def test_a_second_process_is_refused_and_names_the_first(start: Any, tmp_path: Path):
+@pytest.mark.parametrize("command", ["resume", pytest.param("train", marks=pytest.mark.faults)])
+def test_a_second_process_is_refused_and_names_the_first(start: Any, tmp_path: Path, command: str):
     run = tmp_path / "r"
     first = start("train", "--run-dir", run, *LONG)
     first.until(lambda: rows(run))
     pid, out = first.popen.pid, first.out.rename(tmp_path / "out of the first")
-    second = start("resume", run)
+    again = {"resume": ["resume", run], "train": ["train", "--run-dir", run, *LONG]}
+    second = start(*again[command])
     assert second.end() == 2
     assert f"process {pid} on " in second.text()
     assert "is writing there; wait for it, stop it" in second.text()

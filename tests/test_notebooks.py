@@ -1,6 +1,7 @@
 """Notebooks run from top to bottom."""
 
 from pathlib import Path
+from typing import Any
 
 import nbclient
 import nbformat
@@ -20,8 +21,9 @@ SHORTER = {
 """What is replaced in the code, so that it trains for a shorter time."""
 
 
-def run(path: Path, folder: Path, shorter: dict[str, str]) -> None:
-    notebook = nbformat.read(path, as_version=4)
+def outputs(name: str, folder: Path, shorter: dict[str, str]) -> list[Any]:
+    """Of all cells of a notebook that was run."""
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     for number, written in shorter.items():
         cells = [c for c in notebook.cells if c.cell_type == "code" and number in c.source]
         assert cells
@@ -31,9 +33,11 @@ def run(path: Path, folder: Path, shorter: dict[str, str]) -> None:
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": folder}}
     )
     client.execute()
-    outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
-    assert not [out for out in outputs if out.output_type == "error"]
-    assert sum("image/png" in out.get("data", {}) for out in outputs) >= 2
+    return [out for cell in notebook.cells for out in cell.get("outputs", [])]
+
+
+def pictures(found: list[Any]) -> int:
+    return sum("image/png" in out.get("data", {}) for out in found)
 
 
 def test_every_notebook_has_a_shorter_form():
@@ -44,7 +48,9 @@ def test_every_notebook_has_a_shorter_form():
     "name", [pytest.param(x, marks=pytest.mark.slow if x == "02_sweeps" else ()) for x in SHORTER]
 )
 def test_notebook_runs_for_a_shorter_time(name: str, tmp_path: Path):
-    run(NOTEBOOKS / f"{name}.ipynb", tmp_path, SHORTER[name])
+    found = outputs(name, tmp_path, SHORTER[name])
+    assert not [out for out in found if out.output_type == "error"]
+    assert pictures(found) >= 2
 
 
 @pytest.mark.slow
@@ -52,4 +58,6 @@ def test_notebook_runs_for_a_shorter_time(name: str, tmp_path: Path):
 def test_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Compiled in full, as they train for longer than they compile."""
     monkeypatch.delenv("XLA_FLAGS")
-    run(NOTEBOOKS / f"{name}.ipynb", tmp_path, {})
+    found = outputs(name, tmp_path, {})
+    assert not [out for out in found if out.output_type == "error"]
+    assert pictures(found) >= 2

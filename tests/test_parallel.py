@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -99,10 +100,11 @@ def test_devices_shuffle_for_themselves_and_learn():
         assert np.nanmean(lengths[-20:]) > 2 * np.nanmean(lengths[:10])
 
 
-def test_a_seed_comes_out_the_same_over_1_and_4_devices_and_alone(fused: Any):
+@pytest.mark.parametrize("devices", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_seed_comes_out_the_same_over_1_2_and_4_devices_and_alone(devices: int, fused: Any):
     config = dataclasses.replace(WHOLE, num_minibatches=4)
     one_by_one, rows = trained(config, 1, num_seeds=4)
-    assert_close(trained(config, 0, num_seeds=4), (one_by_one, rows), atol=0, rtol=0)
+    assert_close(trained(config, devices, num_seeds=4), (one_by_one, rows), atol=0, rtol=0)
     key = jax.random.split(jax.random.key(0), 4)[2]
     alone, _ = fused(ppo.make_train(config), key, ppo.HParams(learning_rate=1e-2))
     assert_close(jax.tree.map(lambda x: x[2], one_by_one), alone, atol=0, rtol=0)
@@ -227,8 +229,8 @@ def test_a_spread_run_is_resumed_on_as_many_devices(tmp_path: Path):
 def test_nothing_is_trained_beside_an_evaluation_if_devices_wait_for_each_other(
     devices: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """On CPU a training whose devices miss a thread for 40 seconds is aborted by XLA."""
-    evaluating, during = threading.Event(), []
+    """XLA aborts a run on CPU if one of its devices misses a thread for 40 seconds."""
+    evaluating, during, patience = threading.Event(), [], 60.0 if devices == 1 else 2.0
     evaluate, compiled = Evaluation.__call__, run_module.compile_program
 
     def noted(self: Evaluation, *args: Any, **options: Any) -> np.ndarray:
@@ -241,7 +243,7 @@ def test_nothing_is_trained_beside_an_evaluation_if_devices_wait_for_each_other(
         program = compiled(*args, **options)
 
         def chunk(*args: Any) -> Any:
-            during.append(evaluating.wait(0.5))
+            during.append(bool(during) and evaluating.wait(patience))
             return program.chunk(*args)
 
         return program._replace(chunk=chunk)
@@ -254,3 +256,24 @@ def test_nothing_is_trained_beside_an_evaluation_if_devices_wait_for_each_other(
         progress=False,
     )  # fmt: skip
     assert during == [False, devices == 1]
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_stop_before_the_first_update_saves_one(
+    devices: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    compiled = run_module.compile_program
+
+    def stopped(*args: Any, **options: Any) -> Any:
+        program = compiled(*args, **options)
+
+        def begin(*args: Any) -> TrainState:
+            signal.raise_signal(signal.SIGINT)
+            return program.begin(*args)
+
+        return program._replace(begin=begin)
+
+    monkeypatch.setattr(run_module, "compile_program", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        ppo.run(WHOLE, run_dir=tmp_path / "run", devices=devices, progress=False)
+    assert int(ppo.load(tmp_path / "run").state.learner.updates) == 1

@@ -575,12 +575,10 @@ class _Loop:
         found = start.checkpoint
         if found is not None and found.eval_return is None and self.done < num_updates:
             self._make_up_for(found, states)
-        count, undisturbed = 1, needs_all_threads(self.session.settings)
+        count, alone = 1, needs_all_threads(self.session.settings)
         while self.done < num_updates and self._alive().any():
-            if undisturbed and self.saver is not None:
-                self.saver.wait()
-                if _agreed(self.stop):
-                    break
+            if alone and self.parts and self._stopped_while_evaluating():
+                break
             count = min(count, num_updates - self.done, CHUNK_CAPACITY, self._until_due())
             first = self.done == start.position.updates
             began = time.perf_counter()
@@ -602,6 +600,12 @@ class _Loop:
         self.states = states if jax.process_count() > 1 else whole
         """To be saved: with several processes, each one's part."""
         return Training(whole, joined, self._position())
+
+    def _stopped_while_evaluating(self) -> bool:
+        """Wait for a checkpoint's evaluation; whether any process was asked to stop instead."""
+        if self.saver is not None:
+            self.saver.wait()
+        return _agreed(self.stop)
 
     def _alive(self) -> np.ndarray:
         alive = np.ones(self.session.settings.num_trainings, bool)
