@@ -1,6 +1,6 @@
 """What each search strategy finds with the same number of environment steps.
 
-    python benchmarks/search.py [--repeats N] [--go-on] [--table-only]
+    python benchmarks/search.py [--repeats N] [--resume] [--table-only]
 
 Acrobot, four hyperparameters. Each strategy searches `--repeats` times with another seed. Its
 result is the return of the winner on at least 1,024 fresh episodes: the return that selected the
@@ -84,12 +84,12 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--repeats", type=int, default=15, metavar="N")
-    parser.add_argument("--go-on", action="store_true", help="keep the searches that are there")
+    parser.add_argument("--resume", action="store_true", help="continue the saved searches")
     parser.add_argument("--table-only", action="store_true")
     args = parser.parse_args()
     if not args.table_only:
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in STRATEGIES}
-        if args.go_on:
+        if args.resume:
             runs = json.loads(RESULTS.read_text(encoding="utf-8"))["runs"]
         for seed in range(len(runs["random"]), args.repeats):
             for name, found in runs.items():

@@ -43,7 +43,7 @@ from purejaxppo.types import (
     TrainState,
 )
 
-# Rows of a split and folded-in numbers are the same keys: this lies beyond any split's rows.
+# `fold_in(key, i)` is row i of `split(key)`; this index is beyond any split.
 FIRST_STATISTICS = 2**31
 MUST_BE_FINITE = ("policy_loss", "value_loss", "entropy", "grad_norm")
 
@@ -161,9 +161,8 @@ def first_statistics(
     hparams: HParams,
     axis: str | None = None,
 ) -> LearnerState:
-    """Statistics of one rollout under the initial parameters, so that the first update is already
-    normalised. Its N * T environment steps are not counted. Statistics that are not finite are left
-    out."""
+    """Initial statistics, from one rollout with the initial parameters. Its N * T environment steps
+    are not counted. Non-finite statistics are discarded."""
     plain = learner._replace(obs_stats=())
     _, rollout, raw_obs = collect(plain, actors)
     measured, _ = refresh_statistics(learner, actors, rollout._replace(obs=raw_obs), hparams, axis)

@@ -30,8 +30,8 @@ def orthogonal(gain: float) -> Callable[..., Array]:
     """Orthogonal initialiser scaled by `gain`, one draw at a time under `vmap`.
 
     Batched QR factorisation on CPU can block for ever with few cores; the sequential form gives
-    the same bits. Flax traces it at each application of a layer, to compare shapes, so what was
-    traced is kept.
+    the same bits. The initialiser is cached and jitted because Flax traces it in every `apply` to
+    check shapes.
     """
     initializer = nn.initializers.orthogonal(gain)
 

@@ -1,7 +1,7 @@
 """Running statistics, and what is normalised by them.
 
-Statistics begin with those of one rollout under the initial parameters. They are frozen during a
-rollout and the update on it, and refreshed after: so the network sees the same inputs when it acts
+Statistics are initialised from one rollout with the initial parameters. They are frozen during each
+rollout and its update, and refreshed afterwards, so the network sees the same inputs when it acts
 and when it learns, and the first minibatch's probability ratio is exactly 1.
 """
 

@@ -68,7 +68,7 @@ def flip(path: Path, at: int, bit: int = 1) -> None:
 
 @pytest.mark.parametrize("of_the_manifest", [40, pytest.param(None, marks=pytest.mark.slow)])
 def test_a_flipped_bit_anywhere_is_seen(copy: Path, of_the_manifest: int | None):
-    """In each file the first byte, the last, and some between; None flips each of the manifest."""
+    """In each file the first byte, the last, and some between. None: every byte of the manifest."""
     rng = np.random.default_rng(0)
     for path in files(folder(copy, 6)):
         content = path.read_bytes()

@@ -112,16 +112,21 @@ def kill_and_resume(
 @pytest.mark.parametrize(
     "settings",
     [
-        "--num-envs=8 --hidden-sizes=16 --normalize-obs --eval-episodes=8 --num-seeds=2".split(),
-        pytest.param(STATEFUL, marks=pytest.mark.faults),
+        (
+            "--num-envs=8 --hidden-sizes=16 --normalize-obs --eval-episodes=8 --num-seeds=2 "
+            "--total-timesteps=409600 --checkpoint-every=40"
+        ).split(),
+        pytest.param(
+            [*STATEFUL, "--total-timesteps=10240", "--checkpoint-every=4"],
+            marks=pytest.mark.faults,
+        ),
     ],
     ids=["plain", "stateful"],
 )
 def test_killed_after_a_checkpoint(
     start: Any, undisturbed: Any, tmp_path: Path, settings: list[str]
 ):
-    every = ["--checkpoint-every=4", "--checkpoint-unit=updates"]
-    arguments = [*settings, "--total-timesteps=10240", *every]
+    arguments = [*settings, "--checkpoint-unit=updates"]
     alone, run = undisturbed(*arguments), tmp_path / "r"
     process = start("train", "--run-dir", run, *arguments)
     process.until(lambda: checkpoint.has_any(run))

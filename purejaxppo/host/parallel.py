@@ -184,9 +184,11 @@ def network_costs(config: Config, env: Any = None, env_params: Any = None) -> tu
 
 
 def needs_all_threads(settings: Settings) -> bool:
-    """Whether nothing else may be computed while the run trains: devices of this process wait for
-    each other, and on CPU each needs a thread of the pool that all programs share. If another
-    program holds one for 40 seconds, XLA aborts the process."""
+    """Whether no other program may run while this one trains.
+
+    Devices that wait for each other each need a thread of the pool that all programs of the process
+    share on CPU. If another program occupies one for 40 seconds, XLA aborts the process.
+    """
     spread = choose_spread(settings)
     several = len(spread.mesh.local_devices) > 1
     return jax.default_backend() == "cpu" and spread.axis is not None and several
@@ -203,7 +205,7 @@ def choose_spread(settings: Settings) -> Spread:
     count, wanted, available = settings.num_trainings, settings.run.devices, jax.devices()
     if wanted > len(available):
         cpu = available[0].platform == "cpu"
-        more = f", or set JAX_NUM_CPU_DEVICES={wanted}: devices may share cores" if cpu else ""
+        more = f", or set JAX_NUM_CPU_DEVICES={wanted} (devices can share cores)" if cpu else ""
         raise ConfigError(
             f"devices = {wanted}: there are {len(available)} ({available[0].platform}); ask for "
             f"at most as many, or for 0, which takes what fits{more}"

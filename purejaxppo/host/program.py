@@ -66,8 +66,7 @@ class Evaluation:
     """Returns of the states `[S, ...]` of S runs over `settings.run.eval_episodes` episodes each.
 
     One program serves sampled and deterministic actions and every set of episodes. It is compiled
-    when first called, unless `compiled` is set to what `lower` gives, compiled. The episodes depend
-    on the seed and `purpose` alone.
+    by `compile`, or when first called. The episodes depend on the seed and `purpose` alone.
     """
 
     def __init__(self, settings: Settings, env: Any, env_params: Any):
@@ -82,21 +81,22 @@ class Evaluation:
             )  # fmt: skip
 
         self._jitted = jax.jit(lambda *rows: each_seed(returns, rows))
-        self.compiled: Any = None
+        self._compiled: Any = None
 
-    def lower(self, shapes: TrainState) -> Any:
-        """What to compile for states of these shapes on this process's first device."""
+    def compile(self, shapes: TrainState) -> None:
+        """For states of these shapes on this process's first device."""
         place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         placed = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes
         )
-        return self._jitted.lower(placed, *self._rows(False, FINAL_EVALUATION))
+        rows = self._rows(False, FINAL_EVALUATION)
+        self._compiled = self._jitted.lower(placed, *rows).compile()
 
     def __call__(
         self, states: TrainState, *, deterministic: bool = False, purpose: int = FINAL_EVALUATION
     ) -> np.ndarray:
         """`states[S, ...] -> returns[S, E]`; NaN for an episode that did not end."""
-        function = self.compiled or self._jitted
+        function = self._compiled or self._jitted
         return np.asarray(function(states, *self._rows(deterministic, purpose)))
 
     def _rows(self, deterministic: bool, purpose: int) -> tuple[jax.Array, jax.Array]:
@@ -194,13 +194,10 @@ def compile_program(
         return states, spread.to_all(rows)
 
     shapes = spread.shapes(traced.out_info)
-    lowered = [jax.jit(chunks).lower(shapes, hparams, np.int32(1))]
-    lowered += [traced.lower()] if fresh else []
-    lowered += [evaluation.lower(traced.out_info)] if evaluation is not None else []
-    compiled, *others = [one.compile() for one in lowered]
-    compiled_init: Any = others[0] if fresh else None
+    compiled = jax.jit(chunks).lower(shapes, hparams, np.int32(1)).compile()
+    compiled_init: Any = traced.lower().compile() if fresh else None
     if evaluation is not None:
-        evaluation.compiled = others[-1]
+        evaluation.compile(traced.out_info)
     return Program(
         lambda hparams: compiled_init(root, hparams),
         # Scattered again: XLA calls an empty array replicated, whatever it was told.

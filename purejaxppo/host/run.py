@@ -602,7 +602,7 @@ class _Loop:
         return Training(whole, joined, self._position())
 
     def _stopped_while_evaluating(self) -> bool:
-        """Wait for a checkpoint's evaluation; whether any process was asked to stop instead."""
+        """Wait for a checkpoint's evaluation; return True if a stop was requested meanwhile."""
         if self.saver is not None:
             self.saver.wait()
         return _agreed(self.stop)
