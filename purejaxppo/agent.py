@@ -19,6 +19,7 @@ from purejaxppo.inputs import (
     check_obs,
     check_start,
     check_state,
+    whole_number,
 )
 from purejaxppo.networks import make_network
 from purejaxppo.normalize import normalize_obs, reward_scale
@@ -39,7 +40,7 @@ class Act(Protocol):
 
 
 class Agent(NamedTuple):
-    """A policy and its critic with the normaliser included; `n` is any number of rows."""
+    """A policy and its critic with the normaliser included; `n` is any number of rows from 1."""
 
     initial_carry: Any
     """`n -> carry`, at the start of an episode; `()` for a feed-forward network."""
@@ -125,4 +126,7 @@ def agent_in(
         scaled = apply(rows, carry, jnp.zeros(n, bool))[2]
         return scaled * reward_scale(learner.reward_stats)
 
-    return Agent(network.initial_carry, act, value)
+    def initial_carry(n: int) -> PyTree:
+        return network.initial_carry(whole_number("n", n, 1))
+
+    return Agent(initial_carry, act, value)

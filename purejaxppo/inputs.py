@@ -181,8 +181,8 @@ def _leaf_shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
 
 
 def check_obs(obs: Array, shape: tuple[int, ...], function: str) -> None:
-    """Raise `ConfigError` unless `obs` is `[n, *shape]`."""
-    if obs.ndim == 1 + len(shape) and obs.shape[1:] == shape:
+    """Raise `ConfigError` unless `obs` is `[n, *shape]` with at least one row."""
+    if obs.ndim == 1 + len(shape) and obs.shape[1:] == shape and obs.shape[0] != 0:
         return
     batch = ", ".join(["n", *map(str, shape)])
     fix = "pass one observation of the environment per row"

@@ -17,6 +17,7 @@ import pytest
 import purejaxppo as ppo
 from purejaxppo.cli import main, options
 from purejaxppo.host.configfile import Settings, load_settings, settings_from
+from purejaxppo.sweeps.settings import SweepSettings
 
 SMALL = ["--total-timesteps=640", "--num-steps=8", "--hidden-sizes=8", "--num-minibatches=2"]
 
@@ -43,6 +44,13 @@ def failed_with_2(argv: list[str], capsys: Any) -> str:
         ("train --lr 1", "did you mean --learning-rate?"),
         ("sweep --seeds 4", "--seeds: sweep has no such option; did you mean --num-seeds?"),
         ("train --run.keeep 1", "did you mean --keep?"),
+        ("train --normalize-obs=no", "must be true or false; to turn it off, write --no-normalize"),
+        ("train --no-normalize-obs=true", "--no-normalize-obs takes no value"),
+        ("eval . --json=0", "--json=0: must be true or false; to turn it off, leave it out"),
+        ("train --env-params.max-steps-in-episode nan", "= nan: must be finite"),
+        ("train --env-params.max-steps-in-episode inf", "= inf: must be finite"),
+        ("train --env-params.max-steps-in-episode 1e20", "must be a whole number below 2^31"),
+        ("train --env-params.max-steps-in-episode 0", "must be at least 1"),
         ("train --num-envs x", "--num-envs x: must be a whole number"),
         ("train --num-envs", "--num-envs: needs a value"),
         ("train --hidden-sizes 8 a", "'a': no such environment"),
@@ -128,6 +136,60 @@ def test_the_config_may_stand_anywhere_and_options_override_it(source: str, caps
     assert found.config.hidden_sizes == (8, 16)
     assert (found.hparams.gamma, found.hparams.learning_rate) == (0.5, 1e-5)
     assert found.hparams.gae_lambda == shipped.hparams.gae_lambda
+
+
+def test_flags_take_true_and_false(capsys: Any):
+    for arguments, wanted in (
+        (["--normalize-obs=false"], False),
+        (["--normalize-obs", "true"], True),
+        (["--normalize-obs", "false"], False),
+        (["--normalize-obs=True"], True),
+    ):
+        found = printed_config(capsys, "train", *arguments)
+        assert found.config.normalize_obs is wanted
+    assert main(["train", "--print-config=false", "--num-envs=0"]) == 2  # not printed, but checked
+
+
+@pytest.mark.parametrize("none", ["none", "None"])
+def test_none_has_either_spelling(none: str, capsys: Any):
+    assert printed_config(capsys, "train", "--target-kl", none).hparams.target_kl is None
+    space = SweepSettings(grid=(f"clip_higher={none},0.3", "normalize_obs=True,false")).space
+    assert space.grid == (("clip_higher", (None, 0.3)), ("normalize_obs", (True, False)))
+
+
+def test_options_of_a_search_override_those_of_the_file(tmp_path: Path, capsys: Any):
+    path = tmp_path / "s.toml"
+    path.write_text(
+        '[sweep]\ngrid = ["gamma=0.9,0.99", "num_envs=4,8"]\nsample = ["ent_coef=uniform:0,1"]\n'
+    )
+    options = ["--grid", "gamma=0.5", "--grid", "ent-coef=0,1", "--print-config"]
+    assert main(["sweep", str(path), *options]) == 0
+    found = tomllib.loads(capsys.readouterr().out)["sweep"]
+    assert found["grid"] == ["num_envs=4,8", "gamma=0.5", "ent-coef=0,1"]
+    assert not found.get("sample")
+
+
+def test_settings_that_a_sweep_does_not_have_are_refused(tmp_path: Path, capsys: Any):
+    path = tmp_path / "s.toml"
+    for line in ('checkpoint_unit = "updates"', "eval_every = 10.0", "tensorboard = true"):
+        path.write_text(f'[run]\nkeep = 5\n{line}\n[sweep]\ngrid = ["gamma=0.9,0.99"]\n')
+        said = failed_with_2(["sweep", str(path), "--print-config"], capsys)
+        assert f"run.{line}: a sweep writes results.csv" in said
+
+
+@pytest.mark.parametrize("end", [">&-", "> /dev/full", "2>&-"])
+def test_an_output_that_is_closed_or_full_gives_no_traceback(end: str, tmp_path: Path):
+    def status(command: str) -> int:
+        done = subprocess.run(
+            f"{sys.executable} -m purejaxppo {command} {end}",
+            shell=True, cwd=tmp_path, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert "Traceback" not in done.stderr
+        return done.returncode
+
+    assert status("--version") == (end == "> /dev/full")
+    assert status(f"train --run-dir r {' '.join(SMALL)}") == 0
+    assert (tmp_path / "r/summary.json").exists()
 
 
 def test_an_environment_may_be_named_in_place_of_a_config(capsys: Any):
@@ -264,7 +326,18 @@ def test_train_and_eval_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_a_run_that_diverges_exits_1(tmp_path: Path, capsys: Any):
     argv = ["train", "--run-dir", str(tmp_path / "r"), "--learning-rate", "1e38", *SMALL]
     assert main(argv) == 1
-    assert "the loss is not finite at update" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "the loss is not finite at update" in said
+    assert "every seed failed, so there is no return to report" in said
+
+    assert main(["export", str(tmp_path / "r"), str(tmp_path / "x.bin")]) == 0
+    assert "seed 0 failed: this is its last good state" in capsys.readouterr().err
+    assert main(["resume", str(tmp_path / "r")]) == 1
+    said = capsys.readouterr().out
+    assert "every seed failed" in said
+    assert "to train longer" not in said
+    longer = ["resume", str(tmp_path / "r"), "--total-timesteps=9999"]
+    assert "so no seed can be trained longer" in failed_with_2(longer, capsys)
 
 
 def test_a_run_on_an_environment_object_is_not_taken_for_another(tmp_path: Path, capsys: Any):

@@ -248,6 +248,35 @@ REFUSED: list[tuple[Callable[[Any, Any], Any], str]] = [
         "obs has shape (4,): value takes a batch [n, 4]; add an axis with obs[None]",
     ),
     (
+        lambda learner, state: agent_of(state).act(KEY, OBS[:0], ()),
+        "obs has shape (0, 4): act takes a batch [n, 4]; pass one observation",
+    ),
+    (
+        lambda learner, state: agent_of(state).initial_carry(-1),
+        "n = -1: must be at least 1",
+    ),
+    (
+        lambda learner, state: ppo.run("CartPole-v1"),  # type: ignore
+        "config = 'CartPole-v1': run takes a ppo.Config; use ppo.Config(env_id='CartPole-v1')",
+    ),
+    (
+        lambda learner, state: ppo.run(small(), {}),  # type: ignore
+        "hparams = {}: run takes ppo.HParams; use ppo.HParams(**hparams)",
+    ),
+    (
+        lambda learner, state: ppo.run(small(), ppo.HParams(gamma=jnp.ones(2))),
+        "gamma has shape (2,): run takes one number per hyperparameter; to train hyperparameters "
+        "in parallel, use sweep",
+    ),
+    (
+        lambda learner, state: ppo.sweep(small(), {"gamma": [0.9]}, hparams=1e-3),  # type: ignore
+        "hparams = 0.001: sweep takes ppo.HParams; use for example ppo.HParams(learning_rate=",
+    ),
+    (
+        lambda learner, state: ppo.sweep(small(), [("gamma", [0.9])]),  # type: ignore
+        "space = [('gamma', [0.9])]: must be a dict, as in {'learning_rate': [1e-3, 1e-4]}",
+    ),
+    (
         lambda learner, state: agent_of(state).act(KEY, np.ones((2, 3)), ()),
         "obs has shape (2, 3): act takes a batch [n, 4]; pass one observation",
     ),

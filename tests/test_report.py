@@ -165,6 +165,18 @@ def test_a_sweep_of_which_every_trial_failed_has_a_page_too(finished: Path):
     assert "Every trial failed" in write_report(finished).read_text()
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_sweep_of_which_one_trial_is_left_has_a_page_too(finished: Path):
+    table = finished / files.RESULTS
+    with table.open(newline="") as file:
+        rows = [row | ({} if row["trial"] == "1" else {"eval_return": ""}) for row in
+                csv.DictReader(file)]  # fmt: skip
+    table.write_text(files.results_text(rows))
+    write_report(finished)
+    figure = pictures.parallel_coordinates(read_results(finished))
+    assert len(figure.axes) == 1  # no scale of colours for one value
+
+
 def test_the_interquartile_mean_and_its_interval():
     values = np.array([100.0, 1, 2, 3, 4, 5, 6, -100])
     assert interquartile_mean(values) == np.mean([2, 3, 4, 5])

@@ -272,6 +272,24 @@ def test_stopping_again_and_again_leaves_no_more_than_are_kept(tmp_path: Path, w
     ]
 
 
+def test_checkpoints_are_whole_whichever_seeds_failed(tmp_path: Path):
+    """Numbers 2 and 10 stand in one order as numbers and in the other as texts."""
+    ppo.run(
+        CONFIG, ppo.HParams(learning_rate=1e30), num_seeds=11, run_dir=tmp_path, env=RandomWalk(),
+        eval_episodes=1, progress=False,
+    )  # fmt: skip
+    found, _ = checkpoint.find(tmp_path)
+    assert sorted(found.position.failed) == list(range(11))
+
+
+def test_the_newest_checkpoint_is_never_removed(tmp_path: Path, whole: Any):
+    shutil.copytree(whole[1], tmp_path, dirs_exist_ok=True)
+    newest, _ = checkpoint.find(tmp_path)
+    (newest.path / "manifest.json").write_text("{}")
+    checkpoint.prune(tmp_path, newest.position.updates, 1)
+    assert newest.path.exists()
+
+
 def test_names_are_ordered_as_numbers(tmp_path: Path):
     for name in ("999999999", "1000000000", "000000005", "x", "5.saving"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
@@ -352,8 +370,8 @@ def test_an_environment_object_has_to_be_given_again(copy: Path):
 
 
 def test_seeds_out_of_range_are_refused(copy: Path):
-    for seed in (-1, 3):
-        with pytest.raises(ppo.ConfigError, match=f"seed = {seed}: the run has the seeds 0 to 2"):
+    for seed, words in ((-1, "must be at least 0"), (3, "the run has the seeds 0 to 2")):
+        with pytest.raises(ppo.ConfigError, match=f"seed = {seed}: {words}"):
             ppo.load(copy, seed=seed, env=RandomWalk())
 
 

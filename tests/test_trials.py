@@ -122,6 +122,16 @@ def test_states_of_each_trial_are_those_of_its_run(
     np.testing.assert_array_equal(result.states(3).learner.updates[0] < 4, True)  # it failed
 
 
+def test_numbers_of_trials_and_seeds_are_whole(halved: tuple[ppo.SweepResult, Path]):
+    for trial, seed, words in (
+        (2.5, None, "trial = 2.5: must be a whole number"),
+        ("best", 1.0, "seed = 1.0: must be a whole number"),
+        (9, 0, "trial = 9: the sweep has trials 0 to 3"),
+    ):
+        with pytest.raises(ppo.ConfigError, match=words):
+            ppo.load_trial(halved[1], trial, seed, env=RandomWalk())  # type: ignore
+
+
 def raw(states: ppo.TrainState) -> Any:
     def data(x: Any) -> np.ndarray:
         key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
@@ -170,7 +180,7 @@ def test_a_single_seed_of_the_winner_becomes_a_run_that_can_be_made_longer(
     ("trial", "seed", "message"),
     [
         (99, None, "trial = 99: the sweep has trials 0 to 3"),
-        (-1, None, "trial = -1: the sweep has trials 0 to 3"),
+        (-1, None, "trial = -1: must be at least 0"),
         ("worst", None, "trial = 'worst': must be best, or the number of a trial"),
         (0, 2, "seed = 2: the trials have seeds 0 to 1"),
         (3, None, "trial = 3: the loss of seed 0 was not finite at update"),
@@ -267,7 +277,7 @@ def test_the_command_line_evaluates_exports_and_continues_a_trial(tmp_path: Path
         (["eval", sweep, "--trial", "9"], "trial = 9: the sweep has trials 0 to 1"),
         (["eval", sweep, "--trial", "x"], "must be best, or the number of a trial"),
         (["eval", sweep, "--checkpoint", "best"], "leave --checkpoint out"),
-        (["eval", sweep, "--seed", "2"], "seed = 2: the seeds are 0 to 1"),
+        (["eval", sweep, "--seed", "2"], "seed = 2: the trials have seeds 0 to 1"),
         (["resume", sweep, "--total-timesteps", "96"], "extend one of them with --trial best"),
         ([*resumed, "--coordinator", "127.0.0.1:1"], "does not go with --trial"),
     ):

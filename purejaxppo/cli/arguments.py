@@ -24,6 +24,10 @@ _OTHER_NAMES = {
 _ENV_PARAMS = re.compile(r"--env[-_]params\.([^=]+)(?:=(.*))?", re.DOTALL)
 
 
+Switch = Literal[True]
+"""The type of a flag that can only be turned on."""
+
+
 class Arguments(NamedTuple):
     """The arguments of a command."""
 
@@ -70,24 +74,35 @@ def _option(command: str, word: str, left: list[str], flags: Mapping[str, Any]) 
         return [plain]
     negated = name.removeprefix("no_")
     if negated != name and flags.get(negated) is bool:
+        if equals:
+            raise ConfigError(f"{word}: {plain} takes no value; write {plain} or --{plain[5:]}")
         return [plain]
     if name not in flags:
         raise ConfigError(_unknown(command, word.partition("=")[0], flags))
     hint = flags[name]
-    if hint is bool:
-        return [plain]
+    if hint in (bool, Switch):
+        return _flag(plain, hint, text if equals else None, left)
     if hint == tuple[int, ...]:
         texts = [text] if equals else []
         while not equals and left and not left[0].startswith("-") and _is_whole(left[0]):
             texts.append(left.pop(0))
         if not equals and not texts and left and not left[0].startswith("-"):
             texts.append(left.pop(0))
-        for one in texts:
-            _check(plain, one, int)
-        return [plain, *texts]
-    value = text if equals else _next_value(plain, left)
-    _check(plain, value, hint)
+        return [plain, *(_checked(plain, one, int) for one in texts)]
+    value = _checked(plain, text if equals else _next_value(plain, left), hint)
     return [f"{plain}={value}"] if value.startswith("-") else [plain, value]
+
+
+def _flag(plain: str, hint: Any, text: str | None, left: list[str]) -> list[str]:
+    """`--name`, `--name=false` or `--name false` in tyro's spelling."""
+    if text is None and left and left[0].lower() in ("true", "false"):
+        text = left.pop(0)
+    if text is None or text.lower() == "true":
+        return [plain]
+    off = "leave it out" if hint is Switch else f"write --no-{plain[2:]}"
+    if text.lower() != "false":
+        raise ConfigError(f"{plain}={text}: must be true or false; to turn it off, {off}")
+    return [] if hint is Switch else [f"--no-{plain[2:]}"]
 
 
 def _next_value(word: str, left: list[str]) -> str:
@@ -96,12 +111,12 @@ def _next_value(word: str, left: list[str]) -> str:
     return left.pop(0)
 
 
-def _check(option: str, text: str, hint: Any) -> None:
-    """Raises `ConfigError` if the text is no value of the option's type."""
+def _checked(option: str, text: str, hint: Any) -> str:
+    """The text as tyro reads it. Raises `ConfigError` if it is no value of the option's type."""
     optional = isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)
     if optional:
-        if text == "None":
-            return
+        if text.lower() == "none":
+            return "None"
         hint = next(h for h in typing.get_args(hint) if h is not type(None))
     if typing.get_origin(hint) is Literal and text not in typing.get_args(hint):
         choices = typing.get_args(hint)
@@ -111,7 +126,8 @@ def _check(option: str, text: str, hint: Any) -> None:
     if hint is int and not _is_whole(text):
         raise ConfigError(f"{option} {text}: must be a whole number")
     if hint is float and not _is_number(text):
-        raise ConfigError(f"{option} {text}: must be a number{' or None' if optional else ''}")
+        raise ConfigError(f"{option} {text}: must be a number{' or none' if optional else ''}")
+    return text
 
 
 def _is_whole(text: str) -> bool:

@@ -3,7 +3,9 @@
 import json
 import os
 import time
+import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +13,7 @@ from typing import Any, NamedTuple
 from purejaxppo.cli.options import Envs, Eval, Export, Plot, ProcessFlags, Resume, pick
 from purejaxppo.config import Config, ConfigError, HParams
 from purejaxppo.host.configfile import RunSettings, Settings, dump_settings
-from purejaxppo.host.rundir import SWEEP, StorageError, holds, write_whole
+from purejaxppo.host.rundir import SWEEP, RunWarning, StorageError, holds, write_whole
 from purejaxppo.host.signals import exit_at_second_signal
 from purejaxppo.sweeps.settings import Definition, dump_definition
 
@@ -55,15 +57,27 @@ def run_command(command: Any) -> int:
 
 
 def _say_loading() -> None:
-    """Importing JAX takes seconds, in which a person should know what is happening."""
-    print(f"purejaxppo {version('purejaxppo')}: loading JAX", flush=True)
+    """Importing JAX takes seconds, in which a person should know what is happening. A run goes on
+    if nobody reads it."""
+    with suppress(OSError):
+        print(f"purejaxppo {version('purejaxppo')}: loading JAX", flush=True)
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print what a person asked for. Raises `StorageError` if it cannot be written."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise StorageError(f"standard output: cannot be written: {error.strerror}") from error
 
 
 def _train(command: TrainCommand) -> int:
     settings, values = command
     _refuse_custom_env(settings.run, "trained")
     if values["print_config"]:
-        print(dump_settings(settings), end="")
+        say(dump_settings(settings), end="")
         return 0
     flags = ProcessFlags(**pick(values, ProcessFlags))
     _say_loading()
@@ -99,7 +113,7 @@ def _sweep(command: SweepCommand) -> int:
     definition, values = command
     _refuse_custom_env(definition.settings.run, "swept")
     if values["print_config"]:
-        print(dump_definition(definition), end="")
+        say(dump_definition(definition), end="")
         return 0
     _say_loading()
     from purejaxppo.sweeps.engine import start_sweep
@@ -161,7 +175,7 @@ def _resume_sweep(command: Resume) -> int:
 def _plot(command: Plot) -> int:
     from purejaxppo.sweeps.report import write_report
 
-    print(write_report(command.run_dir))
+    say(str(write_report(command.run_dir)))
     return 0
 
 
@@ -225,9 +239,12 @@ def _trained_in_sweep(command: Eval | Export, what: str) -> _Trained:
         )
     settings = load_definition(command.run_dir / SWEEP).settings
     _refuse_custom_env(settings.run, what)
-    config, _, states = load_trial(command.run_dir, _trial(command.trial))
-    trained = _Trained(config, states, list(range(settings.run.num_seeds)), [])
-    return trained if command.seed is None else _only(trained, command.seed)
+    config, _, states = load_trial(command.run_dir, _trial(command.trial), command.seed)
+    if command.seed is None:
+        return _Trained(config, states, list(range(settings.run.num_seeds)), [])
+    import jax
+
+    return _Trained(config, jax.tree.map(lambda x: x[None], states), [command.seed], [])
 
 
 def _only(trained: _Trained, seed: int) -> _Trained:
@@ -297,19 +314,19 @@ def _report(command: Eval, trained: _Trained, episodes: Any) -> None:
             "return_interval_95": interval,
             "failed_seeds": trained.failed,
         }
-        print(json.dumps(result))
+        say(json.dumps(result))
         return
     for seed, ended, bad in zip(trained.seeds, episodes, failed, strict=True):
         returns = ended[np.isfinite(ended)]
         note = "; this seed failed, and this is its last good state" if bad else ""
         shown = f"{returns.mean():.2f} (standard deviation {returns.std():.2f})"
-        print(f"seed {seed}: return {shown if returns.size else '-'}{note}")
+        say(f"seed {seed}: return {shown if returns.size else '-'}{note}")
     between = describe_interval(interval, int((~failed).sum()))
     actions = "deterministic" if command.deterministic else "sampled"
     if not np.isnan(mean):
-        print(f"mean: {mean:.2f}{between}, {command.episodes} episodes per seed, {actions} actions")
+        say(f"mean: {mean:.2f}{between}, {command.episodes} episodes per seed, {actions} actions")
     if unfinished:
-        print(f"{unfinished} of {episodes.size} episodes did not end and are left out")
+        say(f"{unfinished} of {episodes.size} episodes did not end and are left out")
 
 
 def _export(command: Export) -> int:
@@ -319,7 +336,11 @@ def _export(command: Export) -> int:
 
     from purejaxppo.export import export_policy
 
-    config, states, _, _ = _trained(command, "exported")
+    config, states, _, failed = _trained(command, "exported")
+    if command.seed in failed:
+        warnings.warn(
+            f"seed {command.seed} failed: this is its last good state", RunWarning, stacklevel=2
+        )
     state = jax.tree.map(lambda x: x[0], states)
     exported = export_policy(config, state, sample=command.sample)
     try:
@@ -330,7 +351,7 @@ def _export(command: Export) -> int:
         ) from error
     takes = ", ".join(str(x) for x in exported.in_avals)
     gives = ", ".join(str(x) for x in exported.out_avals)
-    print(f"{command.file}: takes {takes}; gives {gives}")
+    say(f"{command.file}: takes {takes}; gives {gives}")
     return 0
 
 
@@ -342,9 +363,9 @@ def _envs() -> int:
         env = make_environment(Config(env_id=name))
         rows.append((name, _space(env.observation_space), _space(env.action_space)))
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
-    print(f"{'environment':{widths[0]}}  {'observation':{widths[1]}}  action")
+    say(f"{'environment':{widths[0]}}  {'observation':{widths[1]}}  action")
     for name, observation, action in rows:
-        print(f"{name:{widths[0]}}  {observation:{widths[1]}}  {action}")
+        say(f"{name:{widths[0]}}  {observation:{widths[1]}}  {action}")
     return 0
 
 

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -20,7 +21,8 @@ from purejaxppo.cli.options import COMMANDS, Sweep, Train
 from purejaxppo.config import Config, ConfigError
 from purejaxppo.host.configfile import Settings, load_settings
 from purejaxppo.host.rundir import LostError, RunWarning, StorageError
-from purejaxppo.sweeps.settings import Definition, SweepSettings, load_definition
+from purejaxppo.sweeps.settings import RUN_ONLY, Definition, SweepSettings, load_definition
+from purejaxppo.sweeps.space import swept_setting
 
 _CLOSED_PIPE = 141
 
@@ -34,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     args = sys.argv[1:] if argv is None else argv
     try:
         if "--version" in args[:1]:
-            print(f"purejaxppo {version('purejaxppo')}")
+            commands.say(f"purejaxppo {version('purejaxppo')}")
             return 0
         command = _parse(args)
         with _plain_warnings():
@@ -120,15 +122,28 @@ def _with_settings(name: str, given: Any) -> Any:
     kind = COMMANDS[name]
     parsed = _tyro(kind, name, given.options, options.with_defaults(kind, defaults))
     values = options.values_of(parsed)
+    if name == "sweep":
+        values |= _merged(search, values)
     values["env_params"] = {**settings.config.env_params, **given.env_params}
     values["custom_env"] = settings.run.custom_env
     if name == "train":
         return commands.TrainCommand(commands.settings_from_values(values), values)
     sweep = SweepSettings(**options.pick(values, SweepSettings))
-    # A sweep keeps one checkpoint of each wave, and evaluates at the end.
-    of_file = {"tensorboard": settings.run.tensorboard, "wandb": settings.run.wandb, "keep": 1}
+    unused = {name: getattr(settings.run, name) for name in RUN_ONLY}
+    of_file = unused | {"keep": 1}  # a sweep keeps one checkpoint of each wave
     definition = Definition(commands.settings_from_values(values | of_file), sweep)
     return commands.SweepCommand(definition, values)
+
+
+def _merged(search: SweepSettings, values: dict[str, Any]) -> dict[str, Any]:
+    """The search space of the file and the command line, which overrides the file setting by
+    setting. tyro has put what the command line adds after what the file has."""
+    new = {kind: values[kind][len(getattr(search, kind)) :] for kind in ("grid", "sample")}
+    overridden = {swept_setting(text) for texts in new.values() for text in texts}
+    return {
+        kind: (*(x for x in getattr(search, kind) if swept_setting(x) not in overridden), *texts)
+        for kind, texts in new.items()
+    }
 
 
 def _tyro(kind: Any, name: str, args: list[str], default: Any) -> Any:
@@ -170,6 +185,9 @@ _MARKERS = (tyro.conf.OmitArgPrefixes,)
 def entry() -> None:
     """The console script: `main`, and then exit at once, without waiting for threads that evaluate
     or failed to write."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell, as in `>&-`
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
     try:
         status = main()
     except SystemExit as left:

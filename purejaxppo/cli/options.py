@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from purejaxppo.cli.arguments import Switch
 from purejaxppo.config import Config, HParams
 from purejaxppo.host.configfile import RunSettings
 from purejaxppo.sweeps.settings import SweepSettings
@@ -244,9 +245,10 @@ def flags_of(command: Any) -> dict[str, Any]:
     plain, found = typing.get_type_hints(command), {}
     for name, hint in plain.items():
         if dataclasses.is_dataclass(hint):
-            found |= typing.get_type_hints(hint)
+            found |= flags_of(hint)
         elif hints[name] == hint or tyro.conf.Positional[hint] != hints[name]:
-            found[name] = hint
+            only_on = hints[name] == tyro.conf.FlagCreatePairsOff[bool]
+            found[name] = Switch if only_on else hint
     found.pop("config", None)
     return found
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from purejaxppo.checks import FLOAT_MAX
 from purejaxppo.config import Config, ConfigError
 from purejaxppo.envs.gymnax import from_gymnax, import_gymnax
 from purejaxppo.types import Environment
@@ -71,8 +72,12 @@ def _of_type(name: str, value: float | int | bool, default: Any) -> Any:
         rule = f"its default is {default!r}, which is no single number; pass env_params from Python"
     elif isinstance(value, bool) != truth:
         rule = f"must be {'true or false' if truth else 'a number'}; the default is {default!r}"
-    elif whole and value != int(value):
-        rule = f"must be a whole number; the default is {default!r}"
+    elif not -FLOAT_MAX <= value <= FLOAT_MAX:
+        rule = f"must be finite; the default is {default!r}"
+    elif whole and (value != int(value) or abs(value) >= 2**31):
+        rule = f"must be a whole number below 2^31; the default is {default!r}"
+    elif name == "max_steps_in_episode" and value < 1:
+        rule = "must be at least 1"
     else:
         return value if truth else int(value) if whole else float(value)
     raise ConfigError(f"env_params.{name} = {value}: {rule}")

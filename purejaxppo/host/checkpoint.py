@@ -142,6 +142,7 @@ def prune(run_dir: Path, newest: int, keep: int) -> None:
     folders = [p for p in _folders(run_dir) if int(p.name) <= newest]
     known = {c.path: c for c in _by_manifest(folders)}
     kept = {*list(known)[-keep:], *(c.path for c in _by_return(known.values())[:1])}
+    kept |= {folder for folder in folders if int(folder.name) == newest}
     for folder in folders:
         if folder not in kept:
             _remove(folder)
@@ -346,6 +347,7 @@ def _digests(folder: Path) -> dict[str, str]:
 def _manifest_text(manifest: dict[str, Any]) -> str:
     """With a digest of itself; the one text that stands for these values."""
     content = {key: value for key, value in manifest.items() if key != "digest"}
+    content = json.loads(json.dumps(content))  # whose keys are texts: 10 comes before 2
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return json.dumps(content | {"digest": digest}, indent=1, sort_keys=True)
 

@@ -12,6 +12,7 @@ from purejaxppo.host.checkpoint import Checkpoint
 from purejaxppo.host.configfile import Settings
 from purejaxppo.host.program import stacked_hparams
 from purejaxppo.host.rundir import SUMMARY, RunWarning
+from purejaxppo.inputs import whole_number
 from purejaxppo.learner import make_learner
 from purejaxppo.types import Learner, TrainState
 
@@ -49,7 +50,7 @@ def load(
     found = find_with_warnings(Path(run_dir), which)
     settings = found.settings
     check_env(settings, env, env_params)
-    if seed is not None and not 0 <= seed < settings.num_trainings:
+    if seed is not None and whole_number("seed", seed, 0) >= settings.num_trainings:
         raise ConfigError(
             f"seed = {seed}: the run has the seeds 0 to {settings.num_trainings - 1}, counted "
             "from 0 whatever its `seed` setting"

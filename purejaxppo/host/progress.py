@@ -167,6 +167,8 @@ class Progress:
             f"already finished: {summary['env_steps']:,} of {summary['env_steps_planned']:,} "
             "environment steps per seed; nothing to do"
         )
+        if self._none_left(summary):
+            return
         self._returns_of(summary)
         self._console.print(f"to train longer: {resume_command} --total-timesteps N")
 
@@ -181,9 +183,17 @@ class Progress:
             f"trained {summary['env_steps']:,} environment steps per seed in "
             f"{summary['run_seconds']:.1f} s, {self._speed(summary['steps_per_second'])}"
         )
-        self._returns_of(summary)
+        if not self._none_left(summary):
+            self._returns_of(summary)
         if directory is not None:
             self._console.print(f"learning curve: {directory / 'learning_curve.png'}")
+
+    def _none_left(self, summary: dict[str, Any]) -> bool:
+        """Whether the loss of every seed turned non-finite; says so."""
+        if len(summary["failed_seeds"]) < self._num_trainings:
+            return False
+        self._console.print("every seed failed, so there is no return to report")
+        return True
 
     def _returns_of(self, summary: dict[str, Any]) -> None:
         names = {"eval_return": "sampled", "eval_return_deterministic": "deterministic"}

@@ -67,6 +67,7 @@ from purejaxppo.host.rundir import (
 from purejaxppo.host.saver import Saver
 from purejaxppo.host.signals import StopRequest, stop_requests
 from purejaxppo.host.summary import Best, Final, Training, summarize, write_results
+from purejaxppo.inputs import check_config, check_hparams
 from purejaxppo.learner import MUST_BE_FINITE, make_learner
 from purejaxppo.types import Learner, Metrics, TrainState
 
@@ -155,7 +156,8 @@ def run(
         checkpoint_unit=checkpoint_unit, keep=keep, tensorboard=tensorboard, wandb=wandb,
         custom_env=env is not None or env_params is not None,
     )  # fmt: skip
-    settings = Settings(config, hparams or HParams(), host)
+    check_config(config, "run")
+    settings = Settings(config, HParams() if hparams is None else hparams, host)
     return run_settings(
         settings, run_dir, compilation_cache=compilation_cache, progress=progress, env=env,
         env_params=env_params,
@@ -172,7 +174,7 @@ def run_settings(
     env_params: Any = None,
 ) -> Result:
     """`run`, for settings as a file gives them."""
-    check_scalars(settings.hparams)
+    check_scalars(settings.hparams, "run")
     if settings.trials:
         raise ConfigError("trials: this is a part of a sweep; see its sweep.toml")
     _check_outputs(run_dir, settings.run)
@@ -275,6 +277,8 @@ def resume(
             )
         _check_outputs(directory, settings.run)
         found = newest_or_none(directory)
+        if total_timesteps is not None and found is not None:
+            _check_some_left(found)
         learner = make_learner(settings.config, env, env_params)
         choose_spread(settings)
         start = _restore(directory, found, settings, learner)
@@ -287,6 +291,14 @@ def resume(
         last = settings.config.num_updates
         session = _Session(settings, learner, directory, start, shown, env, env_params, last)
         return _go(session, compilation_cache)
+
+
+def _check_some_left(found: Checkpoint) -> None:
+    if len(found.position.failed) == found.settings.num_trainings:
+        raise ConfigError(
+            f"{str(found.path)!r}: the loss of every seed turned non-finite, so no seed can be "
+            "trained longer; start a new run with a lower learning_rate or max_grad_norm"
+        )
 
 
 class _Start(NamedTuple):
@@ -362,15 +374,15 @@ def _finished_result(start: _Start, summary: dict[str, Any]) -> Result:
     return Result(start.states, metrics, nothing, nothing, summary, start.position.failed)
 
 
-def check_scalars(hparams: HParams) -> None:
-    """Raise `ConfigError` if a number is an array: those are for `vmap`."""
+def check_scalars(hparams: Any, function: str) -> None:
+    """Raise `ConfigError` if it is no `HParams`, or a number is an array: those are for `vmap`."""
+    check_hparams(
+        hparams,
+        function,
+        "to train hyperparameters in parallel, use sweep, or vmap the function that make_train "
+        "returns",
+    )
     check_fields(hparams)
-    for name, value in vars(hparams).items():
-        if np.ndim(value):
-            raise ConfigError(
-                f"{name} has the shape {np.shape(value)}: run trains seeds, not hyperparameters, "
-                "side by side; give one number, or vmap the function that make_train returns"
-            )
 
 
 def _check_outputs(run_dir: Any, settings: RunSettings) -> None:

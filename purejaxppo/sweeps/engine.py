@@ -16,6 +16,7 @@ from purejaxppo.host.parallel import choose_spread, use_all_cores
 from purejaxppo.host.program import enable_compilation_cache
 from purejaxppo.host.run import check_scalars
 from purejaxppo.host.rundir import SWEEP
+from purejaxppo.inputs import check_config
 from purejaxppo.learner import make_learner
 from purejaxppo.sweeps import files
 from purejaxppo.sweeps.files import PlannedBatch, PlannedWave, wave_directory
@@ -102,7 +103,9 @@ def sweep(
         *space_texts(space), strategy, trials, batch, eta, rungs, interval, memory_gb, engine,
         wave_cpus, wave_gpus, wave_tpus,
     )  # fmt: skip
-    definition = Definition(Settings(config, hparams or HParams(), host), search)
+    check_config(config, "sweep")
+    settings = Settings(config, HParams() if hparams is None else hparams, host)
+    definition = Definition(settings, search)
     found = start_sweep(
         definition, None if run_dir is None else Path(run_dir), progress=progress,
         compilation_cache=compilation_cache, env=env, env_params=env_params,
@@ -124,7 +127,7 @@ def start_sweep(
     """`sweep`, for a definition as a file gives it; None if it is only planned (`dry_run`)."""
     if not definition.sweep.space.names:
         raise ConfigError("the sweep changes nothing: give a grid, or something to sample")
-    check_scalars(definition.settings.hparams)
+    check_scalars(definition.settings.hparams, "sweep")
     if definition.sweep.strategy == "pbt" and definition.settings.run.num_seeds != 1:
         raise ConfigError(
             f"num_seeds = {definition.settings.run.num_seeds}: must be 1 with strategy = pbt, each "

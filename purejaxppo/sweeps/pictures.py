@@ -131,7 +131,8 @@ def parallel_coordinates(results: Results) -> Any:
             line = [h[k] for h, _ in heights] + [shares[k]]
             axes.plot(range(len(names)), line, color=colormaps["viridis"](shares[k]), lw=1.2)
     marks = [marks for _, marks in heights]
-    for x, found in enumerate([*marks, [(0.0, short(float(low))), (1.0, short(float(high)))]]):
+    marks.append([(0.0, short(float(low))), (1.0, short(float(high)))][: 1 + (high > low)])
+    for x, found in enumerate(marks):
         axes.axvline(x, color="0.3", lw=0.8)
         for height, text in found:
             axes.text(x + 0.03, height, text, ha="left", va="center", fontsize=8, zorder=5,
@@ -140,9 +141,11 @@ def parallel_coordinates(results: Results) -> Any:
     axes.tick_params(axis="x", length=0, pad=8)
     axes.set_yticks([])
     axes.set_xlim(-0.2, len(names) - 0.6)
+    axes.set_ylim(-0.05, 1.05)
     axes.spines[:].set_visible(False)
     axes.set_title(f"{results.env_id}: all settings at once")
-    _colour_scale(figure, axes, low, high)
+    if high > low:
+        _colour_scale(figure, axes, low, high)
     return figure
 
 
@@ -150,7 +153,7 @@ def _colour_scale(figure: Any, axes: Any, low: float, high: float) -> None:
     from matplotlib.cm import ScalarMappable  # slow to import
     from matplotlib.colors import Normalize
 
-    scale = ScalarMappable(Normalize(low, high if high > low else low + 1), "viridis")
+    scale = ScalarMappable(Normalize(low, high), "viridis")
     figure.colorbar(scale, ax=axes, label="selection return", pad=0.01)
 
 

@@ -7,12 +7,14 @@ from typing import Any, Literal
 
 from purejaxppo.config import ConfigError, check_fields
 from purejaxppo.host.configfile import (
+    RunSettings,
     Settings,
     build,
     dump,
     dump_settings,
     from_file,
     settings_from,
+    toml,
 )
 from purejaxppo.sweeps.space import Range, Space, parse_space
 
@@ -96,9 +98,13 @@ def _check_population(space: Space, trials: int) -> None:
         )
 
 
+RUN_ONLY = ("tensorboard", "wandb", "eval_every", "eval_unit", "checkpoint_unit")
+"""Settings of runs that a sweep does not have."""
+
+
 @dataclass(frozen=True)
 class Definition:
-    """All that determines a sweep. Raises `ConfigError` for loggers that only runs have, and for
+    """All that determines a sweep. Raises `ConfigError` for settings that only runs have, and for
     more devices than a wave has."""
 
     settings: Settings
@@ -106,11 +112,12 @@ class Definition:
     sweep: SweepSettings
 
     def __post_init__(self) -> None:
-        for name in ("tensorboard", "wandb"):
-            if getattr(self.settings.run, name):
+        for name in RUN_ONLY:
+            value = getattr(self.settings.run, name)
+            if value != getattr(RunSettings(), name):
                 raise ConfigError(
-                    f"run.{name} = true: a sweep writes results.csv and curves.npz alone; leave it "
-                    "out, and log the winner's training"
+                    f"run.{name} = {toml(value)}: a sweep writes results.csv and curves.npz, "
+                    "saves every checkpoint_every seconds and evaluates at the end; leave it out"
                 )
         sweep, devices = self.sweep, self.settings.run.devices
         own = sweep.wave_gpus or sweep.wave_tpus or sweep.wave_cpus

@@ -97,6 +97,10 @@ def space_texts(given: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, .
     Raises:
         ConfigError: if something is neither, or a list is empty.
     """
+    if not isinstance(given, Mapping):
+        raise ConfigError(
+            f"space = {given!r}: must be a dict, as in {{'learning_rate': [1e-3, 1e-4]}}"
+        )
     grid, sample = [], []
     for name, wanted in given.items():
         if isinstance(wanted, Range | Choice):
@@ -175,7 +179,9 @@ def _word(name: str, text: str) -> Any:
         optional = name in _HPARAMS and type(None) in typing.get_args(
             typing.get_type_hints(HParams)[name]
         )
-        return None if text == "none" and optional else text
+        if name in _CONFIG and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        return None if text.lower() == "none" and optional else text
 
 
 def _tuples(value: Any) -> Any:
@@ -190,6 +196,11 @@ def _texts(values: Any) -> str:
 def _plain(value: Any) -> Any:
     """NumPy's numbers and lists as Python's own and tuples."""
     return _tuples(value.tolist() if isinstance(value, np.generic) else value)
+
+
+def swept_setting(text: str) -> str:
+    """The setting that `NAME=...` sweeps. Raises `ConfigError` if there is no such setting."""
+    return _named(text, "NAME=VALUE,VALUE")[0]
 
 
 def _named(text: str, form: str) -> tuple[str, str]:

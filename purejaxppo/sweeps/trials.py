@@ -17,6 +17,7 @@ from purejaxppo.host.configfile import RunSettings, Settings
 from purejaxppo.host.load import Loaded, check_env
 from purejaxppo.host.loggers import CsvLogger, HostMetrics, binary_metrics
 from purejaxppo.host.rundir import SUMMARY, SWEEP, StorageError, locked, write_settings
+from purejaxppo.inputs import whole_number
 from purejaxppo.learner import env_steps
 from purejaxppo.sweeps import files
 from purejaxppo.sweeps.files import wave_directory
@@ -156,7 +157,7 @@ def _open(
     definition = load_definition(directory / SWEEP)
     number, num_seeds = _number(directory, trial), definition.settings.run.num_seeds
     check_env(definition.settings, env, env_params)
-    if seed is not None and not 0 <= seed < num_seeds:
+    if seed is not None and whole_number("seed", seed, 0) >= num_seeds:
         raise ConfigError(f"seed = {seed}: the trials have seeds 0 to {num_seeds - 1}")
     seeds = np.arange(num_seeds) if seed is None else np.array([seed])
     legs = _legs(directory, number, seeds, num_seeds)
@@ -185,7 +186,7 @@ def _number(directory: Path, trial: str | int) -> int:
     if isinstance(trial, str):
         raise ConfigError(f"trial = {trial!r}: must be best, or the number of a trial")
     count = 1 + max(max(w.numbers) for batch in files.read_plan(directory) for w in batch.waves)
-    if not 0 <= trial < count:
+    if whole_number("trial", trial, 0) >= count:
         raise ConfigError(f"trial = {trial}: the sweep has trials 0 to {count - 1}")
     return trial
 
