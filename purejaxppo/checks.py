@@ -6,19 +6,39 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
 
+_LONGEST_MESSAGE = 4000
+_LONGEST_NAME = 100
 FLOAT_MAX = float(np.finfo(np.float32).max)
 
 
 class ConfigError(Exception):
     """A setting that cannot work: the message gives the value, the rule and the remedy.
 
-    Not a `ValueError`, which libraries that construct settings catch and word anew.
+    Not a `ValueError`, which libraries that construct settings catch and word anew. A value too
+    long to be read is shortened.
     """
+
+    def __init__(self, message: str):
+        if len(message) > _LONGEST_MESSAGE:
+            half = _LONGEST_MESSAGE // 2
+            left_out = len(message) - 2 * half
+            message = f"{message[:half]}...({left_out:,} characters)...{message[-half:]}"
+        super().__init__(message)
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name most similar to `name`, if any reaches the cutoff (0 to 1).
+
+    A name of more than 100 characters has none: finding one takes time that grows with its square.
+    """
+    if len(name) > _LONGEST_NAME:
+        return None
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=cutoff)), None)
 
 
 def check_fields(instance: Any) -> None:
@@ -71,8 +91,8 @@ def _check_type(name: str, value: Any, hint: Any, default: Any) -> None:
     elif typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
         fits, kind = value in choices, f"one of {', '.join(choices)}"
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        kind += f" (did you mean {near[0]}?)" if near and not fits else ""
+        near = nearest(str(value), choices)
+        kind += f" (did you mean {near}?)" if near and not fits else ""
     elif typing.get_origin(hint) is tuple:
         item_type = typing.get_args(hint)[0]
         fits = isinstance(value, tuple | list) and all(type(item) is item_type for item in value)

@@ -1,12 +1,12 @@
 """Learning curves from metrics, ready to plot."""
 
-import difflib
 from collections.abc import Mapping
 
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
+from purejaxppo.checks import nearest
 from purejaxppo.config import ConfigError
 from purejaxppo.inputs import whole_number
 
@@ -38,8 +38,8 @@ def curve(
         ConfigError: if there is no such metric, no update, or `points` is no whole number from 1.
     """
     if name not in metrics:
-        near = difflib.get_close_matches(name, metrics, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(sorted(metrics))}"
+        near = nearest(name, metrics)
+        hint = f"did you mean {near}?" if near else f"choose from {', '.join(sorted(metrics))}"
         raise ConfigError(f"name = {name!r}: no such metric; {hint}")
     points = whole_number("points", points, 1)
     steps = np.asarray(metrics["env_steps"], float)

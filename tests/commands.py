@@ -2,6 +2,7 @@
 
 import csv
 import json
+import random
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 import purejaxppo as ppo
 
@@ -45,6 +47,17 @@ class Process:
         text = self.out.read_text() + self.err.read_text()
         assert "Traceback" not in text, text
         return text
+
+
+some_or_all = pytest.mark.parametrize(
+    "count", [3, pytest.param(None, marks=pytest.mark.faults)], ids=["some", "all"]
+)
+"""`make test` tries a few cases, `make test-faults` all of them."""
+
+
+def some(found: list[Any], count: int | None) -> list[Any]:
+    """`count` cases, at random with a fixed seed, or all."""
+    return found if count is None else random.Random(0).sample(found, min(count, len(found)))
 
 
 def rows(directory: Path) -> int:

@@ -1,5 +1,6 @@
 """Checkpoints and config files that are damaged, foreign or hostile."""
 
+import hashlib
 import importlib
 import io
 import json
@@ -22,7 +23,11 @@ from purejaxppo.cli import main
 from purejaxppo.config import Config, ConfigError, HParams
 from purejaxppo.host import checkpoint
 from purejaxppo.host.configfile import RunSettings, Settings, dump_settings, load_settings
-from purejaxppo.host.rundir import RunWarning
+from purejaxppo.host.rundir import RunWarning, sealed, unsealed
+from purejaxppo.host.summary import METRICS_DIGEST
+from purejaxppo.sweeps.engine import resume_sweep
+from purejaxppo.sweeps.files import write_finished
+from purejaxppo.sweeps.report import write_report
 
 SMALL = ppo.Config(total_timesteps=192, num_steps=8, hidden_sizes=(4,))
 
@@ -119,7 +124,7 @@ def test_other_formats_are_refused_by_their_number(copy: Path):
         assert_skipped(copy, "000000006", f"{words}, and this version of purejaxppo reads 1")
     for text in ("", "{", "[]", "7", '"x"', "null", "[" * 100_000):
         path.write_text(text)
-        assert_skipped(copy, "000000006", "is no manifest")
+        assert_skipped(copy, "000000006", "manifest.json ")
 
 
 @pytest.mark.parametrize(
@@ -127,12 +132,18 @@ def test_other_formats_are_refused_by_their_number(copy: Path):
     [
         {"position": None}, {"position": {}}, {"settings": 7}, {"settings": "x"}, {"leaves": 3},
         {"settings": "num_envs = 0"}, {"settings": "a." * 9999}, {"files": []},
-        {"eval_return": "x"},
+        {"eval_return": "x"}, {"leaves": {"x": "float32[99999999999999]"}, "files": None},
     ],
 )  # fmt: skip
 def test_a_manifest_that_is_signed_but_wrong_is_skipped(copy: Path, change: dict[str, Any]):
     rewrite(folder(copy, 6), change)
     assert_skipped(copy, "000000006", "does not say what it should")
+
+
+@pytest.mark.parametrize("name", ["../../config.toml", "/etc/passwd", "x" * 9999])
+def test_names_in_a_manifest_are_compared_and_never_opened(copy: Path, name: str):
+    rewrite(folder(copy, 6), {"files": {name: "0" * 64}})
+    assert_skipped(copy, "000000006", f"the file {name} is missing")
 
 
 def rewrite(path: Path, change: dict[str, Any]) -> None:
@@ -214,6 +225,46 @@ def test_no_code_is_run_from_a_checkpoint(copy: Path, monkeypatch: Any, seen: li
         target.write_bytes(content)
     assert seen == []
     assert not (copy / "pwned").exists()
+
+
+def test_no_code_is_run_from_a_sweep(tmp_path: Path, monkeypatch: Any, seen: list[str]):
+    """Pickles in place of each file in turn, with digests that fit."""
+    monkeypatch.chdir(tmp_path)
+    sweep = tmp_path / "s"
+    ppo.sweep(SMALL, {"gamma": [0.9, 0.99]}, run_dir=sweep, eval_episodes=2, progress=False)
+    ppo.load_trial(sweep)
+    resume_sweep(sweep, progress=False)
+    write_report(sweep)
+    wave = sweep / "waves/0000"
+    hostile, arrays = pickle.dumps(Payload()), io.BytesIO()
+    np.savez(arrays, trial=np.array([Payload()], dtype=object))
+    seen.clear()
+    for target, content in (
+        (sweep / "curves.npz", arrays.getvalue()),
+        (sweep / "curves.npz", hostile),
+        (sweep / "results.csv", hostile),
+        (sweep / "winner.json", hostile),
+        (wave / "metrics.f32", hostile),
+    ):
+        before = {path: path.read_bytes() for path in files(sweep)}
+        target.write_bytes(content)
+        if target.parent == sweep and target.name != "finished.json":
+            write_finished(sweep)
+        if target.name == "metrics.f32":
+            summary = unsealed(wave / "summary.json")
+            digest = {METRICS_DIGEST: hashlib.sha256(hostile).hexdigest()}
+            (wave / "summary.json").write_text(sealed(summary | digest))
+        for read in (ppo.load_trial, write_report):
+            with suppress(ConfigError):
+                read(sweep)
+        if target.parent == wave:
+            with suppress(ConfigError):
+                resume_sweep(sweep, progress=False)
+        for path, old in before.items():
+            path.write_bytes(old)
+    # Flax defines dataclasses, by exec, whenever it makes a network.
+    assert [event for event in seen if not event.startswith("exec ")] == []
+    assert not (tmp_path / "pwned").exists()
 
 
 def test_no_code_is_run_from_a_config_file(tmp_path: Path, monkeypatch: Any, seen: list[str]):

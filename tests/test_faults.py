@@ -114,7 +114,7 @@ def kill_and_resume(
     [
         (
             "--num-envs=8 --hidden-sizes=16 --normalize-obs --eval-episodes=8 --num-seeds=2 "
-            "--total-timesteps=409600 --checkpoint-every=40"
+            "--total-timesteps=153600 --checkpoint-every=15"
         ).split(),
         pytest.param(
             [*STATEFUL, "--total-timesteps=10240", "--checkpoint-every=4"],

@@ -263,7 +263,9 @@ def test_stopping_again_and_again_leaves_no_more_than_are_kept(tmp_path: Path, w
     found, _ = checkpoint.find(directory)
     settings = dataclasses.replace(found.settings, run=RunSettings(num_seeds=3, keep=2))
     for updates in range(1, 6):
-        saver = Saver(tmp_path, settings, lambda _: np.zeros((3, 1)), None, StopRequest())
+        saver = Saver(
+            tmp_path, settings, lambda _: np.zeros((3, 1)), None, StopRequest(), held=None
+        )
         saver.finish(dataclasses.replace(found.position, updates=updates), result.states)
         saver.close()
     assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == [

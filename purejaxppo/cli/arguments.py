@@ -1,6 +1,5 @@
 """What a person typed, checked before tyro parses it: each refusal is one line."""
 
-import difflib
 import re
 import types
 import typing
@@ -8,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from purejaxppo.checks import nearest
 from purejaxppo.config import Config, ConfigError
 
 _PREFIXES = ("--hparams.", "--run.", "--sweep.")
@@ -120,8 +120,8 @@ def _checked(option: str, text: str, hint: Any) -> str:
         hint = next(h for h in typing.get_args(hint) if h is not type(None))
     if typing.get_origin(hint) is Literal and text not in typing.get_args(hint):
         choices = typing.get_args(hint)
-        near = difflib.get_close_matches(text, choices, n=1)
-        hint_ = f" (did you mean {near[0]}?)" if near else ""
+        near = nearest(text, choices)
+        hint_ = f" (did you mean {near}?)" if near else ""
         raise ConfigError(f"{option} {text}: must be one of {', '.join(choices)}{hint_}")
     if hint is int and not _is_whole(text):
         raise ConfigError(f"{option} {text}: must be a whole number")
@@ -157,8 +157,8 @@ def _unknown(command: str, word: str, flags: Mapping[str, Any]) -> str:
     known |= {f"--no-{n.replace('_', '-')}": n for n, hint in flags.items() if hint is bool}
     last = f"--{word.rpartition('.')[2].lstrip('-')}".replace("_", "-")
     last = _OTHER_NAMES.get(last, last)
-    near = difflib.get_close_matches(last, list(known), n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"`purejaxppo {command} --help` lists them"
+    near = nearest(last, known, 0.5)
+    hint = f"did you mean {near}?" if near else f"`purejaxppo {command} --help` lists them"
     return f"{word}: {command} has no such option; {hint}"
 
 
@@ -178,10 +178,10 @@ def find_config(text: str) -> Path | Config:
     shipped = shipped_configs()
     if text in shipped:
         return shipped[text]
-    near = difflib.get_close_matches(text, list(shipped), n=1, cutoff=0.75)
+    near = nearest(text, shipped, 0.75)
     if near and text.islower():  # environments have capital letters
         raise ConfigError(
-            f"{text!r}: no such file, shipped config or environment; did you mean {near[0]}?"
+            f"{text!r}: no such file, shipped config or environment; did you mean {near}?"
         )
     return Config(env_id=text)
 

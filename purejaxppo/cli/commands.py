@@ -217,12 +217,14 @@ def _trained(command: Eval | Export, what: str) -> _Trained:
         raise ConfigError(
             f"trial = {command.trial}: {str(command.run_dir)!r} is no sweep; leave --trial out"
         )
-    from purejaxppo.host.load import find_with_warnings, restore_states
+    from purejaxppo.host.load import find_states
     from purejaxppo.learner import make_learner
 
-    found = find_with_warnings(command.run_dir, _which(command.checkpoint))
-    _refuse_custom_env(found.settings.run, what)
-    states = restore_states(found, make_learner(found.settings.config))
+    def learner(settings: Settings) -> Any:
+        _refuse_custom_env(settings.run, what)
+        return make_learner(settings.config)
+
+    found, states = find_states(command.run_dir, _which(command.checkpoint), learner)
     seeds = list(range(found.settings.num_trainings))
     trained = _Trained(found.settings.config, states, seeds, sorted(found.position.failed))
     return trained if command.seed is None else _only(trained, command.seed)

@@ -1,7 +1,6 @@
 """`purejaxppo`: reads the arguments, runs a command, turns errors into one line and a status."""
 
 import contextlib
-import difflib
 import io
 import os
 import sys
@@ -15,6 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from purejaxppo.checks import nearest
 from purejaxppo.cli import commands, options
 from purejaxppo.cli.arguments import find_config, read_arguments
 from purejaxppo.cli.options import COMMANDS, Sweep, Train
@@ -167,8 +167,8 @@ def _all_commands(args: Sequence[str]) -> Any:
     if not args:
         raise ConfigError(f"no command given; {listed} (`purejaxppo --help` describes them)")
     if args[0] not in ("-h", "--help") and not args[0].startswith("--tyro-"):
-        near = difflib.get_close_matches(args[0], COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else listed
+        near = nearest(args[0], COMMANDS)
+        hint = f"did you mean {near}?" if near else listed
         raise ConfigError(f"{args[0]!r}: no such command; {hint}")
     every: Any = None
     for name, kind in COMMANDS.items():

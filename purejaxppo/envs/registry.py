@@ -1,13 +1,12 @@
 """Environments by name."""
 
 import dataclasses
-import difflib
 import functools
 from typing import Any
 
 import numpy as np
 
-from purejaxppo.checks import FLOAT_MAX
+from purejaxppo.checks import FLOAT_MAX, nearest
 from purejaxppo.config import Config, ConfigError
 from purejaxppo.envs.gymnax import from_gymnax, import_gymnax
 from purejaxppo.types import Environment
@@ -53,8 +52,8 @@ def _changed(config: Config, params: Any) -> Any:
     changed = {}
     for name, value in config.env_params.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]}? " if near else ""
+            near = nearest(name, known, 0.4)
+            hint = f"did you mean {near}? " if near else ""
             listed = ", ".join(known) or "none"
             raise ConfigError(
                 f"env_params.{name}: {config.env_id} has no such parameter; {hint}It has: {listed}"
@@ -93,8 +92,8 @@ def _make_gymnax(env_id: str) -> tuple[Any, Any]:
             "pass it as env"
         )
     if env_id not in names:
-        near = difflib.get_close_matches(env_id, names, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}? " if near else ""
+        near = nearest(env_id, names, 0.4)
+        hint = f"did you mean {near}? " if near else ""
         raise ConfigError(
             f"env_id = {env_id!r}: no such environment; {hint}`purejaxppo envs` lists them"
         )

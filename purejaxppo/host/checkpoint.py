@@ -6,6 +6,8 @@ disagrees with its manifest is not a checkpoint. Nothing is ever unpickled.
 """
 
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -14,7 +16,7 @@ import shutil
 import sys
 import time
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,15 @@ import numpy as np
 from purejaxppo.config import Config, ConfigError
 from purejaxppo.host.configfile import Settings, dump_settings, settings_from
 from purejaxppo.host.processes import agree, is_first
-from purejaxppo.host.rundir import CHECKPOINTS, StorageError, write_whole
+from purejaxppo.host.rundir import (
+    CHECKPOINTS,
+    DamagedError,
+    StorageError,
+    sealed,
+    sync,
+    unsealed,
+    write_whole,
+)
 from purejaxppo.types import TrainState
 
 FORMAT = 1
@@ -35,10 +45,8 @@ _MANIFEST = "manifest.json"
 _UNFINISHED = ".saving"
 # In which the other writes of a save that failed come to their end.
 _SETTLING_SECONDS = 0.5
-
-
-class DamagedError(Exception):
-    """What lies there is no whole checkpoint; the message says in which way."""
+_TRIES, _INTERRUPTED = 3, os.strerror(errno.EINTR)
+"""A signal may interrupt a system call of orbax, which does not retry."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,22 @@ def save(run_dir: Path, position: Position, settings: Settings, states: TrainSta
         "leaves": _leaves(states),
         "eval_return": None,
     }
+    reason: str | None = None
+    for _ in range(_TRIES):
+        reason = _save_once(path, unfinished, manifest, states)
+        if not agree(reason is not None and _INTERRUPTED in reason).any():
+            break
+    if reason is not None:
+        for part in path.parent.glob(f"{unfinished.name}*") if is_first() else ():
+            shutil.rmtree(part, ignore_errors=True)
+        raise StorageError(f"checkpoint {str(path)!r}: cannot be written: {reason}")
+    return _checkpoint(path, manifest)
+
+
+def _save_once(
+    path: Path, unfinished: Path, manifest: dict[str, Any], states: TrainState
+) -> str | None:
+    """Why the checkpoint could not be written; None if it was."""
     reason = None
     with _quiet():
         for step in (_make_room, _write_arrays, _complete):
@@ -98,11 +122,7 @@ def save(run_dir: Path, position: Position, settings: Settings, states: TrainSta
                 reason = reason or "another process could not write its part"
         if reason is not None:
             time.sleep(_SETTLING_SECONDS)
-    if reason is not None:
-        for part in path.parent.glob(f"{unfinished.name}*") if is_first() else ():
-            shutil.rmtree(part, ignore_errors=True)
-        raise StorageError(f"checkpoint {str(path)!r}: cannot be written: {reason}")
-    return _checkpoint(path, manifest)
+    return reason
 
 
 def _make_room(path: Path, unfinished: Path, *_: Any) -> None:
@@ -125,10 +145,13 @@ def _complete(path: Path, unfinished: Path, manifest: dict[str, Any], states: Tr
         return
     manifest["files"] = _digests(unfinished)
     _write_manifest(unfinished, manifest)
+    for part in (*unfinished.rglob("*"), unfinished):  # not all of which orbax has synced
+        sync(part)
     if path.exists():  # only ever a damaged one, or the same once more
         _remove(path)
     unfinished.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
+    sync(path.parent.parent)
 
 
 def record_evaluation(checkpoint: Checkpoint, eval_return: float | None) -> None:
@@ -145,17 +168,24 @@ def prune(run_dir: Path, newest: int, keep: int) -> None:
     kept |= {folder for folder in folders if int(folder.name) == newest}
     for folder in folders:
         if folder not in kept:
-            _remove(folder)
+            _remove_unless_read(folder)
     for part in unfinished(run_dir):
         _remove(part)
 
 
-def find(run_dir: Path, which: str | int = "newest") -> tuple[Checkpoint, list[str]]:
+def find(
+    run_dir: Path,
+    which: str | int = "newest",
+    check: Callable[[Checkpoint], Any] | None = None,
+) -> tuple[Checkpoint, list[str]]:
     """The newest whole checkpoint, the best by evaluation, or that of an update; and in words each
-    better one that had to be skipped.
+    better one that had to be skipped. Checkpoints that a run removes meanwhile are ignored.
+
+    Args:
+        check: raises `ConfigError` for a checkpoint to be skipped.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if there is none; if `check` refused all, its first error.
     """
     if which not in ("newest", "best") and (type(which) is not int or which < 0):
         raise ConfigError(f"checkpoint {which!r}: must be newest, best, or a number of updates")
@@ -165,18 +195,55 @@ def find(run_dir: Path, which: str | int = "newest") -> tuple[Checkpoint, list[s
         wanted = [c.path for c in _by_return(_by_manifest(folders))]
     else:
         wanted = [p for p in reversed(folders) if which in ("newest", int(p.name))]
-    skipped = [f"{p}: an unfinished save" for p in unfinished(run_dir)]
+    skipped, refused = [f"{p}: an unfinished save" for p in unfinished(run_dir)], None
     for folder in wanted:
-        try:
-            return read(folder), skipped
-        except DamagedError as error:
-            skipped.append(f"{folder}: {error}")
+        with pinned(folder) as there_still:
+            try:
+                found = read(folder)
+                if check is not None:
+                    check(found)
+                return found, skipped
+            except DamagedError as error:
+                skipped += [f"{folder}: {error}"] if there_still else []
+            except ConfigError as error:
+                skipped.append(str(error))
+                refused = refused or error
+    if _folders(run_dir) != folders:
+        return find(run_dir, which, check)
+    if refused is not None:
+        raise refused
     kind = "evaluated" if which == "best" else "whole"
     after = "" if which in ("newest", "best") else f" after {which} updates"
     named = "".join(f"\n  {line}" for line in skipped)
     raise ConfigError(
         f"run directory {str(run_dir)!r}: has no {kind} checkpoint{after} (there: {there}){named}"
     )
+
+
+@contextmanager
+def pinned(folder: Path) -> Iterator[bool]:
+    """Keep a running process from removing this checkpoint; yields False if it is already gone."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
+    except OSError:  # reading it will say why
+        yield True
+        return
+    try:
+        with suppress(OSError):  # network file systems lock files only
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        yield _is_still(folder, handle)
+    finally:
+        os.close(handle)
+
+
+def _is_still(folder: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(folder.stat(), os.fstat(handle))
+    except OSError:
+        return False
 
 
 def has_any(run_dir: Path) -> bool:
@@ -201,7 +268,7 @@ def read(path: Path) -> Checkpoint:
         found = _digests(path)
     except OSError as error:
         raise DamagedError(f"cannot be read: {error.strerror}") from error
-    wanted = manifest["files"]
+    wanted = manifest.get("files")
     if not isinstance(wanted, dict):
         raise DamagedError(f"{_MANIFEST} does not say what it should")
     for name in sorted(wanted):
@@ -253,7 +320,7 @@ def check_same_run(checkpoint: Checkpoint, settings: Settings) -> None:
         pairs.append((name, checkpoint.settings.run, settings.run))
     pairs.append(("trials", checkpoint.settings, settings))
     different = [
-        f"{name} is {getattr(new, name)!r} and was {getattr(old, name)!r}"
+        f"{name} is {_brief(getattr(new, name))} and was {_brief(getattr(old, name))}"
         for name, old, new in pairs
         if getattr(old, name) != getattr(new, name)
     ]
@@ -262,6 +329,11 @@ def check_same_run(checkpoint: Checkpoint, settings: Settings) -> None:
             f"checkpoint {str(checkpoint.path)!r}: is of another training: {'; '.join(different)}; "
             "set it back, or begin a new run"
         )
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}... ({len(text)} characters)"
 
 
 def _check_leaves(checkpoint: Checkpoint, wanted: dict[str, str]) -> None:
@@ -344,34 +416,13 @@ def _digests(folder: Path) -> dict[str, str]:
     return found
 
 
-def _manifest_text(manifest: dict[str, Any]) -> str:
-    """With a digest of itself; the one text that stands for these values."""
-    content = {key: value for key, value in manifest.items() if key != "digest"}
-    content = json.loads(json.dumps(content))  # whose keys are texts: 10 comes before 2
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return json.dumps(content | {"digest": digest}, indent=1, sort_keys=True)
-
-
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    write_whole(folder / _MANIFEST, _manifest_text(manifest))
+    write_whole(folder / _MANIFEST, sealed(manifest))
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    try:
-        text = (folder / _MANIFEST).read_text(encoding="utf-8")
-        manifest = json.loads(text)
-        version = manifest["format"]
-    except OSError as error:
-        raise DamagedError(f"{_MANIFEST} cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
-        raise DamagedError(f"{_MANIFEST} is no manifest of a checkpoint") from error
-    if version != FORMAT:
-        raise DamagedError(
-            f"is written in format {version!r}, and this version of purejaxppo reads {FORMAT}"
-        )
-    if text != _manifest_text(manifest):
-        raise DamagedError(f"{_MANIFEST} has changed since it was written")
-    return manifest
+    """Raise `DamagedError` if it is missing, changed, or in another format."""
+    return unsealed(folder / _MANIFEST, version=FORMAT)
 
 
 def _checkpoint(path: Path, manifest: dict[str, Any]) -> Checkpoint:
@@ -402,6 +453,25 @@ def _position(table: dict[str, Any]) -> Position:
     return position
 
 
+def _remove_unless_read(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if _lock_unless_read(handle):
+            _remove(folder)
+    finally:
+        os.close(handle)
+
+
+def _lock_unless_read(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # network file systems lock files only
+        return True
+    return True
+
+
 def _remove(path: Path) -> None:
     """Under another name first, so that a half-removed one is never taken for a checkpoint."""
     if not path.exists():
@@ -414,14 +484,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(going, ignore_errors=True)
         path.replace(going)
     shutil.rmtree(going)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

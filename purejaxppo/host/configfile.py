@@ -2,7 +2,6 @@
 `RunSettings` under `[run]`."""
 
 import dataclasses
-import difflib
 import json
 import math
 import re
@@ -14,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
+from purejaxppo.checks import nearest
 from purejaxppo.config import Config, ConfigError, HParams, check_fields
 
 _T = TypeVar("_T")
@@ -89,6 +89,10 @@ class Settings:
         return max(1, len(self.trials)) * self.run.num_seeds
 
 
+MOST_BYTES = 16 * 2**20
+"""Of a config file; one of a sweep's waves has a line for each number of each trial."""
+
+
 def load_settings(path: str | Path) -> Settings:
     """Read a config file; what it does not give has a default.
 
@@ -106,6 +110,12 @@ def from_file(path: str | Path, make: Callable[[dict[str, Any]], _T]) -> _T:
         ConfigError: if the file cannot be read or is not TOML, or with what `make` raises.
     """
     try:
+        size = Path(path).stat().st_size
+        if size > MOST_BYTES:
+            raise ConfigError(
+                f"config file {str(path)!r}: has {size:,} bytes, and at most {MOST_BYTES:,} are "
+                "read; check the path"
+            )
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"config file {str(path)!r}: {error.strerror}; check the path") from error
@@ -160,9 +170,9 @@ def _nearest(key: str, prefix: str, also: tuple[str, ...]) -> str:
     known |= {f.name: f"hparams.{f.name}" for f in dataclasses.fields(HParams)}
     known |= {f.name: f"run.{f.name}" for f in dataclasses.fields(RunSettings)}
     known |= {name: f"[{name}]" for name in also}
-    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    near = nearest(key, known, 0.5)
     if near:
-        return f"did you mean {known[near[0]]}?"
+        return f"did you mean {known[near]}?"
     table = prefix.rstrip(".") or "the top level"
     return f"`purejaxppo train --help` lists the settings of {table}"
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from purejaxppo.host.checkpoint import Position
-from purejaxppo.host.rundir import EVALUATIONS, append, write_whole
+from purejaxppo.host.rundir import EVALUATIONS, append, sync, write_whole
 from purejaxppo.host.stats import episode_mean
 
 COLUMNS = (
@@ -56,6 +56,8 @@ class EvalLog:
             try:
                 append(file, _text(rows, header=size == 0).encode())
                 os.fsync(file.fileno())
+                if size == 0:
+                    sync(self._path.parent)
             except OSError:
                 file.truncate(size)
                 raise

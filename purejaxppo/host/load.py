@@ -1,6 +1,7 @@
 """Trained states, from a run directory."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -9,9 +10,9 @@ import jax
 from purejaxppo.config import Config, ConfigError, HParams
 from purejaxppo.host import checkpoint
 from purejaxppo.host.checkpoint import Checkpoint
-from purejaxppo.host.configfile import Settings
+from purejaxppo.host.configfile import Settings, load_settings
 from purejaxppo.host.program import stacked_hparams
-from purejaxppo.host.rundir import SUMMARY, RunWarning
+from purejaxppo.host.rundir import CONFIG, SUMMARY, RunWarning
 from purejaxppo.inputs import whole_number
 from purejaxppo.learner import make_learner
 from purejaxppo.types import Learner, TrainState
@@ -47,15 +48,18 @@ def load(
     Raises:
         ConfigError: if there is no such checkpoint or seed, or it is of another environment.
     """
-    found = find_with_warnings(Path(run_dir), which)
+
+    def learner(settings: Settings) -> Learner:
+        check_env(settings, env, env_params)
+        return make_learner(settings.config, env, env_params)
+
+    found, states = find_states(Path(run_dir), which, learner)
     settings = found.settings
-    check_env(settings, env, env_params)
     if seed is not None and whole_number("seed", seed, 0) >= settings.num_trainings:
         raise ConfigError(
             f"seed = {seed}: the run has the seeds 0 to {settings.num_trainings - 1}, counted "
             "from 0 whatever its `seed` setting"
         )
-    states = restore_states(found, make_learner(settings.config, env, env_params))
     state = states if seed is None else jax.tree.map(lambda x: x[seed], states)
     hparams = settings.hparams
     if settings.trials and seed is not None:
@@ -63,7 +67,36 @@ def load(
     return Loaded(settings.config, hparams, state)
 
 
-def find_with_warnings(run_dir: Path, which: str | int = "newest") -> Checkpoint:
+def find_states(
+    run_dir: Path, which: str | int, learner: Callable[[Settings], Learner]
+) -> tuple[Checkpoint, TrainState]:
+    """A checkpoint, also of a run that goes on and removes older ones meanwhile, and its states
+    `[S, ...]`, for the learner that its settings need. One of another training, by `config.toml`,
+    is skipped if there are others.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    while True:
+        found = _of_this_run(run_dir, which)
+        with checkpoint.pinned(found.path) as there:
+            if there:
+                return found, restore_states(found, learner(found.settings))
+
+
+def _of_this_run(run_dir: Path, which: str | int) -> Checkpoint:
+    try:
+        settings = load_settings(run_dir / CONFIG)
+        return find_with_warnings(run_dir, which, lambda x: checkpoint.check_same_run(x, settings))
+    except ConfigError:
+        return find_with_warnings(run_dir, which)
+
+
+def find_with_warnings(
+    run_dir: Path,
+    which: str | int = "newest",
+    check: Callable[[Checkpoint], Any] | None = None,
+) -> Checkpoint:
     """`checkpoint.find`, with a warning for each that had to be skipped."""
     try:
         there = run_dir.is_dir()
@@ -71,19 +104,22 @@ def find_with_warnings(run_dir: Path, which: str | int = "newest") -> Checkpoint
         raise ConfigError(f"run directory {str(run_dir)!r}: {error.strerror}") from error
     if not there:
         raise ConfigError(f"run directory {str(run_dir)!r}: does not exist; check the path")
-    found, skipped = checkpoint.find(run_dir, which)
+    found, skipped = checkpoint.find(run_dir, which, check)
     _warn(skipped)
     return found
 
 
-def newest_or_none(run_dir: Path) -> Checkpoint | None:
-    """The newest whole checkpoint; None if the run was killed before its first.
+def newest_or_none(run_dir: Path, check: Callable[[Checkpoint], Any]) -> Checkpoint | None:
+    """The newest whole checkpoint to go on from; None if the run was killed before its first.
+
+    Args:
+        check: raises `ConfigError` for one that cannot be gone on from.
 
     Raises:
-        ConfigError: if there are some and all are damaged, or the run had come to its end.
+        ConfigError: if there are some and none is of use, or the run had come to its end.
     """
     if checkpoint.has_any(run_dir):
-        return find_with_warnings(run_dir)
+        return find_with_warnings(run_dir, check=check)
     if (run_dir / SUMMARY).exists():
         raise ConfigError(
             f"run directory {str(run_dir)!r}: the run was finished, and its checkpoints are gone; "

@@ -129,7 +129,9 @@ class BinaryLogger(AppendedLogger):
 
 
 def binary_metrics(content: bytes, num_trainings: int) -> HostMetrics:
-    """What a `BinaryLogger` wrote, `[U, S]`."""
+    """What a `BinaryLogger` wrote, `[U, S]`. Raises `ConfigError` if it is not whole rows."""
+    if len(content) % (4 * num_trainings * len(COLUMNS)):
+        raise ConfigError(f"{BINARY_METRICS}: {len(content)} bytes are not whole rows of metrics")
     table = np.frombuffer(content, "<f4").reshape(-1, num_trainings, len(COLUMNS))
     return {name: table[..., i] for i, name in enumerate(COLUMNS)}
 
@@ -145,15 +147,17 @@ def read_metrics(run_dir: Path, position: Position, settings: Settings) -> HostM
         with path.open("rb") as file:
             content = file.read(position.metrics_bytes)
     except OSError as error:
-        raise _unusable(path, error.strerror) from error
+        raise _unusable(path, position, error.strerror) from error
     if len(content) < position.metrics_bytes:
-        raise _unusable(path, f"{len(content)} bytes are left of {position.metrics_bytes}")
+        raise _unusable(
+            path, position, f"{len(content)} bytes are left of {position.metrics_bytes}"
+        )
     if hashlib.sha256(content).hexdigest() != position.metrics_digest:
-        raise _unusable(path, "it was changed since")
+        raise _unusable(path, position, "it was changed since")
     if settings.trials:
         return binary_metrics(content, settings.num_trainings)
     if content and not content.startswith(_HEADER.encode()):
-        raise _unusable(path, "its columns are another version's")
+        raise _unusable(path, position, "its columns are another version's")
     shape = (position.updates, settings.num_trainings)
     metrics = {
         name: np.full(shape, np.nan, float if name in _COUNTS else np.float32)
@@ -166,10 +170,13 @@ def read_metrics(run_dir: Path, position: Position, settings: Settings) -> HostM
     return metrics
 
 
-def _unusable(path: Path, reason: Any) -> ConfigError:
+def _unusable(path: Path, position: Position, reason: Any) -> ConfigError:
+    remedy = "restore the file to go on, or load the checkpoint by purejaxppo.load"
+    if path.name == BINARY_METRICS:
+        remedy = f"restore the file, or remove {str(path.parent)!r} to have it trained again"
     return ConfigError(
-        f"{str(path)!r}: does not hold the metrics up to the checkpoint: {reason}; restore the "
-        "file to go on, or load the checkpoint by purejaxppo.load"
+        f"{str(path)!r}: does not hold the metrics up to the checkpoint after {position.updates} "
+        f"updates: {reason}; {remedy}"
     )
 
 

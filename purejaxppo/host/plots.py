@@ -48,10 +48,15 @@ def learning_curve(
     if num_seeds > 1 or evaluations[0].size:
         axes.legend(loc="best", frameon=False)
     bare_axes(axes, "environment steps (per seed)", "return")
-    axes.set_title(env_id)
+    axes.set_title(plain(env_id))
     axes.set_xlim(0, float(env_steps[-1]))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.savefig(path, dpi=150)
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib does not take for mathematics."""
+    return text.replace("$", r"\$")
 
 
 def band_label(num_seeds: int) -> str:

@@ -18,7 +18,13 @@ import numpy as np
 
 from purejaxppo.config import Config, ConfigError, HParams, check_fields
 from purejaxppo.evaluation import FRESH_EVALUATION
-from purejaxppo.host.checkpoint import Checkpoint, Position, check_same_run, ranked_by_return
+from purejaxppo.host.checkpoint import (
+    Checkpoint,
+    Position,
+    check_same_run,
+    has_any,
+    ranked_by_return,
+)
 from purejaxppo.host.configfile import RunSettings, Settings, load_settings
 from purejaxppo.host.evaluations import evaluation_curve
 from purejaxppo.host.load import check_env, newest_or_none, restore_states
@@ -36,6 +42,7 @@ from purejaxppo.host.loggers import (
     read_metrics,
     require,
 )
+from purejaxppo.host.memory import check_memory, check_program, memory_in_words
 from purejaxppo.host.parallel import (
     choose_spread,
     describe_devices,
@@ -56,7 +63,9 @@ from purejaxppo.host.program import (
 from purejaxppo.host.progress import Progress
 from purejaxppo.host.rundir import (
     CONFIG,
+    CURVE,
     SUMMARY,
+    Held,
     RunWarning,
     StorageError,
     new_run,
@@ -66,7 +75,7 @@ from purejaxppo.host.rundir import (
 )
 from purejaxppo.host.saver import Saver
 from purejaxppo.host.signals import StopRequest, stop_requests
-from purejaxppo.host.summary import Best, Final, Training, summarize, write_results
+from purejaxppo.host.summary import Best, Final, Training, draw_curve, summarize, write_results
 from purejaxppo.inputs import check_config, check_hparams
 from purejaxppo.learner import MUST_BE_FINITE, make_learner
 from purejaxppo.types import Learner, Metrics, TrainState
@@ -183,12 +192,13 @@ def run_settings(
     settings = with_devices(settings, env, env_params)
     with ExitStack() as stack:
         directory = None if run_dir is None else Path(run_dir)
+        held = None
         if directory is not None and is_first():
-            stack.enter_context(new_run(directory, settings))
+            held = stack.enter_context(new_run(directory, settings))
         start = _Start(Position(0), None, None, None)
         shown = Progress(settings, 0, enabled=progress and is_first())
         last = settings.config.num_updates
-        session = _Session(settings, learner, directory, start, shown, env, env_params, last)
+        session = _Session(settings, learner, directory, held, start, shown, env, env_params, last)
         return _go(session, compilation_cache)
 
 
@@ -223,15 +233,18 @@ def run_wave(
     learner = prepared.learner
     start = _Start(Position(leg.first), None, None, None)
     with ExitStack() as stack:
+        held = None
+        if directory is not None and has_any(directory) and not (directory / CONFIG).exists():
+            write_settings(directory, settings)
         if directory is not None and (directory / CONFIG).exists():
-            stack.enter_context(old_run(directory))
-            start = _restore(directory, newest_or_none(directory), settings, learner)
+            held = stack.enter_context(old_run(directory))
+            start = _restore(directory, settings, learner)
         elif directory is not None:
-            stack.enter_context(new_run(directory, settings))
+            held = stack.enter_context(new_run(directory, settings))
         if start.states is None and leg.states is not None:
             start = _Start(Position(leg.first), leg.states(), None, None)
         session = _Session(
-            settings, learner, directory, start, shown, env, env_params, leg.last, prepared
+            settings, learner, directory, held, start, shown, env, env_params, leg.last, prepared
         )
         return _go(session, compilation_cache=False)
 
@@ -264,7 +277,7 @@ def resume(
     """
     directory = Path(run_dir)
     use_all_cores()
-    with old_run(directory) if is_first() else nullcontext():
+    with old_run(directory) if is_first() else nullcontext() as held:
         settings = load_settings(directory / CONFIG)
         if total_timesteps is not None:
             config = dataclasses.replace(settings.config, total_timesteps=total_timesteps)
@@ -276,20 +289,21 @@ def resume(
                 f"{resume_command(directory)}"
             )
         _check_outputs(directory, settings.run)
-        found = newest_or_none(directory)
-        if total_timesteps is not None and found is not None:
-            _check_some_left(found)
         learner = make_learner(settings.config, env, env_params)
         choose_spread(settings)
-        start = _restore(directory, found, settings, learner)
+        start = _restore(directory, settings, learner)
+        if total_timesteps is not None and start.checkpoint is not None:
+            _check_some_left(start.checkpoint)
         shown = Progress(settings, start.position.updates, enabled=progress and is_first())
         if (summary := _summary_if_finished(directory, start, settings)) is not None:
+            if start.metrics is not None and not (directory / CURVE).exists():
+                draw_curve(directory, settings, start.metrics["episode_return"].T)
             shown.already_finished(summary, resume_command(directory))
             return _finished_result(start, summary)
         if is_first():
             write_settings(directory, settings)
         last = settings.config.num_updates
-        session = _Session(settings, learner, directory, start, shown, env, env_params, last)
+        session = _Session(settings, learner, directory, held, start, shown, env, env_params, last)
         return _go(session, compilation_cache)
 
 
@@ -319,6 +333,8 @@ class _Session(NamedTuple):
     settings: Settings
     learner: Learner
     directory: Path | None
+    held: Held | None
+    """The directory, in the process that writes there."""
     start: _Start
     shown: Progress
     env: Any
@@ -329,13 +345,19 @@ class _Session(NamedTuple):
     """What was compiled already, for a wave of a sweep."""
 
 
-def _restore(
-    directory: Path, found: Checkpoint | None, settings: Settings, learner: Learner
-) -> _Start:
+def _restore(directory: Path, settings: Settings, learner: Learner) -> _Start:
+    """From the newest checkpoint that is of this training and whose metrics are there."""
+    config, metrics = settings.config, {}
+
+    def check(found: Checkpoint) -> None:
+        check_same_run(found, settings)
+        if config.num_updates >= found.position.updates:
+            metrics[found.path] = read_metrics(directory, found.position, settings)
+
+    found = newest_or_none(directory, check)
     if found is None:
         return _Start(Position(0), None, None, None, again=True)
-    config, position = settings.config, found.position
-    check_same_run(found, settings)
+    position = found.position
     if config.num_updates < position.updates:
         raise ConfigError(
             f"total_timesteps = {config.total_timesteps}: {position.updates * config.batch_size} "
@@ -344,8 +366,7 @@ def _restore(
     if config.total_timesteps != found.settings.config.total_timesteps:
         change = (position.updates, config.total_timesteps)
         position = dataclasses.replace(position, extended=(*position.extended, change))
-    metrics = read_metrics(directory, position, settings)
-    return _Start(position, restore_states(found, learner), metrics, found, again=True)
+    return _Start(position, restore_states(found, learner), metrics[found.path], found, again=True)
 
 
 def _summary_if_finished(
@@ -431,7 +452,7 @@ def _go(session: _Session, compilation_cache: bool) -> Result:
     if compilation_cache:
         enable_compilation_cache()
     shown = session.shown
-    with ExitStack() as stack:
+    with ExitStack() as stack, memory_in_words(settings):
         stop = stack.enter_context(stop_requests())
         loggers = _open_loggers(session)
         stack.callback(close_all, loggers)
@@ -441,7 +462,7 @@ def _go(session: _Session, compilation_cache: bool) -> Result:
         saver = None
         if directory is not None:
             later = None if settings.trials else evaluation
-            saver = Saver(directory, settings, later, start.checkpoint, stop)
+            saver = Saver(directory, settings, later, start.checkpoint, stop, held=session.held)
             stack.callback(saver.close)
         if _agreed(stop):
             _exit_after_save(stop, shown, directory)
@@ -464,7 +485,8 @@ def _go(session: _Session, compilation_cache: bool) -> Result:
             _exit_after_save(stop, shown, directory)
     summary = summarize(settings, training, final, compile_seconds, best)
     _warn_of_unfinished(summary, final)
-    if directory is not None and is_first():
+    if directory is not None and session.held is not None:
+        session.held.check()
         write_results(directory, settings, training, summary)
     shown.finished(summary, directory)
     return Result(
@@ -491,12 +513,14 @@ def _compile(session: _Session) -> tuple[Program, Any, float]:
     if session.prepared is not None:
         return session.prepared.program, session.prepared.evaluation, 0.0
     began = time.perf_counter()
+    check_memory(session.settings, session.learner)
     evaluation = Evaluation(session.settings, session.env, session.env_params)
     with session.shown.working("compiling"):
         program = compile_program(
             session.settings, session.env, session.env_params,
             fresh=session.start.states is None, evaluation=evaluation if is_first() else None,
         )  # fmt: skip
+    check_program(session.settings, program)
     return program, evaluation, time.perf_counter() - began
 
 

@@ -1,13 +1,17 @@
 """The run directory: who may write there, and files that are whole or not there at all."""
 
 import fcntl
+import hashlib
 import io
+import json
 import os
 import platform
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from purejaxppo.config import ConfigError
 from purejaxppo.host.configfile import Settings, dump_settings
@@ -22,12 +26,25 @@ _RUN_FILES = (
 )  # fmt: skip
 
 
+_DIGEST = "digest"
+MOST_BYTES = 64 * 2**20
+"""Of a file that is read as a whole."""
+
+
+class DamagedError(Exception):
+    """A file is not as it was written; the message says how it differs."""
+
+
 class RunWarning(RuntimeWarning):
     """Something went wrong that a run survives."""
 
 
 class StorageError(Exception):
     """Something could not be written: the message says what, why, and how to go on."""
+
+
+class GoneError(StorageError):
+    """The directory is no longer there, so nothing more is written."""
 
 
 class LostError(Exception):
@@ -38,27 +55,64 @@ class BusyError(ConfigError):
     """Another process writes there."""
 
 
+class Held(NamedTuple):
+    """A directory locked by this process."""
+
+    directory: Path
+    handle: int
+    """File descriptor of the directory, valid whatever its name is."""
+
+    def check(self) -> None:
+        """Raise `GoneError` if the directory was removed or renamed."""
+        with suppress(OSError):
+            if os.path.samestat(self.directory.stat(), os.fstat(self.handle)):
+                return
+        raise GoneError(
+            f"run_dir = {str(self.directory)!r}: was removed or renamed while the run was writing "
+            "to it, so the run stops; if it was renamed, resume it under its new name: "
+            "purejaxppo resume NEW_NAME"
+        )
+
+
 @contextmanager
-def new_run(directory: Path, settings: Settings) -> Iterator[Path]:
-    """Make a run directory, hold its lock, and write the settings there.
+def new_run(directory: Path, settings: Settings) -> Iterator[Held]:
+    """Make a run directory, hold its lock, and write the settings there. If the block raises
+    `ConfigError` before the first checkpoint, its files are removed, so that the corrected command
+    can use the directory.
 
     Raises:
         ConfigError: if it already holds a run, another process writes there, or it cannot be
             written.
     """
-    with locked(directory, make=True):
-        held = [name for name in _RUN_FILES if (directory / name).exists()]
-        if held:
+    with locked(directory, make=True) as held:
+        there = [name for name in _RUN_FILES if (directory / name).exists()]
+        if there:
             raise ConfigError(
-                f"run_dir = {str(directory)!r}: already holds a run ({', '.join(held)}); go on "
+                f"run_dir = {str(directory)!r}: already holds a run ({', '.join(there)}); go on "
                 "with it by `purejaxppo resume`, or choose another directory"
             )
         write_settings(directory, settings)
-        yield directory
+        with suppress(OSError):
+            sync(directory.absolute().parent)
+        try:
+            yield held
+        except ConfigError:
+            if not (directory / CHECKPOINTS).exists():
+                _remove_run(directory)
+            raise
+
+
+def _remove_run(directory: Path) -> None:
+    for name in _RUN_FILES:
+        path = directory / name
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
-def old_run(directory: Path) -> Iterator[Path]:
+def old_run(directory: Path) -> Iterator[Held]:
     """Hold the lock of a directory that holds a run.
 
     Raises:
@@ -73,8 +127,8 @@ def old_run(directory: Path) -> Iterator[Path]:
             f"run_dir = {str(directory)!r}: holds no {CONFIG}, so no run to go on with; check the "
             "path, or begin one by `purejaxppo train`"
         )
-    with locked(directory):
-        yield directory
+    with locked(directory) as held:
+        yield held
 
 
 def write_settings(directory: Path, settings: Settings) -> None:
@@ -94,9 +148,58 @@ def write_whole(path: Path, content: str | bytes | bytearray) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
+        sync(path.parent)
     except OSError:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
         raise
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the entries of a directory, to disk, so that it survives a power loss."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sealed(content: Mapping[str, Any]) -> str:
+    """JSON with its own SHA-256 digest; equal content gives equal text."""
+    table = {key: value for key, value in content.items() if key != _DIGEST}
+    table = json.loads(json.dumps(table))  # string keys, since "10" sorts before "2"
+    digest = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+    return json.dumps(table | {_DIGEST: digest}, indent=1, sort_keys=True)
+
+
+def unsealed(path: Path, version: int | None = None) -> dict[str, Any]:
+    """What `sealed` wrote to a file, without the digest.
+
+    Args:
+        version: the `format` that the content must have, if it has one.
+
+    Raises:
+        DamagedError: if the file cannot be read, was changed since, or has another format.
+    """
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise DamagedError(f"{path.name} has more than {MOST_BYTES:,} bytes")
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        same = isinstance(content, dict) and text == sealed(content)
+        if version is not None and isinstance(content, dict) and content.get("format") != version:
+            raise DamagedError(
+                f"is written in format {content.get('format')!r}, and this version of purejaxppo "
+                f"reads {version}"
+            )
+    except OSError as error:
+        raise DamagedError(f"{path.name} cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DamagedError(f"{path.name} is damaged: it is no JSON") from error
+    if not same:
+        raise DamagedError(f"{path.name} has changed since it was written")
+    content.pop(_DIGEST)
+    return content
 
 
 def append(file: io.FileIO, content: bytes) -> None:
@@ -123,27 +226,33 @@ def resume_command(directory: Path) -> str:
 
 
 @contextmanager
-def locked(directory: Path, *, make: bool = False) -> Iterator[None]:
-    """Held until the block, or the process, ends; the file stays, and means nothing by itself.
+def locked(directory: Path, *, make: bool = False) -> Iterator[Held]:
+    """Lock a directory until the block, or the process, ends.
+
+    Both the directory and its `.lock` are locked, so deleting `.lock` does not release it.
 
     Raises:
         BusyError: if another process holds it.
         ConfigError: if the directory cannot be written.
     """
-    try:
-        if make:
-            directory.mkdir(parents=True, exist_ok=True)
-        str(directory.absolute()).encode()
-        file = (directory / LOCK).open("a+b", buffering=0)
-    except OSError as error:
-        raise _cannot_write(directory, error) from error
-    except UnicodeEncodeError as error:
-        raise ConfigError(
-            f"run_dir = {str(directory)!r}: is not written in UTF-8; choose another name"
-        ) from error
-    with file:
+    directory = directory.absolute()
+    with ExitStack() as stack:
+        try:
+            str(directory).encode()
+            if make:
+                directory.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((directory / LOCK).open("a+b", buffering=0))
+            handle = os.open(directory, os.O_RDONLY)
+            stack.callback(os.close, handle)
+        except OSError as error:
+            raise _cannot_write(directory, error) from error
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"run_dir = {str(directory)!r}: is not written in UTF-8; choose another name"
+            ) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock_directory(handle)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
         except BlockingIOError as error:
@@ -155,7 +264,18 @@ def locked(directory: Path, *, make: bool = False) -> Iterator[None]:
             ) from error
         except OSError as error:
             raise _cannot_write(directory, error) from error
-        yield
+        yield Held(directory, handle)
+
+
+def _lock_directory(handle: int) -> None:
+    """Raise `BlockingIOError` if another process holds it. Network file systems lock only files;
+    there this does nothing."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return
 
 
 def _cannot_write(directory: Path, error: OSError) -> ConfigError:

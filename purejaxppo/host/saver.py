@@ -14,7 +14,7 @@ from purejaxppo.host.checkpoint import Checkpoint, Position
 from purejaxppo.host.configfile import Settings
 from purejaxppo.host.evaluations import DETERMINISTIC, SAMPLED, EvalLog
 from purejaxppo.host.processes import is_first
-from purejaxppo.host.rundir import RunWarning, StorageError, resume_command
+from purejaxppo.host.rundir import GoneError, Held, RunWarning, StorageError, resume_command
 from purejaxppo.host.signals import StopRequest
 from purejaxppo.host.stats import episode_mean
 from purejaxppo.types import TrainState
@@ -29,6 +29,7 @@ class Saver:
         evaluate: `states[S, ...] -> returns[S, E]`; None leaves checkpoints unevaluated.
         saved: the checkpoint from which training continues, if any.
         stop: once it is set, evaluations are no longer waited for, nor begun, nor recorded.
+        held: the directory; nothing is written to it once it is not where it was.
     """
 
     def __init__(
@@ -38,7 +39,10 @@ class Saver:
         evaluate: Callable[[TrainState], np.ndarray] | None,
         saved: Checkpoint | None,
         stop: StopRequest,
+        *,
+        held: Held | None,
     ):
+        self._held = held
         self._run_dir, self._settings, self._evaluate = run_dir, settings, evaluate
         self._saved, self._stop = saved, stop
         self._log = None
@@ -85,11 +89,17 @@ class Saver:
             )
 
     def report(self) -> None:
-        """Warn of what has failed in the background: training can go on."""
+        """Warn of what has failed in the background: training can go on.
+
+        Raises:
+            GoneError: if the directory is no longer there.
+        """
         for future in (self._saving, self._evaluating):
             if future is None or not future.done() or future.exception() is None:
                 continue
             error = future.exception()
+            if isinstance(error, GoneError):
+                raise error
             remedy = ": free space" if isinstance(error, StorageError) else ""
             warnings.warn(
                 f"{error}; training goes on, and earlier checkpoints are intact{remedy}",
@@ -119,9 +129,12 @@ class Saver:
         self.wait()
         try:
             with self._writing:
+                self._check()
                 if self._saved is None or self._saved.position.updates != position.updates:
                     self._saved = checkpoint.save(self._run_dir, position, self._settings, states)
                 self._prune(self._saved)
+        except GoneError:
+            raise
         except StorageError as error:
             raise self._with_remedy(error) from error
         return self._saved
@@ -144,6 +157,7 @@ class Saver:
         with self._writing:
             if self._stop:
                 return
+            self._check()
             try:
                 if self._log is not None:
                     both = {SAMPLED: returns, DETERMINISTIC: deterministic}
@@ -165,6 +179,7 @@ class Saver:
     def _save(
         self, position: Position, states: TrainState, whole: TrainState, evaluate: bool
     ) -> None:
+        self._check()
         self._saved = checkpoint.save(self._run_dir, position, self._settings, states)
         if evaluate and self._evaluate is not None:
             self.evaluate(self._saved, whole)  # and prune, once it is known whether it is the best
@@ -179,6 +194,10 @@ class Saver:
         states: TrainState,
     ) -> None:
         self.record(saved, evaluate(states))
+
+    def _check(self) -> None:
+        if self._held is not None:
+            self._held.check()
 
     def _prune(self, newest: Checkpoint) -> None:
         if not is_first():

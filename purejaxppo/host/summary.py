@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +16,20 @@ from purejaxppo.host.configfile import Settings
 from purejaxppo.host.evaluations import evaluation_curve
 from purejaxppo.host.parallel import choose_spread
 from purejaxppo.host.plots import learning_curve
-from purejaxppo.host.rundir import CURVE, SUMMARY, StorageError, resume_command, write_whole
+from purejaxppo.host.rundir import (
+    CURVE,
+    SUMMARY,
+    RunWarning,
+    StorageError,
+    resume_command,
+    sealed,
+    write_whole,
+)
 from purejaxppo.host.stats import episode_mean, mean_interval
 from purejaxppo.types import TrainState
+
+METRICS_DIGEST = "metrics_sha256"
+"""In the summary of a sweep's wave, of its `metrics.f32`."""
 
 
 class Training(NamedTuple):
@@ -78,6 +90,7 @@ def summarize(
         "compile_seconds": round(compile_seconds, 3),
         "run_seconds": round(seconds, 3),
         "steps_per_second": round(total / seconds, 1),
+        **({METRICS_DIGEST: position.metrics_digest} if settings.trials else {}),
         "device": _device(settings),
         "versions": {"python": platform.python_version()}
         | {
@@ -90,20 +103,35 @@ def summarize(
 def write_results(
     directory: Path, settings: Settings, training: Training, summary: dict[str, Any]
 ) -> None:
-    """Raises `StorageError` if they cannot be written."""
+    """The numbers first. Raises `StorageError` if they cannot be written."""
     text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-    returns = training.metrics["episode_return"].T
-    steps = np.arange(1, len(returns) + 1) * settings.config.batch_size
+    if settings.trials:
+        text = sealed(summary)
     try:
-        if not settings.trials:
-            evaluations = evaluation_curve(directory)
-            learning_curve(directory / CURVE, settings.config.env_id, steps, returns, evaluations)
         write_whole(directory / SUMMARY, text)
     except OSError as error:
         raise StorageError(
             f"{str(directory)!r}: the summary cannot be written: {error.strerror}; free space, "
             f"then: {resume_command(directory)}"
         ) from error
+    if not settings.trials:
+        draw_curve(directory, settings, training.metrics["episode_return"])
+
+
+def draw_curve(directory: Path, settings: Settings, returns: np.ndarray) -> None:
+    """`learning_curve.png` of returns `[S, U]`; a warning where it cannot be drawn, since the
+    numbers are there without it."""
+    steps = np.arange(1, returns.shape[1] + 1) * settings.config.batch_size
+    env_id = settings.config.env_id
+    try:
+        evaluations = evaluation_curve(directory)
+        learning_curve(directory / CURVE, env_id, steps, returns.T, evaluations)
+    except Exception as error:  # a file, or anything that a picture may choke on
+        warnings.warn(
+            f"{str(directory / CURVE)!r}: cannot be drawn: {error}; all numbers are written",
+            RunWarning,
+            stacklevel=3,
+        )
 
 
 def _returns(name: str, returns: np.ndarray, finished: list[int]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from purejaxppo.host.loggers import binary_metrics
 from purejaxppo.host.parallel import choose_spread, use_all_cores
 from purejaxppo.host.program import enable_compilation_cache
 from purejaxppo.host.run import check_scalars
-from purejaxppo.host.rundir import SWEEP
+from purejaxppo.host.rundir import SWEEP, Held
 from purejaxppo.inputs import check_config
 from purejaxppo.learner import make_learner
 from purejaxppo.sweeps import files
@@ -145,10 +145,11 @@ def start_sweep(
         enable_compilation_cache()
     with ExitStack() as stack:
         stack.enter_context(cluster(definition.sweep))
+        held = None
         if directory is not None and not dry_run:
-            stack.enter_context(files.new_sweep(directory, definition))
+            held = stack.enter_context(files.new_sweep(directory, definition))
         work = Work(definition, None if dry_run else directory, env, env_params)
-        engine = _Engine(work, SweepProgress(definition, progress))
+        engine = _Engine(work, SweepProgress(definition, progress), held)
         return engine.plan_only() if dry_run else engine.run()
 
 
@@ -172,18 +173,18 @@ def resume_sweep(
     use_all_cores()
     if compilation_cache:
         enable_compilation_cache()
-    with files.old_sweep(directory), ExitStack() as stack:
+    with files.old_sweep(directory) as held, ExitStack() as stack:
         definition = load_definition(directory / SWEEP)
         leave_memory(definition.sweep)
         check_env(definition.settings, env, env_params)
         stack.enter_context(cluster(definition.sweep))
         shown = SweepProgress(definition, progress)
-        return _Engine(Work(definition, directory, env, env_params), shown).run()
+        return _Engine(Work(definition, directory, env, env_params), shown, held).run()
 
 
 def _check_first_batch(definition: Definition, env: Any, env_params: Any) -> None:
     """Every setting of it, before anything is compiled."""
-    batch = make_strategy(definition.sweep, definition.settings.run.seed, None).ask()
+    batch = make_strategy(definition.sweep, definition.settings.run.seed).ask()
     groups = make_groups(definition.settings, batch.trials if batch else [])
     _check_effects(definition, [group.settings.config for group in groups])
     for group in groups:
@@ -214,11 +215,15 @@ def _check_effects(definition: Definition, configs: list[Config]) -> None:
 class _Engine:
     work: Work
     shown: SweepProgress
+    held: Held | None
+    """The directory."""
     jobs: list[Job] = field(default_factory=list)
     """Waves begun, by their index."""
     latest: dict[int, tuple[Wave, int]] = field(default_factory=dict)
     """Of each trial, the wave that trained it last, and that wave's index."""
     outcomes: dict[int, Outcome] = field(default_factory=dict)
+    summaries: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Of the waves that are finished, by their index."""
 
     def __post_init__(self) -> None:
         self.definition, self.directory = self.work.definition, self.work.directory
@@ -226,7 +231,7 @@ class _Engine:
         self.here = Local(self.work, self.shown)
         ray = sweep.engine == "ray"
         self.workers: Workers = OnRay(self.work, self.shown) if ray else self.here
-        self.strategy: Strategy = make_strategy(sweep, run.seed, self.directory)
+        self.strategy: Strategy = make_strategy(sweep, run.seed)
 
     def plan_only(self) -> None:
         """Compile and print what the first batch would be."""
@@ -234,14 +239,17 @@ class _Engine:
             self._plan(batch)
 
     def run(self) -> SweepResult:
-        batches = [] if self.directory is None else files.read_plan(self.directory)
+        batches = []
+        if self.directory is not None:
+            batches = files.read_plan(self.directory, self.definition)
         for planned in batches:
             self._train(planned)
         while batch := self.strategy.ask():
             planned = self._plan(batch)
             batches.append(planned)
             if self.directory is not None:
-                files.write_plan(self.directory, batches)
+                self._check_directory()
+                files.write_plan(self.directory, self.definition, batches)
             self._train(planned)
         return self._finish()
 
@@ -273,6 +281,7 @@ class _Engine:
                 left.append(job)
             else:
                 self._take(job, summary)
+        self._check_directory()
         for job, summary in self.workers.train(left):
             self._take(job, summary)
             self._write_results()
@@ -296,6 +305,7 @@ class _Engine:
 
     def _take(self, job: Job, summary: dict[str, Any]) -> None:
         seeds = self.definition.settings.run.num_seeds
+        self.summaries[job.index] = summary
         failed = {int(row): entry["update"] for row, entry in summary["failed_seeds"].items()}
         means = np.array([np.nan if x is None else x for x in summary["eval_return_per_seed"]])
         means[list(failed)] = np.nan
@@ -320,17 +330,25 @@ class _Engine:
             for trial, hparams in zip(wave.trials, ended, strict=False)
         ]
 
+    def _check_directory(self) -> None:
+        if self.held is not None:
+            self.held.check()
+
     def _write_results(self) -> None:
+        self._check_directory()
         if self.directory is not None:
             rows = result_rows(self.outcomes, self.definition)
             files.write(self.directory / files.RESULTS, files.results_text(rows))
 
     def _finish(self) -> SweepResult:
+        """All that is made of the waves is made again, whatever is there."""
         winner = self._winner()
+        self._write_results()
         if self.directory is not None:
             if winner is not None:
                 write_winner(self.directory, winner)
             files.write_curves(self.directory / files.CURVES, self._curves(self.directory))
+            files.write_finished(self.directory)
             write_report(self.directory)
         order = ranked(self.outcomes, self.definition)
         self.shown.best([(o.trial, o.score, float(np.min(o.returns))) for o in order])
@@ -371,7 +389,8 @@ class _Engine:
         seeds = self.definition.settings.run.num_seeds
         parts = []
         for job in self.jobs:
-            content = files.binary_content(wave_directory(directory, job.index))
+            wave = wave_directory(directory, job.index)
+            content = files.binary_content(wave, self.summaries[job.index])
             metrics = binary_metrics(content, job.wave.settings.num_trainings)
             parts.append(curve_columns(metrics, job.planned.numbers, seeds, job.planned.first))
         return parts

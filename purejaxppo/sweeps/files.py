@@ -1,9 +1,11 @@
-"""A sweep's directory: what was planned, what came of it."""
+"""A sweep's directory: the plan, the waves and the results."""
 
 import csv
+import dataclasses
+import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,17 +20,24 @@ from purejaxppo.host.rundir import (
     SUMMARY,
     SWEEP,
     WAVES,
+    DamagedError,
+    Held,
     StorageError,
     holds,
     locked,
     resume_command,
+    sealed,
+    unsealed,
     write_whole,
 )
-from purejaxppo.sweeps.settings import Definition, dump_definition
+from purejaxppo.host.summary import METRICS_DIGEST
+from purejaxppo.sweeps.settings import Definition, SweepSettings, dump_definition
 from purejaxppo.sweeps.strategies import Batch, Trial
 
 PLAN, RESULTS, CURVES = "plan.json", "results.csv", "curves.npz"
 WINNER, WINNER_JSON = "winner.toml", "winner.json"
+FINISHED = "finished.json"
+"""Digests of the derived files, written last."""
 
 
 class PlannedWave(NamedTuple):
@@ -49,31 +58,32 @@ class PlannedBatch(NamedTuple):
 
 
 @contextmanager
-def new_sweep(directory: Path, definition: Definition) -> Iterator[Path]:
+def new_sweep(directory: Path, definition: Definition) -> Iterator[Held]:
     """Make a sweep's directory, hold its lock, and write the definition there.
 
     Raises:
         ConfigError: if it already holds a sweep or a run, another process writes there, or it
             cannot be written.
     """
-    with locked(directory, make=True):
-        held = [n for n in (SWEEP, PLAN, WAVES, CONFIG) if (directory / n).exists()]
-        if held:
+    with locked(directory, make=True) as held:
+        there = [n for n in (SWEEP, PLAN, WAVES, CONFIG) if (directory / n).exists()]
+        if there:
             raise ConfigError(
-                f"run_dir = {str(directory)!r}: already holds a run ({', '.join(held)}); go on "
+                f"run_dir = {str(directory)!r}: already holds a run ({', '.join(there)}); go on "
                 "with it by `purejaxppo resume`, or choose another directory"
             )
         write(directory / SWEEP, dump_definition(definition))
         try:
-            yield directory
+            yield held
         except ConfigError:
             if not (directory / PLAN).exists():
-                (directory / SWEEP).unlink()  # or the corrected command would be refused
+                # or the corrected command would be refused
+                (directory / SWEEP).unlink(missing_ok=True)
             raise
 
 
 @contextmanager
-def old_sweep(directory: Path) -> Iterator[Path]:
+def old_sweep(directory: Path) -> Iterator[Held]:
     """Hold the lock of a directory that holds a sweep.
 
     Raises:
@@ -81,8 +91,8 @@ def old_sweep(directory: Path) -> Iterator[Path]:
     """
     if not holds(directory, SWEEP):
         raise ConfigError(f"run_dir = {str(directory)!r}: holds no {SWEEP}; check the path")
-    with locked(directory):
-        yield directory
+    with locked(directory) as held:
+        yield held
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -96,7 +106,7 @@ def write(path: Path, content: str | bytes) -> None:
         ) from error
 
 
-def write_plan(directory: Path, batches: Sequence[PlannedBatch]) -> None:
+def write_plan(directory: Path, definition: Definition, batches: Sequence[PlannedBatch]) -> None:
     table = [
         {
             "share": planned.batch.share,
@@ -105,32 +115,54 @@ def write_plan(directory: Path, batches: Sequence[PlannedBatch]) -> None:
         }
         for planned in batches
     ]
-    write(directory / PLAN, json.dumps(table, indent=1) + "\n")
+    content = {"definition": _digest(_lasting(definition).encode()), "batches": table}
+    write(directory / PLAN, sealed(content))
 
 
-def read_plan(directory: Path) -> list[PlannedBatch]:
-    """What was planned so far; nothing if the sweep had not come to that.
+def read_plan(directory: Path, definition: Definition) -> list[PlannedBatch]:
+    """The batches planned so far; empty if there is no plan yet.
 
     Raises:
-        ConfigError: if the file is not what `write_plan` writes.
+        ConfigError: if the file was changed, or `sweep.toml` since.
     """
     path = directory / PLAN
     if not path.exists():
         return []
     try:
+        plan = unsealed(path)
+        if plan["definition"] != _digest(_lasting(definition).encode()):
+            raise ConfigError(
+                f"{str(directory / SWEEP)!r}: was changed since the sweep began; undo the change, "
+                "or start a new sweep (machine settings such as memory_gb and engine may change)"
+            )
         return [
             PlannedBatch(
-                Batch([_trial(t) for t in entry["trials"]], float(entry["share"])),
+                Batch([_trial(t, definition) for t in entry["trials"]], float(entry["share"])),
                 [PlannedWave(**wave) for wave in entry["waves"]],
             )
-            for entry in json.loads(path.read_text(encoding="utf-8"))
+            for entry in plan["batches"]
         ]
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        raise ConfigError(f"{str(path)!r}: is no plan of a sweep: {error}") from error
+    except (DamagedError, TypeError, LookupError) as error:
+        raise ConfigError(
+            f"{str(path)!r}: is not a sweep's plan: {error}; restore a copy, or start a new sweep"
+        ) from error
 
 
-def _trial(entry: dict[str, Any]) -> Trial:
-    values = entry["values"]
+def _lasting(definition: Definition) -> str:
+    """The definition without the settings that depend on the machine."""
+    machine = ("memory_gb", "engine", "wave_cpus", "wave_gpus", "wave_tpus")
+    defaults = {name: getattr(SweepSettings(), name) for name in machine}
+    sweep = dataclasses.replace(definition.sweep, **defaults)
+    return dump_definition(dataclasses.replace(definition, sweep=sweep))
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _trial(entry: dict[str, Any], definition: Definition) -> Trial:
+    """With its values in the order of the search space."""
+    values = {name: entry["values"][name] for name in definition.sweep.space.names}
     return Trial(
         int(entry["number"]), {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     )
@@ -141,15 +173,85 @@ def wave_directory(directory: Path, index: int) -> Path:
 
 
 def wave_outcome(directory: Path) -> dict[str, Any] | None:
-    """The summary of a wave that is finished."""
-    path = directory / SUMMARY
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """The summary of a finished wave with intact metrics; None otherwise, and the wave is finished
+    again from its checkpoint."""
+    try:
+        summary = unsealed(directory / SUMMARY)
+        binary_content(directory, summary)
+    except (DamagedError, ConfigError):
+        return None
+    return summary
+
+
+def binary_content(directory: Path, summary: Mapping[str, Any]) -> bytes:
+    """The metrics of a finished wave. Raises `ConfigError` if they were changed."""
+    path, reason = directory / BINARY_METRICS, "has changed since it was written"
+    try:
+        content = path.read_bytes()
+        if _digest(content) == summary[METRICS_DIGEST]:
+            return content
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror}"
+    raise damaged_wave(directory, f"{path.name} {reason}")
+
+
+def damaged_wave(directory: Path, reason: str) -> ConfigError:
+    """The error for a damaged wave, with its remedy."""
+    sweep = directory.parent.parent
+    return ConfigError(
+        f"{str(directory)!r}: {reason}; restore a copy, or remove this folder to train the wave "
+        f"again: {resume_command(sweep)}"
+    )
+
+
+def write_finished(directory: Path) -> None:
+    """Mark the sweep as finished, with digests of its results. Raises `StorageError`."""
+    digests = {
+        name: _digest((directory / name).read_bytes())
+        for name in (RESULTS, CURVES, WINNER_JSON)
+        if (directory / name).exists()
+    }
+    write(directory / FINISHED, sealed(digests))
+
+
+def finished_content(directory: Path, name: str) -> bytes | None:
+    """The content of a derived file of a finished sweep; None if the sweep did not write it.
+
+    Raises:
+        ConfigError: as `check_finished`, or if the file was changed.
+    """
+    check_finished(directory)
+    remedy = f"to rebuild it: {resume_command(directory)}"
+    try:
+        wanted = unsealed(directory / FINISHED).get(name)
+        if wanted is None:
+            return None
+        content = (directory / name).read_bytes()
+    except DamagedError as error:
+        raise ConfigError(f"run_dir = {str(directory)!r}: {error}; {remedy}") from error
+    except OSError as error:
+        raise ConfigError(
+            f"{str(directory / name)!r}: cannot be read: {error.strerror}; {remedy}"
+        ) from error
+    if _digest(content) != wanted:
+        raise ConfigError(f"{str(directory / name)!r}: has changed since it was written; {remedy}")
+    return content
 
 
 def read_winner(directory: Path) -> dict[str, Any] | None:
-    """`winner.json` of a finished sweep; None if every trial failed."""
-    path = directory / WINNER_JSON
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """`winner.json` of a finished sweep; None if every trial failed.
+
+    Raises:
+        ConfigError: as `finished_content`.
+    """
+    content = finished_content(directory, WINNER_JSON)
+    try:
+        return None if content is None else json.loads(content)
+    except ValueError as error:
+        raise ConfigError(
+            f"{str(directory / WINNER_JSON)!r}: is not JSON; to rebuild it: "
+            f"{resume_command(directory)}"
+        ) from error
 
 
 def check_finished(directory: Path) -> None:
@@ -158,15 +260,11 @@ def check_finished(directory: Path) -> None:
         raise ConfigError(
             f"run_dir = {str(directory)!r}: no {SWEEP} found; give a sweep's directory"
         )
-    if not holds(directory, CURVES):
+    if not holds(directory, FINISHED):
         raise ConfigError(
             f"run_dir = {str(directory)!r}: the sweep is not finished; to resume: "
             f"{resume_command(directory)}"
         )
-
-
-def binary_content(directory: Path) -> bytes:
-    return (directory / BINARY_METRICS).read_bytes()
 
 
 def results_text(rows: Sequence[dict[str, Any]]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from purejaxppo.host.plots import band_label, bare_axes, smooth
+from purejaxppo.host.plots import band_label, bare_axes, plain, smooth
 from purejaxppo.host.stats import (
     bootstrap_interval,
     bootstrap_mean_interval,
@@ -46,7 +46,7 @@ def learning_curves(results: Results) -> Any:
     if band is not None:
         axes.fill_between([], [], color="0.5", alpha=0.3, label=band_label(results.num_seeds))
     bare_axes(axes, "environment steps (per training)", "return of training episodes")
-    axes.set_title(f"{results.env_id}: learning curves")
+    axes.set_title(f"{plain(results.env_id)}: learning curves")
     axes.set_xlim(0, results.steps.max())
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if axes.get_legend_handles_labels()[0]:
@@ -80,7 +80,7 @@ def final_returns(results: Results) -> Any:
             axes.xaxis.set_major_locator(MaxNLocator(MOST_TICKS))
     for axes in panels[count:]:
         axes.set_axis_off()
-    figure.suptitle(f"{results.env_id}: selection return over each setting")
+    figure.suptitle(f"{plain(results.env_id)}: selection return over each setting")
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
@@ -143,7 +143,7 @@ def parallel_coordinates(results: Results) -> Any:
     axes.set_xlim(-0.2, len(names) - 0.6)
     axes.set_ylim(-0.05, 1.05)
     axes.spines[:].set_visible(False)
-    axes.set_title(f"{results.env_id}: all settings at once")
+    axes.set_title(f"{plain(results.env_id)}: all settings at once")
     if high > low:
         _colour_scale(figure, axes, low, high)
     return figure
@@ -185,7 +185,7 @@ def robustness(results: Results) -> Any:
     left.plot([], [], "o", color="0.5", label=f"{count_seeds(results.num_seeds)}")
     bare_axes(right, "selection return", "share of seeds above")
     right.set_ylim(0, 1.03)
-    figure.suptitle(f"{results.env_id}: robustness over {count_seeds(results.num_seeds)}")
+    figure.suptitle(f"{plain(results.env_id)}: robustness over {count_seeds(results.num_seeds)}")
     if shown:
         left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
         right.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)

@@ -2,15 +2,14 @@
 
 import dataclasses
 import math
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from purejaxppo.config import Config, ConfigError, HParams
 from purejaxppo.host.configfile import Settings
+from purejaxppo.host.memory import free_bytes
 from purejaxppo.host.population import Population
 from purejaxppo.host.program import Prepared, prepare
 from purejaxppo.sweeps.settings import SweepSettings
@@ -96,7 +95,7 @@ class Programs:
         Raises:
             ConfigError: if not even one trial fits.
         """
-        most = self._max_bytes or int(share_of_memory * free_bytes())
+        most = self._max_bytes or int(share_of_memory * SHARE_OF_MEMORY * free_bytes())
         parts = 1 if self._sweep.strategy == "pbt" else waves
         size = filled(-(-len(group.members) // parts), group.settings)
         least = min(size, filled(1, group.settings))
@@ -144,25 +143,3 @@ def filled(count: int, settings: Settings) -> int:
     if count * seeds < devices and (not wanted or devices % (count * seeds) == 0):
         return count
     return -(-count // _even(settings)) * _even(settings)
-
-
-def free_bytes() -> int:
-    """Memory that trainings may take on each device: a share of what is free now."""
-    device = jax.local_devices()[0]
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        return int(SHARE_OF_MEMORY * (stats["bytes_limit"] - stats["bytes_in_use"]))
-    return int(SHARE_OF_MEMORY * _free_host_bytes() / jax.local_device_count())
-
-
-def _free_host_bytes() -> int:
-    """What Linux calls available, or the control group allows, whichever is less."""
-    info = Path("/proc/meminfo")
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if info.exists():
-        lines = dict(line.split(":") for line in info.read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    group, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if group.exists() and group.read_text().strip().isdecimal():
-        free = min(free, int(group.read_text()) - int(used.read_text()))
-    return free

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from purejaxppo.host.plots import band_label
-from purejaxppo.host.rundir import StorageError
+from purejaxppo.host.rundir import RunWarning, StorageError
 from purejaxppo.sweeps import files
 from purejaxppo.sweeps.pictures import (
     SHOWN_CURVES,
@@ -45,6 +46,10 @@ def write_report(directory: Path) -> Path:
             draw(results).savefig(path, dpi=150)
         except OSError as error:
             raise StorageError(f"{str(path)!r}: cannot be written: {error.strerror}") from error
+        except Exception as error:  # whatever a picture may choke on
+            warnings.warn(f"{str(path)!r}: cannot be drawn: {error}", RunWarning, stacklevel=2)
+            body.append(f"<h2>{title}</h2>\n<p>This picture could not be drawn.</p>")
+            continue
         data = base64.b64encode(path.read_bytes()).decode()
         body.append(
             f'<h2>{title}</h2>\n<figure><img id="{name}" alt="{title}" '

@@ -1,13 +1,16 @@
-"""What a finished sweep has written, read back."""
+"""Reads the results of a finished sweep."""
 
 import csv
+import io
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from purejaxppo.host.rundir import SWEEP
+from purejaxppo.config import ConfigError
+from purejaxppo.host.rundir import SWEEP, resume_command
 from purejaxppo.sweeps import files
 from purejaxppo.sweeps.files import wave_directory
 from purejaxppo.sweeps.settings import Definition, load_definition
@@ -51,19 +54,32 @@ def read_results(directory: Path) -> Results:
     """Read what `write_report` draws.
 
     Raises:
-        ConfigError: if the directory holds no sweep, or one that is not finished.
+        ConfigError: if the directory holds no sweep, or one that is not finished, or its
+            results were changed.
     """
+    try:
+        return _read(directory)
+    except (ValueError, LookupError, zipfile.BadZipFile) as error:
+        raise ConfigError(
+            f"run_dir = {str(directory)!r}: the results cannot be read ({error}); to rebuild "
+            f"them: {resume_command(directory)}"
+        ) from error
+
+
+def _read(directory: Path) -> Results:
     files.check_finished(directory)
     definition = load_definition(directory / SWEEP)
     names, seeds = definition.sweep.space.names, definition.settings.run.num_seeds
-    with (directory / files.RESULTS).open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    table, columns = (files.finished_content(directory, n) for n in (files.RESULTS, files.CURVES))
+    assert table is not None
+    assert columns is not None
+    rows = list(csv.DictReader(io.StringIO(table.decode())))
     returns = np.array([float(r["eval_return"] or "nan") for r in rows]).reshape(-1, seeds)
     steps = np.array([int(r["env_steps"]) for r in rows]).reshape(-1, seeds)[:, 0]
     score = np.where(np.isfinite(returns.mean(axis=1)), returns.mean(axis=1), -np.inf)
     order = np.lexsort((-score, -steps))
     firsts = [rows[i * seeds] for i in order]
-    with np.load(directory / files.CURVES) as curves:
+    with np.load(io.BytesIO(columns), allow_pickle=False) as curves:
         return Results(
             definition=definition,
             numbers=[int(row["trial"]) for row in firsts],

@@ -1,7 +1,6 @@
 """What a sweep searches: values of a grid, and ranges to draw from."""
 
 import dataclasses
-import difflib
 import math
 import tomllib
 import typing
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from purejaxppo.checks import nearest
 from purejaxppo.config import Config, ConfigError, HParams
 from purejaxppo.host.configfile import toml
 
@@ -219,8 +219,8 @@ def _canonical(name: str) -> str:
         return field
     if field == "env_id":
         raise ConfigError("env_id: returns of different environments do not compare; sweep each")
-    near = difflib.get_close_matches(field, [*_CONFIG, *_HPARAMS], n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else "`purejaxppo train --help` lists them"
+    near = nearest(field, [*_CONFIG, *_HPARAMS], 0.5)
+    hint = f"did you mean {near}?" if near else "`purejaxppo train --help` lists them"
     raise ConfigError(f"{name}: no such setting to sweep; {hint}")
 
 

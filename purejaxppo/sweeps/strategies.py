@@ -2,8 +2,7 @@
 
 import itertools
 import math
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -46,11 +45,11 @@ class Strategy(Protocol):
         ...
 
 
-def make_strategy(sweep: SweepSettings, seed: int, directory: Path | None) -> Strategy:
-    """The strategy that a sweep names; what it keeps, it keeps in `directory`."""
+def make_strategy(sweep: SweepSettings, seed: int) -> Strategy:
+    """The strategy that a sweep names. One that is told again what an earlier process told it goes
+    on as that one would have."""
     if sweep.strategy == "optuna":
-        file = None if directory is None else directory / "optuna.db"
-        return Optuna(sweep.space, sweep.trials, sweep.batch, seed, file)
+        return Optuna(sweep.space, sweep.trials, sweep.batch, seed)
     trials = all_trials(sweep.space, sweep.strategy, sweep.trials, seed)
     return Halving(trials, sweep.eta, sweep.rungs) if sweep.strategy == "halving" else Fixed(trials)
 
@@ -109,13 +108,13 @@ class Halving:
 
 class Optuna:
     """Optuna's tree-structured Parzen estimator (Bergstra et al. 2011), asked for `batch` trials
-    at a time; the study is kept in an SQLite file.
+    at a time. What it draws depends on the seed and on the trials that it was told of.
 
     Raises:
         ConfigError: if Optuna is not installed.
     """
 
-    def __init__(self, space: Space, count: int, batch: int, seed: int, file: Path | None):
+    def __init__(self, space: Space, count: int, batch: int, seed: int):
         try:
             import optuna
         except ImportError as error:
@@ -123,51 +122,56 @@ class Optuna:
                 "strategy = optuna: Optuna is not installed; pip install 'purejaxppo[optuna]'"
             ) from error
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._space, self._count, self._batch, self._told = space, count, batch, 0
-        self._failed = optuna.trial.TrialState.FAIL
-        self._study = optuna.create_study(
-            study_name="sweep",
-            storage=None if file is None else f"sqlite:///{file.absolute()}",
-            direction="maximize",
-            load_if_exists=True,
-            sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(10, batch)),
-        )
+        self._optuna, self._space = optuna, space
+        self._count, self._batch, self._seed = count, batch, seed
+        self._told: list[Any] = []
 
     def ask(self) -> Batch | None:
-        for left in self._study.get_trials(deepcopy=False):
-            if not left.state.is_finished():  # of a process that ended before it had noted them
-                self._study.tell(left.number, state=self._failed)
-        wanted = min(self._batch, self._count - self._told)
-        trials = [self._one(self._told + i) for i in range(wanted)]
+        done = len(self._told)
+        (number,) = np.random.SeedSequence([self._seed, done]).generate_state(1)
+        startup = max(10, self._batch)
+        sampler = self._optuna.samplers.TPESampler(seed=int(number), n_startup_trials=startup)
+        study = self._optuna.create_study(direction="maximize", sampler=sampler)
+        study.add_trials(self._told)
+        distributions = self._distributions()
+        numbers = range(done, min(done + self._batch, self._count))
+        trials = [Trial(n, self._values(study.ask(distributions).params)) for n in numbers]
         return Batch(trials) if trials else None
 
     def tell(self, batch: Batch, returns: np.ndarray) -> None:
-        known = self._study.get_trials(deepcopy=False)
-        ours = {trial.user_attrs.get("trial"): trial for trial in known}
+        states, distributions = self._optuna.trial.TrialState, self._distributions()
         for trial, value in zip(batch.trials, returns, strict=True):
-            theirs = ours[trial.number]
-            if theirs.state.is_finished():
-                continue
-            good = np.isfinite(value)
-            self._study.tell(
-                theirs.number, float(value) if good else None, state=None if good else self._failed
+            good = bool(np.isfinite(value))
+            told = self._optuna.trial.create_trial(
+                state=states.COMPLETE if good else states.FAIL,
+                value=float(value) if good else None,
+                params=self._params(trial.values),
+                distributions=distributions,
             )
-        self._told += len(batch.trials)
+            self._told.append(told)
 
-    def _one(self, number: int) -> Trial:
-        asked = self._study.ask()
-        asked.set_user_attr("trial", number)
-        values: Values = {}
-        for name, choices in self._space.grid:
-            values[name] = choices[asked.suggest_categorical(name, list(range(len(choices))))]
+    def _distributions(self) -> dict[str, Any]:
+        kinds, found = self._optuna.distributions, {}
+        for name, choices in self._lists():
+            found[name] = kinds.CategoricalDistribution(list(range(len(choices))))
         for name, wanted in self._space.sample:
             if isinstance(wanted, Range):
                 log = wanted.kind == "loguniform"
-                values[name] = asked.suggest_float(name, wanted.low, wanted.high, log=log)
-            else:
-                indices = list(range(len(wanted.values)))
-                values[name] = wanted.values[asked.suggest_categorical(name, indices)]
-        return Trial(number, values)
+                found[name] = kinds.FloatDistribution(wanted.low, wanted.high, log=log)
+        return found
+
+    def _lists(self) -> list[tuple[str, tuple[Any, ...]]]:
+        """Settings with a list of values, of which Optuna chooses an index."""
+        drawn = [(n, x.values) for n, x in self._space.sample if not isinstance(x, Range)]
+        return [*self._space.grid, *drawn]
+
+    def _values(self, params: dict[str, Any]) -> Values:
+        lists = dict(self._lists())
+        return {name: lists[name][x] if name in lists else x for name, x in params.items()}
+
+    def _params(self, values: Values) -> dict[str, Any]:
+        lists = dict(self._lists())
+        return {name: lists[name].index(x) if name in lists else x for name, x in values.items()}
 
 
 def _shares(method: str, count: int, dimensions: int, seed: int) -> np.ndarray:

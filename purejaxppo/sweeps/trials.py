@@ -1,7 +1,6 @@
 """Single trials of a finished sweep: their states, and run directories made of them."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,7 +15,7 @@ from purejaxppo.host.checkpoint import Position
 from purejaxppo.host.configfile import RunSettings, Settings
 from purejaxppo.host.load import Loaded, check_env
 from purejaxppo.host.loggers import CsvLogger, HostMetrics, binary_metrics
-from purejaxppo.host.rundir import SUMMARY, SWEEP, StorageError, locked, write_settings
+from purejaxppo.host.rundir import SWEEP, StorageError, locked, write_settings
 from purejaxppo.inputs import whole_number
 from purejaxppo.learner import env_steps
 from purejaxppo.sweeps import files
@@ -185,7 +184,8 @@ def _number(directory: Path, trial: str | int) -> int:
         return winner["trial"]
     if isinstance(trial, str):
         raise ConfigError(f"trial = {trial!r}: must be best, or the number of a trial")
-    count = 1 + max(max(w.numbers) for batch in files.read_plan(directory) for w in batch.waves)
+    plan = files.read_plan(directory, load_definition(directory / SWEEP))
+    count = 1 + max(max(w.numbers) for batch in plan for w in batch.waves)
     if whole_number("trial", trial, 0) >= count:
         raise ConfigError(f"trial = {trial}: the sweep has trials 0 to {count - 1}")
     return trial
@@ -193,7 +193,8 @@ def _number(directory: Path, trial: str | int) -> int:
 
 def _legs(directory: Path, number: int, seeds: np.ndarray, num_seeds: int) -> list[_Leg]:
     """Waves that trained a trial, in order: several with successive halving."""
-    waves = [wave for batch in files.read_plan(directory) for wave in batch.waves]
+    plan = files.read_plan(directory, load_definition(directory / SWEEP))
+    waves = [wave for batch in plan for wave in batch.waves]
     return [
         _Leg(index, wave.numbers.index(number) * num_seeds + seeds, wave.size * num_seeds)
         for index, wave in enumerate(waves)
@@ -207,9 +208,11 @@ def _write_run(sweep_dir: Path, source: _Source, target: Path) -> None:
     seconds, returns = 0.0, np.empty(0)
     for leg in source.legs:
         wave = wave_directory(sweep_dir, leg.wave)
-        metrics = binary_metrics(files.binary_content(wave), leg.num_trainings)
+        summary = files.wave_outcome(wave)
+        if summary is None:
+            raise files.damaged_wave(wave, "is not as it was written")
+        metrics = binary_metrics(files.binary_content(wave, summary), leg.num_trainings)
         parts.append({name: column[:, leg.columns] for name, column in metrics.items()})
-        summary = json.loads((wave / SUMMARY).read_text(encoding="utf-8"))
         seconds += summary["run_seconds"] * len(leg.columns) / leg.num_trainings
         returns = np.asarray(summary["eval_return_per_seed"], float)[leg.columns]
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from purejaxppo.config import ConfigError
 from purejaxppo.host import checkpoint
 from purejaxppo.host.checkpoint import Checkpoint
 from purejaxppo.host.load import restore_states
 from purejaxppo.host.population import Member, member_learner, without_members
 from purejaxppo.host.run import Leg, run_wave
 from purejaxppo.learner import make_learner
-from purejaxppo.sweeps.files import PlannedWave, wave_directory
+from purejaxppo.sweeps.files import PlannedWave, damaged_wave, wave_directory
 from purejaxppo.sweeps.plan import Group, Programs, Wave
 from purejaxppo.sweeps.progress import SweepProgress
 from purejaxppo.sweeps.settings import Definition
@@ -46,7 +47,11 @@ def wave_states(work: Work, index: int) -> tuple[Checkpoint, TrainState]:
     """The last checkpoint of a wave and its states `[trials * S, ...]`; of a population with
     `Member`s. Raises `ConfigError` if there is no complete one."""
     assert work.directory is not None
-    found, _ = checkpoint.find(wave_directory(work.directory, index))
+    wave = wave_directory(work.directory, index)
+    try:
+        found, _ = checkpoint.find(wave)
+    except ConfigError as error:
+        raise damaged_wave(wave, str(error)) from error
     learner = make_learner(found.settings.config, work.env, work.env_params)
     if work.definition.sweep.strategy == "pbt":
         learner = member_learner(learner)

@@ -1,0 +1,99 @@
+"""Does a run fit into memory?"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from purejaxppo.config import ConfigError
+from purejaxppo.host.configfile import Settings
+from purejaxppo.host.parallel import choose_spread
+from purejaxppo.host.program import Program, stacked_hparams
+from purejaxppo.types import Learner, TrainState
+
+NUMBERS_OF_A_STEP = 8
+"""Numbers a rollout holds per environment step beside the observation: at least action,
+log-probability, value, next value, reward, terminated, truncated and mask."""
+
+
+def check_memory(settings: Settings, learner: Learner) -> None:
+    """Raise `ConfigError` if the states and one rollout alone need more memory than is free."""
+    used = len(choose_spread(settings).mesh.local_devices)
+    needed, free = least_bytes(settings, learner), free_bytes(used)
+    if needed > free:
+        raise ConfigError(_too_large(settings, f"at least {needed / 1e9:.2f} GB", free))
+
+
+def check_program(settings: Settings, program: Program) -> None:
+    """Raise `ConfigError` if XLA states that the compiled program needs more memory than is free.
+
+    On several devices it would hang if one of them could not allocate.
+    """
+    free = free_bytes(len(choose_spread(settings).mesh.local_devices))
+    if program.device_bytes > free:
+        raise ConfigError(_too_large(settings, f"{program.device_bytes / 1e9:.2f} GB", free))
+
+
+def least_bytes(settings: Settings, learner: Learner) -> int:
+    """Bytes of the states `[S, ...]` and of one run's rollout, per device: a lower bound."""
+
+    def init() -> TrainState:
+        keys = jax.random.split(jax.random.key(0), settings.num_trainings)
+        return jax.vmap(learner.init)(keys, stacked_hparams(settings))
+
+    states = jax.eval_shape(init)
+    config, devices = settings.config, choose_spread(settings).mesh.size
+    obs = sum(map(_bytes, jax.tree.leaves(states.actors.obs))) / settings.num_trainings
+    rollout = config.num_steps * (obs + config.num_envs * NUMBERS_OF_A_STEP * 4)
+    return int((sum(map(_bytes, jax.tree.leaves(states))) + rollout) / devices)
+
+
+def _bytes(x: jax.ShapeDtypeStruct) -> int:
+    return int(np.prod(x.shape)) * x.dtype.itemsize
+
+
+@contextmanager
+def memory_in_words(settings: Settings) -> Iterator[None]:
+    """Turn XLA's out-of-memory error into a `ConfigError`."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        said = str(error).partition("RESOURCE_EXHAUSTED:")[2].strip().partition("\n")[0]
+        raise ConfigError(_too_large(settings, f"more ({said})", free_bytes())) from error
+
+
+def _too_large(settings: Settings, needed: str, free: int) -> str:
+    config = settings.config
+    return (
+        f"num_envs = {config.num_envs}, num_steps = {config.num_steps}, num_seeds = "
+        f"{settings.run.num_seeds}: training needs {needed} of memory on each device, and "
+        f"{free / 1e9:.2f} GB are free; use fewer environments, steps or seeds"
+    )
+
+
+def free_bytes(used: int | None = None) -> int:
+    """Free memory per device; on CPU the host's, divided by the number of devices used (all by
+    default)."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    return _free_host_bytes() // (used or jax.local_device_count())
+
+
+def _free_host_bytes() -> int:
+    """Linux's available memory, or what the control group still allows, whichever is less."""
+    info = Path("/proc/meminfo")
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if info.exists():
+        lines = dict(line.split(":") for line in info.read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    group, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if group.exists() and group.read_text().strip().isdecimal():
+        free = min(free, int(group.read_text()) - int(used.read_text()))
+    return free

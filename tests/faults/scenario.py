@@ -1,0 +1,172 @@
+"""A short run and a short sweep, into which faults are injected, and what they come to.
+
+python scenario.py run|sweep DIRECTORY             once, watched by interpose.c
+python scenario.py run|sweep DIRECTORY CALL ...    once for each CALL:KIND:ERRNO, which fails,
+                                                   and resumed; prints what differs
+"""
+
+import ctypes
+import json
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from commands import evaluated, logged
+
+import purejaxppo as ppo
+from purejaxppo.host import run
+from purejaxppo.host.configfile import dump_settings
+from purejaxppo.host.rundir import StorageError
+from purejaxppo.sweeps import plan, report, winner
+from purejaxppo.sweeps.engine import resume_sweep
+
+CONFIG = ppo.Config(
+    total_timesteps=4 * 16, num_envs=2, num_steps=8, num_minibatches=1, update_epochs=1,
+    hidden_sizes=(4,),
+)  # fmt: skip
+KINDS = {"once": 1, "lasting": 2}
+
+
+_kept: dict[Any, Any] = {}
+
+
+def speed_up(replace: Callable[[Any, str, Any], None]) -> None:
+    """Make a trial take a fraction of a second: keep compiled programs, which do not depend on the
+    disk, and draw one small picture for the report.
+
+    Args:
+        replace: `setattr`, or a test's.
+    """
+    compile_run, prepare, kind = run._compile, plan.prepare, winner.Evaluation
+
+    def keep(name: str, settings: Any, make: Callable[[], Any]) -> Any:
+        key = (name, dump_settings(settings))
+        if key not in _kept:
+            _kept[key] = make()
+        return _kept[key]
+
+    def compiled(session: Any) -> Any:
+        name = f"run {session.start.states is None}"
+        return keep(name, session.settings, lambda: compile_run(session))
+
+    replace(run, "_compile", lambda x: compile_run(x) if x.prepared else compiled(x))
+    replace(plan, "prepare", lambda x, *rest: keep("wave", x, lambda: prepare(x, *rest)))
+    replace(winner, "Evaluation", lambda x, *rest: keep("winner", x, lambda: kind(x, *rest)))
+    small = {"picture": ("Picture", lambda _: Figure(figsize=(0.2, 0.2)), "")}
+    replace(report, "_pictures", lambda _: small)
+
+
+def begin(what: str, directory: Path) -> None:
+    if what == "run":
+        ppo.run(
+            CONFIG, run_dir=directory, eval_episodes=2, checkpoint_every=2, keep=1,
+            checkpoint_unit="updates", progress=False,
+        )  # fmt: skip
+    else:
+        ppo.sweep(
+            CONFIG, {"num_steps": [8, 16]}, run_dir=directory, eval_episodes=2, progress=False,
+            checkpoint_every=1e-9,
+        )  # fmt: skip
+
+
+def go_on(what: str, directory: Path) -> None:
+    """Resume; begin anew where nothing had begun."""
+    if not (directory / ("config.toml" if what == "run" else "sweep.toml")).exists():
+        shutil.rmtree(directory, ignore_errors=True)
+        begin(what, directory)
+    elif what == "run":
+        ppo.resume(directory, progress=False)
+    else:
+        resume_sweep(directory, progress=False)
+
+
+def outcome(what: str, directory: Path) -> dict[str, Any]:
+    """Everything that a user reads, without dates and durations."""
+    if what == "run":
+        state = ppo.load(directory, seed=None).state
+        summary = json.loads((directory / "summary.json").read_text())
+        names = ("eval_return_per_seed", "failed_seeds", "env_steps", "best_checkpoint")
+        leaves = [
+            x
+            for x in jax.tree.leaves(state)
+            if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+        ]
+        return {
+            "metrics": logged(directory),
+            "evaluations": evaluated(directory),
+            "state": [np.asarray(x).tolist() for x in leaves],
+            "picture": (directory / "learning_curve.png").exists(),
+        } | {name: summary[name] for name in names}
+    names = ("results.csv", "winner.json", "winner.toml")
+    found: dict[str, Any] = {name: (directory / name).read_text() for name in names}
+    with np.load(directory / "curves.npz") as curves:
+        return found | {name: curves[name].tobytes().hex() for name in curves}
+
+
+def resumed(what: str, directory: Path, wanted: dict[str, Any], failed: bool = False) -> list[str]:
+    """What differs from `wanted` after a resume, or what the resume raised.
+
+    Args:
+        failed: whether a call has failed before, which may cost an evaluation.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            go_on(what, directory)
+        found = outcome(what, directory)
+    except Exception as error:
+        return [f"resumed: {error!r}"]
+    different = [name for name in wanted if found[name] != wanted[name]]
+    return [] if failed and _lacks_an_evaluation(different, found, wanted) else different
+
+
+def _lacks_an_evaluation(
+    different: list[str], found: dict[str, Any], wanted: dict[str, Any]
+) -> bool:
+    """A checkpoint that could not be saved is not evaluated, so it cannot be the best either."""
+    if not different or not set(different) <= {"evaluations", "best_checkpoint"}:
+        return False
+    rows, all_rows = found["evaluations"], wanted["evaluations"]
+    return len(rows) < len(all_rows) and all(row in all_rows for row in rows)
+
+
+def main() -> None:
+    what, directory, calls = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
+    if not calls:
+        begin(what, directory)
+        return
+    speed_up(setattr)
+    begin(what, directory)
+    wanted, library = outcome(what, directory), ctypes.CDLL(None)
+    shutil.rmtree(directory)
+    for call in calls:
+        number, kind, error = call.split(":")
+        library.fault_arm(KINDS[kind], int(error), ctypes.c_long(int(number)))
+        different = []
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                begin(what, directory)
+        except (StorageError, ppo.ConfigError):
+            pass  # one message
+        except Exception as error:
+            different.append(f"began: {error!r}")
+        library.fault_arm(0, 0, ctypes.c_long(0))
+        different += resumed(what, directory, wanted, failed=True)
+        print(json.dumps([call, different]), flush=True)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("MPLBACKEND", "agg")
+    main()

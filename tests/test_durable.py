@@ -1,0 +1,420 @@
+"""What runs and sweeps survive beyond a kill: damaged files, readers, vanished directories."""
+
+import dataclasses
+import errno
+import os
+import random
+import shutil
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from commands import Process, logged, rows, some, some_or_all
+from envs import RandomWalk
+
+from faults import scenario  # isort: skip
+
+import purejaxppo as ppo
+from purejaxppo.cli import main
+from purejaxppo.host import checkpoint
+from purejaxppo.host.load import find_states
+from purejaxppo.host.rundir import BusyError, RunWarning, StorageError, locked
+from purejaxppo.sweeps.engine import resume_sweep
+
+CONFIG = ppo.Config(total_timesteps=6 * 32, num_steps=8, hidden_sizes=(8,))
+EVERY_2: dict[str, Any] = {
+    "checkpoint_every": 2, "checkpoint_unit": "updates", "keep": 9, "eval_episodes": 2,
+    "progress": False,
+}  # fmt: skip
+DERIVED = ("results.csv", "curves.npz", "winner.json", "winner.toml", "finished.json")
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    ppo.run(CONFIG, run_dir=directory, **EVERY_2)
+    return directory
+
+
+@pytest.fixture
+def run_copy(finished_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+def sweep(directory: Path) -> ppo.SweepResult:
+    """Of two waves, since the trials differ in their shapes."""
+    return ppo.sweep(
+        CONFIG, {"num_steps": [8, 16], "gamma": [0.9, 0.99]}, run_dir=directory, eval_episodes=2,
+        progress=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("sweeps") / "sweep"
+    sweep(directory)
+    assert len(list((directory / "waves").iterdir())) == 2
+    return directory
+
+
+@pytest.fixture
+def sweep_copy(finished_sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    scenario.speed_up(monkeypatch.setattr)
+    return Path(shutil.copytree(finished_sweep, tmp_path / "sweep"))
+
+
+def derived(directory: Path) -> dict[str, Any]:
+    """What a sweep's waves came to; of the curves their arrays, since a zip holds dates."""
+    found: dict[str, Any] = {
+        name: (directory / name).read_bytes()
+        for name in ("results.csv", "winner.json", "winner.toml")
+    }
+    with np.load(directory / "curves.npz") as curves:
+        return found | {name: curves[name].tobytes() for name in curves}
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+# Sweeps
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_what_is_made_of_the_waves_is_made_again(sweep_copy: Path, finished_sweep: Path, name: str):
+    (sweep_copy / name).unlink()
+    resume_sweep(sweep_copy, progress=False)
+    assert derived(sweep_copy) == derived(finished_sweep)
+
+
+def test_results_that_could_not_be_written_are_written_by_resume(tmp_path: Path):
+    directory = tmp_path / "sweep"
+    (directory / "results.csv.part").mkdir(parents=True)
+    with pytest.raises(StorageError, match=r"results\.csv'.*cannot be written.*resume"):
+        sweep(directory)
+    (directory / "results.csv.part").rmdir()
+    resume_sweep(directory, progress=False)
+    assert len((directory / "results.csv").read_text().splitlines()) == 1 + 4
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["finished", "half-finished"])
+@some_or_all
+def test_a_damaged_file_of_a_sweep_gives_the_same_results_or_one_message(
+    sweep_copy: Path, finished_sweep: Path, half: bool, count: int | None
+):
+    rng, before, whole = np.random.default_rng(0), derived(finished_sweep), sweep_copy
+    whole = sweep_copy.rename(sweep_copy.with_name("whole"))
+    if half:
+        for name in (*DERIVED, "waves/0001/summary.json"):
+            (whole / name).unlink()
+    paths = [p.relative_to(whole) for p in sorted(whole.rglob("*")) if p.is_file()]
+    cases = [(p, x) for p in paths for x in ("flip", "cut", "empty", "json")]
+    for path, change in some(cases, count):
+        shutil.rmtree(sweep_copy, ignore_errors=True)
+        shutil.copytree(whole, sweep_copy)
+        damaged = sweep_copy / path
+        content = damaged.read_bytes()
+        if change == "flip" and content:
+            flip(damaged, int(rng.integers(len(content))))
+        else:
+            damaged.write_bytes({"cut": content[:-9], "json": b"{}"}.get(change, b""))
+        with suppress(ppo.ConfigError):
+            resume_sweep(sweep_copy, progress=False)
+            assert derived(sweep_copy) == before, (path, change)
+
+
+@pytest.mark.parametrize("name", ["results.csv", "curves.npz", "winner.json", "finished.json"])
+def test_readers_of_a_damaged_sweep_say_how_it_is_written_again(
+    sweep_copy: Path, name: str, capsys: pytest.CaptureFixture[str]
+):
+    flip(sweep_copy / name, 9)
+    assert main(["plot", str(sweep_copy)]) == 2
+    said = capsys.readouterr().err
+    assert name in said
+    assert f"to rebuild it: purejaxppo resume {sweep_copy}" in said
+
+
+def test_a_plan_is_of_its_definition(sweep_copy: Path):
+    path = sweep_copy / "sweep.toml"
+    path.write_text(path.read_text().replace("gae_lambda = 0.95", "gae_lambda = 0.9"))
+    with pytest.raises(ppo.ConfigError, match=r"sweep.toml': was changed since the sweep began"):
+        resume_sweep(sweep_copy, progress=False)
+
+
+def test_a_wave_without_a_summary_is_evaluated_again(sweep_copy: Path, finished_sweep: Path):
+    (sweep_copy / "waves/0001/summary.json").unlink()
+    (sweep_copy / "waves/0001/config.toml").unlink()
+    resume_sweep(sweep_copy, progress=False)
+    assert derived(sweep_copy) == derived(finished_sweep)
+
+
+def test_a_sweep_is_resumed_by_one_process(sweep_copy: Path):
+    with (
+        locked(sweep_copy),
+        pytest.raises(BusyError, match="is writing there; wait for it"),
+    ):
+        resume_sweep(sweep_copy, progress=False)
+
+
+@pytest.mark.faults
+def test_a_population_that_is_killed_ends_as_one_that_is_not(tmp_path: Path, one_cache: None):
+    moments, arguments = random.Random(0), [
+        "--total-timesteps=200000", "--num-envs=2", "--hidden-sizes=8", "--strategy=pbt",
+        "--trials=5", "--interval=10", "--sample=learning_rate=loguniform:1e-4,1e-2",
+        "--eval-episodes=8", "--checkpoint-every=0.2",
+    ]  # fmt: skip
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    process = Process(tmp_path, "sweep", "--run-dir", alone, *arguments)
+    assert process.end() == 0, process.text()
+    command: list[Any] = ["sweep", "--run-dir", killed, *arguments]
+    for _ in range(10):
+        process = Process(tmp_path, *command)
+        metrics = killed / "waves/0000/metrics.f32"
+        before = metrics.stat().st_size if metrics.exists() else 0
+        while process.popen.poll() is None:
+            if metrics.exists() and metrics.stat().st_size != before:
+                break
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0.0, 1.0))
+        process.popen.kill()
+        if process.end() == 0:
+            break
+        command = ["resume", killed]
+    process = Process(tmp_path, "resume", killed)
+    assert process.end() == 0, process.text()
+    assert derived(killed) == derived(alone)
+
+
+# Runs
+
+
+@pytest.mark.faults
+def test_of_four_processes_that_race_for_a_directory_one_wins(tmp_path: Path, one_cache: None):
+    processes = []
+    for k in range(4):
+        (tmp_path / str(k)).mkdir()
+        arguments = ["--run-dir", tmp_path / "r", "--total-timesteps=20000", "--eval-episodes=2"]
+        processes.append(Process(tmp_path / str(k), "train", *arguments))
+    assert sorted(process.end() for process in processes) == [0, 2, 2, 2]
+    for process in processes:
+        lost = process.popen.returncode == 2
+        assert ("is writing there" in process.text() or "already holds" in process.text()) == lost
+    assert ppo.load(tmp_path / "r").state.learner.updates == 40
+
+
+@pytest.mark.faults
+def test_a_run_is_read_while_it_trains(tmp_path: Path, one_cache: None):
+    run = tmp_path / "r"
+    process = Process(
+        tmp_path, "train", "--run-dir", run, "--total-timesteps=1000000000", "--eval-episodes=1",
+        "--checkpoint-every=1", "--checkpoint-unit=updates", "--keep=1", "--hidden-sizes=8",
+    )  # fmt: skip
+    try:
+        process.until(lambda: checkpoint.has_any(run))
+        for k in range(20):
+            assert ppo.load(run).state.learner.updates > 0
+            assert main(["eval", str(run), "--episodes=1"]) == 0
+            assert main(["export", str(run), str(tmp_path / f"{k}.bin")]) == 0
+        process.popen.terminate()
+        assert process.end() == 143
+    finally:
+        process.popen.kill()
+
+
+def test_checkpoints_are_on_the_disk_before_older_ones_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    synced: set[str] = set()
+    fsync, prune = os.fsync, checkpoint.prune
+
+    def noted(handle: int) -> None:
+        synced.add(str(Path(f"/proc/self/fd/{handle}").readlink()).replace(".saving", ""))
+        fsync(handle)
+
+    def checked(run_dir: Path, newest: int, keep: int) -> None:
+        folder = run_dir / "checkpoints" / f"{newest:09d}"
+        needed = {str(p) for p in (folder, *folder.rglob("*")) if p.name != "manifest.json"}
+        assert {*needed, str(run_dir), str(run_dir / "checkpoints")} <= synced
+        prune(run_dir, newest, keep)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(checkpoint, "prune", checked)
+    ppo.run(CONFIG, run_dir=tmp_path / "run", **EVERY_2 | {"keep": 1})
+
+
+def test_a_checkpoint_that_is_read_is_not_removed(run_copy: Path):
+    oldest = run_copy / "checkpoints/000000002"
+    with checkpoint.pinned(oldest) as there:
+        assert there
+        checkpoint.prune(run_copy, newest=6, keep=1)
+        assert oldest.exists()
+    checkpoint.prune(run_copy, newest=6, keep=1)
+    assert not oldest.exists()
+    with checkpoint.pinned(oldest) as there:
+        assert not there
+
+
+def test_a_run_that_removes_checkpoints_can_be_read_all_the_while(run_copy: Path, tmp_path: Path):
+    """As a training would with `keep = 1` that saves as fast as it can."""
+    source = Path(shutil.copytree(run_copy / "checkpoints/000000006", tmp_path / "source"))
+    checkpoint.prune(run_copy, newest=6, keep=1)
+    stop = threading.Event()
+
+    def write() -> None:
+        for number in range(7, 1000):
+            if stop.is_set():
+                return
+            part = run_copy / "checkpoints" / f"{number:09d}.saving"
+            shutil.copytree(source, part)
+            part.rename(part.with_suffix(""))
+            checkpoint.prune(run_copy, newest=number, keep=1)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(20):
+            find_states(run_copy, "newest", lambda x: ppo.make_learner(x.config))
+    finally:
+        stop.set()
+        writer.join()
+
+
+@pytest.mark.parametrize("how", ["removed", pytest.param("renamed", marks=pytest.mark.faults)])
+def test_a_directory_that_vanishes_ends_the_run(tmp_path: Path, how: str, one_cache: None):
+    run = tmp_path / "r"
+    process = Process(
+        tmp_path, "train", "--run-dir", run, "--total-timesteps=1000000000", "--eval-episodes=8",
+        "--checkpoint-every=0.5",
+    )  # fmt: skip
+    try:
+        process.until(lambda: rows(run) > 5)
+        shutil.rmtree(run, ignore_errors=True) if how == "removed" else run.rename(tmp_path / "new")
+        assert process.end() == 1
+    finally:
+        process.popen.kill()
+    assert "was removed or renamed while the run was writing" in process.text()
+    assert not run.exists()
+
+
+def test_a_lock_file_that_is_deleted_lets_nobody_in(run_copy: Path):
+    with locked(run_copy):
+        (run_copy / ".lock").unlink()
+        with pytest.raises(BusyError, match="is writing there"), locked(run_copy):
+            pass
+    with locked(run_copy):
+        pass
+
+
+def test_metrics_cut_short_cost_the_checkpoints_after_them_alone(
+    run_copy: Path, finished_run: Path
+):
+    lines = (run_copy / "metrics.csv").read_text().splitlines(keepends=True)
+    (run_copy / "metrics.csv").write_text("".join(lines[:6]))
+    with pytest.warns(RunWarning, match=r"skipped .*metrics.csv.* checkpoint after 6 updates: "):
+        ppo.resume(run_copy, progress=False)
+    assert logged(run_copy) == logged(finished_run)
+
+
+def test_a_checkpoint_of_another_training_is_skipped(run_copy: Path, tmp_path: Path):
+    other = dataclasses.replace(CONFIG, hidden_sizes=(4,), total_timesteps=8 * 32)
+    ppo.run(other, run_dir=tmp_path / "other", **EVERY_2)
+    shutil.copytree(tmp_path / "other/checkpoints/000000008", run_copy / "checkpoints/000000008")
+    with pytest.warns(
+        RunWarning, match="skipped .*000000008.*is of another training: hidden_sizes"
+    ):
+        ppo.resume(run_copy, progress=False)
+    with pytest.warns(
+        RunWarning, match="skipped .*000000008.*is of another training: hidden_sizes"
+    ):
+        assert ppo.load(run_copy).config == CONFIG
+
+
+def test_a_picture_costs_no_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no picture today")
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("purejaxppo.host.summary.learning_curve", broken)
+        with pytest.warns(RunWarning, match="cannot be drawn: no picture today"):
+            ppo.run(CONFIG, run_dir=run, **EVERY_2)
+    assert (run / "summary.json").exists()
+    assert not (run / "learning_curve.png").exists()
+    ppo.resume(run, progress=False)
+    assert (run / "learning_curve.png").exists()
+
+
+def test_names_are_neither_mathematics_nor_markup(tmp_path: Path, recwarn: pytest.WarningsRecorder):
+    config = dataclasses.replace(CONFIG, env_id=r"my_$env$_$\frac$<script>alert(1)</script>")
+    ppo.run(config, env=RandomWalk(), run_dir=tmp_path / "run", **EVERY_2)
+    ppo.sweep(
+        config, {"gamma": [0.9, 0.99]}, env=RandomWalk(), run_dir=tmp_path / "s", eval_episodes=2,
+        progress=False,
+    )  # fmt: skip
+    assert not [w for w in recwarn if issubclass(w.category, RunWarning)]
+    page = (tmp_path / "s/report.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+
+
+def test_a_training_that_does_not_fit_is_refused_before_it_is_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("purejaxppo.host.run.compile_program", None)
+    config = ppo.Config(num_envs=2_000_000_000, num_steps=1, num_minibatches=1)
+    with pytest.raises(ppo.ConfigError, match=r"= 2000000000, .*at least .* GB .* are free"):
+        ppo.run(config, progress=False)
+
+
+def test_a_program_that_does_not_fit_is_not_begun(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("purejaxppo.host.memory.free_bytes", lambda *_: 10_000)
+    monkeypatch.setattr("purejaxppo.host.run.check_memory", lambda *_: None)
+    with pytest.raises(ppo.ConfigError, match=r"training needs .* GB of memory on each device"):
+        ppo.run(CONFIG, progress=False)
+
+
+def test_memory_that_xla_cannot_get_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def exhausted(*_: Any) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
+
+    monkeypatch.setattr("purejaxppo.host.run._Loop.train", exhausted)
+    run = tmp_path / "run"
+    with pytest.raises(
+        ppo.ConfigError, match=r"training needs more \(.*\) of memory on each device"
+    ):
+        ppo.run(CONFIG, run_dir=run, progress=False)
+    assert [path.name for path in run.iterdir()] == [".lock"]  # for the corrected command
+
+
+def test_a_save_that_a_signal_cut_off_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+):
+    write, calls = checkpoint._write_arrays, []
+
+    def interrupted(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise OSError(errno.EINTR, os.strerror(errno.EINTR))
+        write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "_write_arrays", interrupted)
+    ppo.run(CONFIG, run_dir=tmp_path / "run", **EVERY_2)
+    assert len(calls) == 1 + 3
+    assert not [w for w in recwarn if issubclass(w.category, RunWarning)]
+
+
+def test_what_is_read_and_what_is_said_have_bounds(tmp_path: Path):
+    path = tmp_path / "config.toml"
+    path.write_text(f'env_id = "{"x" * 10_000_000}"')
+    with pytest.raises(ppo.ConfigError) as refused:
+        ppo.run(ppo.Config(env_id="x" * 10_000_000), progress=False)
+    assert len(str(refused.value)) < 5000
+    path.write_text("#" * 20_000_000)
+    assert main(["train", str(path), "--run-dir", str(tmp_path / "r")]) == 2
