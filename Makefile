@@ -29,12 +29,12 @@ lint: $(INSTALLED) ## format check, lint, types
 	$(BIN)/basedpyright
 
 test: lint ## lint, types and tests
-	$(BIN)/pytest -n auto --durations=20
+	$(BIN)/pytest -n auto --dist worksteal --durations=20
 
 test-slow: $(INSTALLED) ## the tests that take minutes
 	$(BIN)/pytest -n auto -m slow
 
-test-faults: $(INSTALLED) ## runs killed 20 times each, and told to stop at every moment (ten minutes)
+test-faults: $(INSTALLED) ## kills, failing writes and power loss at every call (an hour)
 	$(BIN)/pytest -n auto -m faults
 
 bench: $(INSTALLED) ## how fast it trains beside its peers; writes the README's table (ten minutes)

@@ -1,0 +1,216 @@
+"""A fault at every call that changes a file: kills, torn writes, failing calls, loss of power.
+
+`faults/interpose.c` watches a short run and a short sweep. What a kill leaves at any moment is the
+directory as it is then, so each state between two calls is copied, and resumed in place of a
+process that was killed there.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from errno import EIO, ENOSPC
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from commands import some, some_or_all
+
+from faults import scenario  # isort: skip
+
+FAULTS = Path(__file__).parent / "faults"
+pytestmark = pytest.mark.skipif(
+    shutil.which("cc") is None, reason="the interposer is compiled by a C compiler, cc"
+)
+
+
+class Call(NamedTuple):
+    """A line of the log."""
+
+    number: int
+    name: str
+    path: str
+    other: str
+    result: int
+
+
+class Watched(NamedTuple):
+    """A scenario that was run once, undisturbed."""
+
+    what: str
+    root: Path
+    """Which the interposer watched."""
+    snapshots: dict[str, Path]
+    """Directories by `NNNNN-before` and `NNNNN-after`."""
+    calls: list[Call]
+    outcome: dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("interposer") / "interpose.so"
+    source = FAULTS / "interpose.c"
+    subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", target, source, "-ldl"], check=True)
+    return target
+
+
+def environment(library: Path, root: Path, **more: Any) -> dict[str, str]:
+    cache = {"JAX_COMPILATION_CACHE_DIR": Path(".pytest_cache/xla").absolute()}
+    own = {"LD_PRELOAD": library, "FAULT_ROOT": root, **cache, **more}
+    return os.environ | {name: str(value) for name, value in own.items()}
+
+
+@pytest.fixture(scope="module", params=[pytest.param("run", marks=pytest.mark.faults), "sweep"])
+def watched(
+    request: pytest.FixtureRequest, library: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Watched:
+    folder = tmp_path_factory.mktemp("watched")
+    root, snapshots, log = folder / "here", folder / "snapshots", folder / "log"
+    snapshots.mkdir()
+    subprocess.run(
+        [sys.executable, FAULTS / "scenario.py", request.param, root],
+        env=environment(library, root, FAULT_SNAPSHOTS=snapshots, FAULT_LOG=log),
+        check=True,
+    )
+    lines = [line.split("\t") for line in log.read_text().splitlines()]
+    calls = [Call(int(n), name, path, other, int(r)) for n, name, path, other, r in lines]
+    copies = {path.name: path for path in sorted(snapshots.iterdir())}
+    return Watched(request.param, root, copies, calls, scenario.outcome(request.param, root))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    scenario.speed_up(monkeypatch.setattr)
+
+
+def fingerprint(directory: Path) -> str:
+    """Of names and contents."""
+    digest = hashlib.sha256()
+    for path in sorted(directory.rglob("*")):
+        digest.update(f"{path.relative_to(directory)}\0{path.is_dir()}\0".encode())
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    return digest.hexdigest()
+
+
+def states_after_a_kill(watched: Watched) -> Iterator[tuple[str, Path]]:
+    """Each state that differs from all before it."""
+    seen = set()
+    for name, path in watched.snapshots.items():
+        if (mark := fingerprint(path)) not in seen:
+            seen.add(mark)
+            yield name, path
+
+
+def differences(watched: Watched, left: Path, tmp_path: Path) -> list[str]:
+    """What differs from the undisturbed end once a directory that a process has left is resumed."""
+    here = tmp_path / "here"
+    shutil.rmtree(here, ignore_errors=True)
+    shutil.copytree(left, here)
+    return scenario.resumed(watched.what, here, watched.outcome)
+
+
+@some_or_all
+def test_a_kill_before_or_after_any_call(watched: Watched, tmp_path: Path, count: int | None):
+    states = some(list(states_after_a_kill(watched)), count)
+    found = {name: differences(watched, left, tmp_path) for name, left in states}
+    print(len(found), "states")
+    assert {name: what for name, what in found.items() if what} == {}
+
+
+@some_or_all
+def test_a_write_of_which_half_was_done(watched: Watched, tmp_path: Path, count: int | None):
+    found = {}
+    for call in some([c for c in watched.calls if c.name == "write" and c.result > 1], count):
+        torn = tmp_path / "torn"
+        shutil.rmtree(torn, ignore_errors=True)
+        shutil.copytree(watched.snapshots[f"{call.number:05d}-after"], torn)
+        written = torn / Path(call.path).relative_to(watched.root)
+        if not written.exists():
+            continue
+        size = written.stat().st_size
+        os.truncate(written, max(0, size - call.result // 2))
+        found[call.number] = differences(watched, torn, tmp_path)
+    print(len(found), "torn writes")
+    assert {name: what for name, what in found.items() if what} == {}
+
+
+@some_or_all
+def test_a_call_that_fails(watched: Watched, library: Path, tmp_path: Path, count: int | None):
+    kinds = (f"once:{ENOSPC}", f"once:{EIO}", f"lasting:{ENOSPC}")
+    numbers = [call.number for call in watched.calls if call.result >= 0]
+    calls = some([f"{number}:{kind}" for number in numbers for kind in kinds], count)
+    root = tmp_path / "here"
+    done = subprocess.run(
+        [sys.executable, FAULTS / "scenario.py", watched.what, root, *calls],
+        env=environment(library, root), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = dict(json.loads(line) for line in done.stdout.splitlines())
+    print(len(found), "failing calls")
+    assert list(found) == calls
+    assert {call: what for call, what in found.items() if what} == {}
+
+
+class Disk:
+    """What a loss of power would leave: of each directory the names at its last sync, of each file
+    the content at its last sync, and nothing of one that was never synced."""
+
+    def __init__(self, root: Path):
+        self._root, self._made = root, 1
+        self._now: dict[Path, int] = {root: 0}
+        """Number of the file or directory that a path names."""
+        self._folders = {0}
+        self._names: dict[int, dict[str, int]] = {}
+        self._contents: dict[int, bytes] = {}
+
+    def take(self, call: Call, after: Path) -> None:
+        """A call that was done, with the directory as it was after."""
+        path = Path(call.path)
+        if call.name in ("open", "mkdir") and path not in self._now:
+            self._now[path], self._made = self._made, self._made + 1
+            self._folders |= {self._now[path]} if call.name == "mkdir" else set()
+        elif call.name in ("rename", "unlink"):
+            self._move(path, Path(call.other) if call.name == "rename" else None)
+        elif call.name == "fsync" and path in self._now:
+            number, copy = self._now[path], after / path.relative_to(self._root)
+            if number in self._folders:
+                children = [p for p in self._now if p.parent == path and p != path]
+                self._names[number] = {p.name: self._now[p] for p in children}
+            else:
+                self._contents[number] = copy.read_bytes()
+
+    def _move(self, path: Path, to: Path | None) -> None:
+        moved = {p: n for p, n in self._now.items() if p == path or path in p.parents}
+        self._now = {
+            p: n for p, n in self._now.items() if p not in moved and (to is None or p != to)
+        }
+        if to is not None:
+            self._now |= {to / p.relative_to(path): n for p, n in moved.items()}
+
+    def leave(self, target: Path, number: int = 0) -> None:
+        target.mkdir()
+        for name, child in self._names.get(number, {}).items():
+            if child in self._folders:
+                self.leave(target / name, child)
+            else:
+                (target / name).write_bytes(self._contents.get(child, b""))
+
+
+@some_or_all
+def test_a_loss_of_power_at_any_call(watched: Watched, tmp_path: Path, count: int | None):
+    disk, cuts, seen = Disk(watched.root), [], set()
+    for call in watched.calls:
+        if call.result < 0:
+            continue
+        disk.take(call, watched.snapshots[f"{call.number:05d}-after"])
+        left = tmp_path / f"{call.number:05d}"
+        disk.leave(left)
+        if (mark := fingerprint(left)) not in seen:
+            seen.add(mark)
+            cuts.append(left)
+    found = {left.name: differences(watched, left, tmp_path) for left in some(cuts, count)}
+    print(len(found), "losses of power")
+    assert {name: what for name, what in found.items() if what} == {}
