@@ -18,6 +18,8 @@ import pytest
 from commands import logged
 from hypothesis import HealthCheck, given, settings
 
+from faults import scenario  # isort: skip
+
 import purejaxppo as ppo
 from purejaxppo.cli import main
 from purejaxppo.config import Config, ConfigError, HParams
@@ -230,6 +232,7 @@ def test_no_code_is_run_from_a_checkpoint(copy: Path, monkeypatch: Any, seen: li
 def test_no_code_is_run_from_a_sweep(tmp_path: Path, monkeypatch: Any, seen: list[str]):
     """Pickles in place of each file in turn, with digests that fit."""
     monkeypatch.chdir(tmp_path)
+    scenario.speed_up(monkeypatch.setattr)
     sweep = tmp_path / "s"
     ppo.sweep(SMALL, {"gamma": [0.9, 0.99]}, run_dir=sweep, eval_episodes=2, progress=False)
     ppo.load_trial(sweep)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import os
 import random
 import shutil
@@ -139,6 +140,44 @@ def test_readers_of_a_damaged_sweep_say_how_it_is_written_again(
     said = capsys.readouterr().err
     assert name in said
     assert f"to rebuild it: purejaxppo resume {sweep_copy}" in said
+
+
+def test_a_sweep_without_its_plan_is_refused(sweep_copy: Path):
+    """Its waves may have trained other trials than a new plan would."""
+    (sweep_copy / "plan.json").unlink()
+    with pytest.raises(ppo.ConfigError, match=r"plan.json': is missing, although waves were"):
+        resume_sweep(sweep_copy, progress=False)
+
+
+def test_results_of_an_earlier_sweep_are_not_taken_for_those_of_a_new_one(sweep_copy: Path):
+    for name in ("sweep.toml", "plan.json"):
+        (sweep_copy / name).unlink()
+    shutil.rmtree(sweep_copy / "waves")
+    with pytest.raises(ppo.ConfigError, match=r"already holds a run \(results.csv"):
+        sweep(sweep_copy)
+
+
+def test_a_sweep_that_is_trained_again_is_not_finished(
+    sweep_copy: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("purejaxppo.sweeps.engine._Engine._train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        resume_sweep(sweep_copy, progress=False)
+    with pytest.raises(ppo.ConfigError, match="the sweep is not finished"):
+        ppo.load_trial(sweep_copy)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 200_000, '{"env_steps": 1e999}', '{"env_steps": 192, "env_steps_planned": 192}']
+)
+def test_a_damaged_summary_is_written_again(run_copy: Path, finished_run: Path, text: str):
+    (run_copy / "summary.json").write_text(text)
+    ppo.resume(run_copy, progress=False)
+    summaries = [json.loads((x / "summary.json").read_text()) for x in (run_copy, finished_run)]
+    assert summaries[0]["eval_return_per_seed"] == summaries[1]["eval_return_per_seed"]
 
 
 def test_a_plan_is_of_its_definition(sweep_copy: Path):

@@ -55,7 +55,8 @@ def start_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         process.popen.wait()
 
 
-@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [False, True])
 def test_two_processes_are_one_with_two_devices_also_after_one_was_killed(
     start_two: Any, tmp_path: Path, killed: bool
 ):

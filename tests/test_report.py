@@ -3,6 +3,7 @@
 import base64
 import csv
 import dataclasses
+import hashlib
 import io
 import itertools
 import json
@@ -21,11 +22,13 @@ from purejaxppo.cli import main
 from purejaxppo.host.configfile import RunSettings, Settings
 from purejaxppo.host.loggers import COLUMNS
 from purejaxppo.host.plots import learning_curve
+from purejaxppo.host.rundir import sealed
 from purejaxppo.host.stats import (
     bootstrap_interval,
     bootstrap_mean_interval,
     interquartile_mean,
 )
+from purejaxppo.host.summary import METRICS_DIGEST
 from purejaxppo.sweeps import files, pictures
 from purejaxppo.sweeps.outcomes import Outcome, result_rows
 from purejaxppo.sweeps.report import write_report
@@ -55,7 +58,8 @@ def finished(tmp_path: Path) -> Path:
         }
         for trial, returns in RETURNS.items() for seed, value in enumerate(returns)
     ]  # fmt: skip
-    with files.new_sweep(tmp_path / "s", Definition(settings, sweep)) as directory:
+    directory = tmp_path / "s"
+    with files.new_sweep(directory, Definition(settings, sweep)):
         files.write(directory / files.RESULTS, files.results_text(rows))
         keys = np.indices((4, 3, UPDATES)).reshape(3, -1)
         columns = {"trial": keys[0], "seed": keys[1], "update": keys[2] + 1}
@@ -69,7 +73,10 @@ def finished(tmp_path: Path) -> Path:
         files.write(directory / files.WINNER_JSON, json.dumps(winner))
         wave = files.wave_directory(directory, 0)
         wave.mkdir(parents=True)
-        (wave / "summary.json").write_text(json.dumps({"versions": {"jax": "0.10.2"}}))
+        (wave / "metrics.f32").write_bytes(b"")
+        digest = {METRICS_DIGEST: hashlib.sha256(b"").hexdigest()}
+        (wave / "summary.json").write_text(sealed({"versions": {"jax": "0.10.2"}} | digest))
+        files.write_finished(directory)
     return directory
 
 
@@ -148,7 +155,7 @@ def test_a_browser_shows_the_page_without_a_complaint(finished: Path, tmp_path: 
 def test_a_sweep_that_is_not_finished_has_no_page(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    (finished / files.CURVES).unlink()
+    (finished / files.FINISHED).unlink()
     assert main(["plot", str(finished)]) == 2
     assert "is not finished; to resume: purejaxppo resume" in capsys.readouterr().err
     assert main(["plot", str(tmp_path)]) == 2
@@ -162,6 +169,7 @@ def test_a_sweep_of_which_every_trial_failed_has_a_page_too(finished: Path):
         rows = [row | {"eval_return": ""} for row in csv.DictReader(file)]
     table.write_text(files.results_text(rows))
     (finished / files.WINNER_JSON).unlink()
+    files.write_finished(finished)
     assert "Every trial failed" in write_report(finished).read_text()
 
 
@@ -172,6 +180,7 @@ def test_a_sweep_of_which_one_trial_is_left_has_a_page_too(finished: Path):
         rows = [row | ({} if row["trial"] == "1" else {"eval_return": ""}) for row in
                 csv.DictReader(file)]  # fmt: skip
     table.write_text(files.results_text(rows))
+    files.write_finished(finished)
     write_report(finished)
     figure = pictures.parallel_coordinates(read_results(finished))
     assert len(figure.axes) == 1  # no scale of colours for one value

@@ -91,7 +91,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     ("calls", "stopped"),
     [
-        (14, True),
+        pytest.param(14, True, marks=pytest.mark.slow),
         pytest.param(0, False, marks=pytest.mark.slow),
         pytest.param(5, True, marks=pytest.mark.slow),
         pytest.param(14, False, marks=pytest.mark.slow),

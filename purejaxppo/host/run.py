@@ -376,7 +376,8 @@ def _summary_if_finished(
     try:
         summary = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
         done, planned = int(summary["env_steps"]), int(summary["env_steps_planned"])
-    except (OSError, ValueError, TypeError, LookupError):
+        len(summary["failed_seeds"])
+    except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError):
         return None
     config, position = settings.config, start.position
     ended = position.updates == config.num_updates or (

@@ -77,8 +77,8 @@ class Held(NamedTuple):
 @contextmanager
 def new_run(directory: Path, settings: Settings) -> Iterator[Held]:
     """Make a run directory, hold its lock, and write the settings there. If the block raises
-    `ConfigError` before the first checkpoint, its files are removed, so that the corrected command
-    can use the directory.
+    `ConfigError` before the first update, its files are removed, so that the corrected command can
+    use the directory.
 
     Raises:
         ConfigError: if it already holds a run, another process writes there, or it cannot be
@@ -97,9 +97,15 @@ def new_run(directory: Path, settings: Settings) -> Iterator[Held]:
         try:
             yield held
         except ConfigError:
-            if not (directory / CHECKPOINTS).exists():
+            if not (directory / CHECKPOINTS).exists() and not _has_updates(directory):
                 _remove_run(directory)
             raise
+
+
+def _has_updates(directory: Path) -> bool:
+    with suppress(OSError):
+        return (directory / METRICS).read_bytes().count(b"\n") > 1
+    return holds(directory, BINARY_METRICS) and (directory / BINARY_METRICS).stat().st_size > 0
 
 
 def _remove_run(directory: Path) -> None:

@@ -242,6 +242,7 @@ class _Engine:
         batches = []
         if self.directory is not None:
             batches = files.read_plan(self.directory, self.definition)
+            files.unfinish(self.directory)
         for planned in batches:
             self._train(planned)
         while batch := self.strategy.ask():

@@ -66,7 +66,8 @@ def new_sweep(directory: Path, definition: Definition) -> Iterator[Held]:
             cannot be written.
     """
     with locked(directory, make=True) as held:
-        there = [n for n in (SWEEP, PLAN, WAVES, CONFIG) if (directory / n).exists()]
+        names = (SWEEP, PLAN, WAVES, CONFIG, RESULTS, CURVES, WINNER, WINNER_JSON, FINISHED)
+        there = [name for name in names if (directory / name).exists()]
         if there:
             raise ConfigError(
                 f"run_dir = {str(directory)!r}: already holds a run ({', '.join(there)}); go on "
@@ -123,10 +124,15 @@ def read_plan(directory: Path, definition: Definition) -> list[PlannedBatch]:
     """The batches planned so far; empty if there is no plan yet.
 
     Raises:
-        ConfigError: if the file was changed, or `sweep.toml` since.
+        ConfigError: if the file was changed or removed, or `sweep.toml` was changed since.
     """
     path = directory / PLAN
     if not path.exists():
+        if (directory / WAVES).exists():
+            raise ConfigError(
+                f"{str(path)!r}: is missing, although waves were trained; restore a copy, or start "
+                "a new sweep"
+            )
         return []
     try:
         plan = unsealed(path)
@@ -202,6 +208,15 @@ def damaged_wave(directory: Path, reason: str) -> ConfigError:
         f"{str(directory)!r}: {reason}; restore a copy, or remove this folder to train the wave "
         f"again: {resume_command(sweep)}"
     )
+
+
+def unfinish(directory: Path) -> None:
+    """Mark the sweep as not finished. Raises `StorageError`."""
+    path = directory / FINISHED
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"{str(path)!r}: cannot be removed: {error.strerror}") from error
 
 
 def write_finished(directory: Path) -> None:
