@@ -109,6 +109,7 @@ def kill_and_resume(
     return went_on + ("resuming from update" in process.text())
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     "settings",
     [
@@ -116,10 +117,7 @@ def kill_and_resume(
             "--num-envs=8 --hidden-sizes=16 --normalize-obs --eval-episodes=8 --num-seeds=2 "
             "--total-timesteps=153600 --checkpoint-every=15"
         ).split(),
-        pytest.param(
-            [*STATEFUL, "--total-timesteps=10240", "--checkpoint-every=4"],
-            marks=pytest.mark.faults,
-        ),
+        [*STATEFUL, "--total-timesteps=10240", "--checkpoint-every=4"],
     ],
     ids=["plain", "stateful"],
 )

@@ -188,6 +188,7 @@ def test_a_single_run_uses_the_cores_that_pay(changes: dict[str, Any], devices: 
     assert with_devices(several).run.devices == 0
 
 
+@pytest.mark.slow
 def test_the_number_of_cores_is_shown_and_recorded_so_that_a_run_repeats(
     tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ):

@@ -150,6 +150,7 @@ def test_a_trial_that_fails_is_recorded_and_disturbs_no_other(whole: Path, tmp_p
     assert result.best.trial.number != 3
 
 
+@pytest.mark.slow
 def test_halving_trains_the_best_on_as_if_they_had_never_stopped(tmp_path: Path):
     space = {"learning_rate": ppo.loguniform(1e-4, 1e-1)}
     options: dict[str, Any] = {"trials": 9, "num_seeds": 1, "eval_episodes": 4}
