@@ -591,6 +591,7 @@ def test_its_numbers_are_vmapped_over(
     assert not np.allclose(together["kl"][0], together["kl"][1], rtol=0.01)
 
 
+@pytest.mark.slow
 def test_what_an_objective_has_learned_is_saved_and_gone_on_with(
     tiny: ppo.Config, tmp_path: Path, fused: Any
 ):

@@ -230,6 +230,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path):
         ppo.load(tmp_path / "a", which=36)
 
 
+@pytest.mark.slow
 def test_checkpoints_by_time_and_none_but_the_last(tmp_path: Path):
     config = dataclasses.replace(CONFIG, total_timesteps=1000 * 32)
     often = run(
@@ -466,6 +467,7 @@ checkpoint.save(Path(sys.argv[2]), found.position, found.settings, spread)
 """
 
 
+@pytest.mark.slow
 def test_states_go_from_one_device_to_four_and_back(tmp_path: Path):
     config = ppo.Config(total_timesteps=64, num_steps=8, hidden_sizes=(8,))
     run(tmp_path / "one", config=config, env=None, num_seeds=4)

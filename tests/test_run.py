@@ -198,7 +198,7 @@ def test_options_that_cannot_work_are_refused(options: dict[str, Any], words: st
 # Agents and evaluation
 
 
-@pytest.mark.parametrize("memory", ["none", "lstm"])
+@pytest.mark.parametrize("memory", ["none", pytest.param("lstm", marks=pytest.mark.slow)])
 def test_an_agent_works_in_anyones_loop_and_evaluate_agrees(memory: Any):
     """A plain Python loop over one environment; deterministic, so that both see the same."""
     config = ppo.Config(
