@@ -19,8 +19,8 @@ FLOAT_MAX = float(np.finfo(np.float32).max)
 class ConfigError(Exception):
     """A setting that cannot work: the message gives the value, the rule and the remedy.
 
-    Not a `ValueError`, which libraries that construct settings catch and word anew. A value too
-    long to be read is shortened.
+    Not a `ValueError`, which libraries that construct settings catch and rephrase. A message too
+    long to read is shortened.
     """
 
     def __init__(self, message: str):

@@ -23,7 +23,9 @@ from faults import scenario  # isort: skip
 import purejaxppo as ppo
 from purejaxppo.cli import main
 from purejaxppo.host import checkpoint
+from purejaxppo.host.configfile import dump_settings
 from purejaxppo.host.load import find_states
+from purejaxppo.host.memory import _group_bytes
 from purejaxppo.host.rundir import BusyError, RunWarning, StorageError, locked
 from purejaxppo.sweeps.engine import resume_sweep
 
@@ -231,6 +233,30 @@ def test_a_population_that_is_killed_ends_as_one_that_is_not(tmp_path: Path, one
     assert derived(killed) == derived(alone)
 
 
+def test_an_older_checkpoint_does_not_stand_for_a_wave_that_is_finished(
+    sweep_copy: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """One may be left if it was read while it should have been removed."""
+    shutil.rmtree(sweep_copy / "waves/0000")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "prune", lambda *_: None)
+        patch.setattr("purejaxppo.host.run._Loop._what_is_due", lambda *_: 1)
+        resume_sweep(sweep_copy, progress=False)
+    older, *_, last = sorted((sweep_copy / "waves/0000/checkpoints").iterdir())
+    assert older != last
+    flip(next(p for p in last.rglob("*") if p.parent.name == "d"), 9)
+    with pytest.raises(ppo.ConfigError, match="remove this folder to train the wave again"):
+        ppo.load_trial(sweep_copy, 0)
+
+
+def test_waves_in_each_others_folder_are_refused(sweep_copy: Path):
+    waves = sweep_copy / "waves"
+    for old, new in (("0000", "x"), ("0001", "0000"), ("x", "0001")):
+        (waves / old).rename(waves / new)
+    with pytest.raises(ppo.ConfigError, match="was trained with other settings than planned"):
+        resume_sweep(sweep_copy, progress=False)
+
+
 # Runs
 
 
@@ -301,7 +327,7 @@ def test_a_checkpoint_that_is_read_is_not_removed(run_copy: Path):
 
 
 def test_a_run_that_removes_checkpoints_can_be_read_all_the_while(run_copy: Path, tmp_path: Path):
-    """As a training would with `keep = 1` that saves as fast as it can."""
+    """As a run with `keep = 1` that saves as fast as it can."""
     source = Path(shutil.copytree(run_copy / "checkpoints/000000006", tmp_path / "source"))
     checkpoint.prune(run_copy, newest=6, keep=1)
     stop = threading.Event()
@@ -361,16 +387,16 @@ def test_metrics_cut_short_cost_the_checkpoints_after_them_alone(
     assert logged(run_copy) == logged(finished_run)
 
 
-def test_a_checkpoint_of_another_training_is_skipped(run_copy: Path, tmp_path: Path):
+def test_a_checkpoint_of_a_different_run_is_skipped(run_copy: Path, tmp_path: Path):
     other = dataclasses.replace(CONFIG, hidden_sizes=(4,), total_timesteps=8 * 32)
     ppo.run(other, run_dir=tmp_path / "other", **EVERY_2)
     shutil.copytree(tmp_path / "other/checkpoints/000000008", run_copy / "checkpoints/000000008")
     with pytest.warns(
-        RunWarning, match="skipped .*000000008.*is of another training: hidden_sizes"
+        RunWarning, match="skipped .*000000008.*belongs to a different run: hidden_sizes"
     ):
         ppo.resume(run_copy, progress=False)
     with pytest.warns(
-        RunWarning, match="skipped .*000000008.*is of another training: hidden_sizes"
+        RunWarning, match="skipped .*000000008.*belongs to a different run: hidden_sizes"
     ):
         assert ppo.load(run_copy).config == CONFIG
 
@@ -449,11 +475,53 @@ def test_a_save_that_a_signal_cut_off_is_tried_again(
     assert not [w for w in recwarn if issubclass(w.category, RunWarning)]
 
 
-def test_what_is_read_and_what_is_said_have_bounds(tmp_path: Path):
-    path = tmp_path / "config.toml"
-    path.write_text(f'env_id = "{"x" * 10_000_000}"')
+def test_what_is_read_and_what_is_said_have_bounds(tmp_path: Path, capsys: Any):
     with pytest.raises(ppo.ConfigError) as refused:
         ppo.run(ppo.Config(env_id="x" * 10_000_000), progress=False)
     assert len(str(refused.value)) < 5000
+    path = tmp_path / "config.toml"
     path.write_text("#" * 20_000_000)
     assert main(["train", str(path), "--run-dir", str(tmp_path / "r")]) == 2
+    assert "has 20,000,000 bytes, and at most 16,777,216 are read" in capsys.readouterr().err
+
+
+def test_the_file_cache_of_a_control_group_is_free(tmp_path: Path):
+    assert _group_bytes(tmp_path) is None
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 200\ninactive_file 300\nactive_file 400\n")
+    assert _group_bytes(tmp_path) == 800
+    (tmp_path / "memory.max").write_text("max\n")
+    assert _group_bytes(tmp_path) is None
+
+
+@pytest.mark.parametrize("change", ["damaged", "foreign"])
+def test_a_best_checkpoint_that_is_of_no_use_ends_no_run(run_copy: Path, change: str):
+    """The next best is reported, and the run ends as it did."""
+    summary = json.loads((run_copy / "summary.json").read_text())
+    (run_copy / "summary.json").unlink()
+    best = run_copy / "checkpoints/000000004"
+    if change == "foreign":
+        found = checkpoint.read(best)
+        other = dataclasses.replace(found.settings.run, seed=1)
+        manifest = checkpoint._manifest(best) | {
+            "settings": dump_settings(dataclasses.replace(found.settings, run=other))
+        }
+        checkpoint._write_manifest(best, manifest)
+    checkpoint.record_evaluation(checkpoint._checkpoint(best, checkpoint._manifest(best)), 999.0)
+    if change == "damaged":
+        flip(next(p for p in best.rglob("*") if p.parent.name == "d"), 9)
+    with pytest.warns(RunWarning, match="skipped .*000000004"):
+        ppo.resume(run_copy, progress=False)
+    again = json.loads((run_copy / "summary.json").read_text())
+    assert again["eval_return_per_seed"] == summary["eval_return_per_seed"]
+    assert again["best_checkpoint"]["updates"] != 4
+
+
+@pytest.mark.parametrize(("old", "new"), [("update", "updaye"), ("sampled,", "sampled,x")])
+def test_changed_evaluations_are_refused(run_copy: Path, old: str, new: str):
+    path = run_copy / "eval.csv"
+    path.write_text(path.read_text().replace(old, new, 1))
+    (run_copy / "summary.json").unlink()
+    with pytest.raises(ppo.ConfigError, match=r"eval.csv': was changed: .*restore a copy"):
+        ppo.resume(run_copy, progress=False)

@@ -164,7 +164,9 @@ def prune(run_dir: Path, newest: int, keep: int) -> None:
     """Remove all checkpoints up to update `newest` but the `keep` last and the best."""
     folders = [p for p in _folders(run_dir) if int(p.name) <= newest]
     known = {c.path: c for c in _by_manifest(folders)}
-    kept = {*list(known)[-keep:], *(c.path for c in _by_return(known.values())[:1])}
+    last = known.get(run_dir / CHECKPOINTS / f"{newest:09d}")
+    own = [c for c in known.values() if last is None or _is_same_run(c, last.settings)]
+    kept = {*list(known)[-keep:], *(c.path for c in _by_return(own)[:1])}
     kept |= {folder for folder in folders if int(folder.name) == newest}
     for folder in folders:
         if folder not in kept:
@@ -310,8 +312,8 @@ def restore(checkpoint: Checkpoint, init: Any) -> TrainState:
 
 
 def check_same_run(checkpoint: Checkpoint, settings: Settings) -> None:
-    """Raise `ConfigError` if a run under `settings` could not go on from the checkpoint, naming
-    each setting that differs. Its length, its evaluation and its `HParams` may."""
+    """Raise `ConfigError` if a run with `settings` cannot resume from the checkpoint, naming each
+    setting that differs. Its length, its evaluation and its `HParams` may differ."""
     pairs = []
     for f in dataclasses.fields(Config):
         if f.name != "total_timesteps":
@@ -326,9 +328,17 @@ def check_same_run(checkpoint: Checkpoint, settings: Settings) -> None:
     ]
     if different:
         raise ConfigError(
-            f"checkpoint {str(checkpoint.path)!r}: is of another training: {'; '.join(different)}; "
-            "set it back, or begin a new run"
+            f"checkpoint {str(checkpoint.path)!r}: belongs to a different run: "
+            f"{'; '.join(different)}; undo the change, or start a new run"
         )
+
+
+def _is_same_run(checkpoint: Checkpoint, settings: Settings) -> bool:
+    try:
+        check_same_run(checkpoint, settings)
+    except ConfigError:
+        return False
+    return True
 
 
 def _brief(value: Any) -> str:

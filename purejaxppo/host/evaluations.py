@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from purejaxppo.config import ConfigError
 from purejaxppo.host.checkpoint import Position
 from purejaxppo.host.rundir import EVALUATIONS, append, sync, write_whole
 from purejaxppo.host.stats import episode_mean
@@ -82,10 +83,26 @@ def evaluation_curve(run_dir: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
-    """Complete rows; what a kill left of the last one is dropped."""
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        rows = list(csv.DictReader(file))
-    return [row for row in rows if None not in row.values() and row["update"].isdecimal()]
+    """Complete rows; what a kill left of the last one is dropped.
+
+    Raises:
+        ConfigError: if the file was changed.
+    """
+    remedy = "restore a copy, or remove it to lose the evaluations so far"
+    try:
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
+            header, *rows = csv.reader(file)
+        if tuple(header) != COLUMNS:
+            raise ValueError("its header is not the one that was written")
+        if rows and len(rows[-1]) < len(COLUMNS):
+            rows.pop()
+        found: list[dict[str, str]] = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
+        for row in found:
+            for name, kind in (("update", int), ("env_steps", int), ("return_mean", float)):
+                kind(row[name])
+    except (ValueError, csv.Error) as error:
+        raise ConfigError(f"{str(path)!r}: was changed: {error}; {remedy}") from error
+    return found
 
 
 def _text(rows: Iterable[Iterable[Any]], header: bool) -> str:

@@ -93,7 +93,15 @@ def _free_host_bytes() -> int:
     if info.exists():
         lines = dict(line.split(":") for line in info.read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024
-    group, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if group.exists() and group.read_text().strip().isdecimal():
-        free = min(free, int(group.read_text()) - int(used.read_text()))
-    return free
+    return min(free, _group_bytes(Path("/sys/fs/cgroup")) or free)
+
+
+def _group_bytes(group: Path) -> int | None:
+    """Bytes that a control group (version 2) still allows; file cache, which is reclaimed when
+    memory runs short, counts as free. None if it sets no limit."""
+    limit = group / "memory.max"
+    if not limit.exists() or not limit.read_text().strip().isdecimal():
+        return None
+    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    cache = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
+    return int(limit.read_text()) - int((group / "memory.current").read_text()) + cache

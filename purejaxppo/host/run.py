@@ -27,7 +27,7 @@ from purejaxppo.host.checkpoint import (
 )
 from purejaxppo.host.configfile import RunSettings, Settings, load_settings
 from purejaxppo.host.evaluations import evaluation_curve
-from purejaxppo.host.load import check_env, newest_or_none, restore_states
+from purejaxppo.host.load import check_env, find_with_warnings, newest_or_none, restore_states
 from purejaxppo.host.loggers import (
     COLUMNS,
     CSV_COLUMNS,
@@ -546,17 +546,21 @@ def _best_checkpoint(
     directory = session.directory
     if directory is None or session.settings.trials:
         return None
-    found = ranked_by_return(directory)
-    if not found:
+    if not ranked_by_return(directory):
+        return None
+    try:
+        found = find_with_warnings(directory, "best", lambda x: check_same_run(x, session.settings))
+    except ConfigError as error:
+        warnings.warn(f"the best checkpoint is unknown: {error}", RunWarning, stacklevel=3)
         return None
     if len(evaluation_curve(directory)[0]) == 1:
-        return Best(found[0], None)
-    same = found[0].position.updates == training.position.updates
+        return Best(found, None)
+    same = found.position.updates == training.position.updates
     if not same and jax.process_count() > 1:  # reading a checkpoint takes all processes
-        return Best(found[0], None)
-    states = training.states if same else restore_states(found[0], session.learner)
+        return Best(found, None)
+    states = training.states if same else restore_states(found, session.learner)
     fresh = partial(evaluation, states, purpose=FRESH_EVALUATION)
-    return Best(found[0], _unless_stopped(stop, fresh))
+    return Best(found, _unless_stopped(stop, fresh))
 
 
 def _unless_stopped(stop: StopRequest, evaluation: Callable[[], np.ndarray]) -> np.ndarray | None:

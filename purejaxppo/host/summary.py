@@ -1,5 +1,6 @@
 """Results of a run: `summary.json` and the learning curve."""
 
+import hashlib
 import json
 import os
 import platform
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 
 from purejaxppo.host.checkpoint import Checkpoint, Position
-from purejaxppo.host.configfile import Settings
+from purejaxppo.host.configfile import Settings, dump_settings
 from purejaxppo.host.evaluations import evaluation_curve
 from purejaxppo.host.parallel import choose_spread
 from purejaxppo.host.plots import learning_curve
@@ -29,7 +30,9 @@ from purejaxppo.host.stats import episode_mean, mean_interval
 from purejaxppo.types import TrainState
 
 METRICS_DIGEST = "metrics_sha256"
-"""In the summary of a sweep's wave, of its `metrics.f32`."""
+"""In the summary of a sweep's wave: the SHA-256 of its `metrics.f32`."""
+SETTINGS_DIGEST = "settings_sha256"
+"""In the same: that of its settings, which say what it trained."""
 
 
 class Training(NamedTuple):
@@ -90,13 +93,25 @@ def summarize(
         "compile_seconds": round(compile_seconds, 3),
         "run_seconds": round(seconds, 3),
         "steps_per_second": round(total / seconds, 1),
-        **({METRICS_DIGEST: position.metrics_digest} if settings.trials else {}),
+        **(_digests(settings, position) if settings.trials else {}),
         "device": _device(settings),
         "versions": {"python": platform.python_version()}
         | {
             name: version(name)
             for name in ("purejaxppo", "jax", "jaxlib", "flax", "optax", "gymnax", "distrax")
         },
+    }
+
+
+def settings_digest(settings: Settings) -> str:
+    """SHA-256 of the settings as a config file."""
+    return hashlib.sha256(dump_settings(settings).encode()).hexdigest()
+
+
+def _digests(settings: Settings, position: Position) -> dict[str, str]:
+    return {
+        METRICS_DIGEST: position.metrics_digest,
+        SETTINGS_DIGEST: settings_digest(settings),
     }
 
 

@@ -16,6 +16,7 @@ from purejaxppo.host.parallel import choose_spread, use_all_cores
 from purejaxppo.host.program import enable_compilation_cache
 from purejaxppo.host.run import check_scalars
 from purejaxppo.host.rundir import SWEEP, Held
+from purejaxppo.host.summary import SETTINGS_DIGEST, settings_digest
 from purejaxppo.inputs import check_config
 from purejaxppo.learner import make_learner
 from purejaxppo.sweeps import files
@@ -242,7 +243,7 @@ class _Engine:
         batches = []
         if self.directory is not None:
             batches = files.read_plan(self.directory, self.definition)
-            files.unfinish(self.directory)
+            files.remove(self.directory / files.FINISHED)
         for planned in batches:
             self._train(planned)
         while batch := self.strategy.ask():
@@ -302,7 +303,11 @@ class _Engine:
         """The summary of a wave that an earlier process trained to its end."""
         if self.directory is None:
             return None
-        return files.wave_outcome(wave_directory(self.directory, job.index))
+        directory = wave_directory(self.directory, job.index)
+        summary = files.wave_outcome(directory)
+        if summary and summary[SETTINGS_DIGEST] != settings_digest(job.wave.settings):
+            raise files.damaged_wave(directory, "was trained with other settings than planned")
+        return summary
 
     def _take(self, job: Job, summary: dict[str, Any]) -> None:
         seeds = self.definition.settings.run.num_seeds
@@ -342,12 +347,11 @@ class _Engine:
             files.write(self.directory / files.RESULTS, files.results_text(rows))
 
     def _finish(self) -> SweepResult:
-        """All that is made of the waves is made again, whatever is there."""
+        """Rebuild everything that is derived from the waves, whatever is there."""
         winner = self._winner()
         self._write_results()
         if self.directory is not None:
-            if winner is not None:
-                write_winner(self.directory, winner)
+            write_winner(self.directory, winner)
             files.write_curves(self.directory / files.CURVES, self._curves(self.directory))
             files.write_finished(self.directory)
             write_report(self.directory)

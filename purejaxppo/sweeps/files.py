@@ -210,9 +210,8 @@ def damaged_wave(directory: Path, reason: str) -> ConfigError:
     )
 
 
-def unfinish(directory: Path) -> None:
-    """Mark the sweep as not finished. Raises `StorageError`."""
-    path = directory / FINISHED
+def remove(path: Path) -> None:
+    """Remove a file if it is there. Raises `StorageError`."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:

@@ -14,8 +14,9 @@ from purejaxppo.host.checkpoint import Checkpoint
 from purejaxppo.host.load import restore_states
 from purejaxppo.host.population import Member, member_learner, without_members
 from purejaxppo.host.run import Leg, run_wave
+from purejaxppo.host.rundir import BINARY_METRICS, SUMMARY
 from purejaxppo.learner import make_learner
-from purejaxppo.sweeps.files import PlannedWave, damaged_wave, wave_directory
+from purejaxppo.sweeps.files import PlannedWave, damaged_wave, wave_directory, wave_outcome
 from purejaxppo.sweeps.plan import Group, Programs, Wave
 from purejaxppo.sweeps.progress import SweepProgress
 from purejaxppo.sweeps.settings import Definition
@@ -44,12 +45,24 @@ class Job:
 
 
 def wave_states(work: Work, index: int) -> tuple[Checkpoint, TrainState]:
-    """The last checkpoint of a wave and its states `[trials * S, ...]`; of a population with
-    `Member`s. Raises `ConfigError` if there is no complete one."""
+    """The last checkpoint of a finished wave and its states `[trials * S, ...]`; of a population
+    with `Member`s. Raises `ConfigError` if it is not complete: an older one has other numbers."""
     assert work.directory is not None
     wave = wave_directory(work.directory, index)
+    summary = wave_outcome(wave)
+    if summary is None:
+        raise damaged_wave(wave, f"{SUMMARY} or {BINARY_METRICS} is missing or was changed")
+
+    def check(found: Checkpoint) -> None:
+        trained = found.position.updates * found.settings.config.batch_size
+        if trained != summary["env_steps"]:
+            raise ConfigError(
+                f"checkpoint {str(found.path)!r} is after {trained} environment steps, and the "
+                f"wave ended after {summary['env_steps']}"
+            )
+
     try:
-        found, _ = checkpoint.find(wave)
+        found, _ = checkpoint.find(wave, check=check)
     except ConfigError as error:
         raise damaged_wave(wave, str(error)) from error
     learner = make_learner(found.settings.config, work.env, work.env_params)

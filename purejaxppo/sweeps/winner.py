@@ -70,8 +70,13 @@ def evaluate_again(settings: Settings, states: TrainState, env: Any, env_params:
     return Evaluation(longer, env, env_params)(states, purpose=FRESH_EVALUATION)
 
 
-def write_winner(directory: Path, winner: Winner) -> None:
-    """`winner.json`, and `winner.toml`, which trains it again. Raises `StorageError`."""
+def write_winner(directory: Path, winner: Winner | None) -> None:
+    """`winner.json`, and `winner.toml`, which trains it again; neither if there is no winner.
+    Raises `StorageError`."""
+    if winner is None:
+        for name in (files.WINNER_JSON, files.WINNER):
+            files.remove(directory / name)
+        return
     table = winner.table()
     text = json.dumps(table, indent=2) + "\n"
     files.write(directory / files.WINNER_JSON, text)

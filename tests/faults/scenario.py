@@ -80,7 +80,7 @@ def begin(what: str, directory: Path) -> None:
 
 
 def go_on(what: str, directory: Path) -> None:
-    """Resume; begin anew where nothing had begun."""
+    """Resume; start again if nothing had started."""
     if not (directory / ("config.toml" if what == "run" else "sweep.toml")).exists():
         shutil.rmtree(directory, ignore_errors=True)
         begin(what, directory)
