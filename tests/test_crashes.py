@@ -1,8 +1,7 @@
 """A fault at every call that changes a file: kills, torn writes, failing calls, loss of power.
 
-`faults/interpose.c` watches a short run and a short sweep. What a kill leaves at any moment is the
-directory as it is then, so each state between two calls is copied, and resumed in place of a
-process that was killed there.
+`faults/interpose.c` watches a short run and a short sweep. A kill leaves the directory as it is at
+that moment, so the directory is copied before and after each call, and each copy is resumed.
 """
 
 import hashlib
@@ -38,7 +37,7 @@ class Call(NamedTuple):
 
 
 class Watched(NamedTuple):
-    """A scenario that was run once, undisturbed."""
+    """One undisturbed run of a scenario."""
 
     what: str
     root: Path
@@ -105,7 +104,7 @@ def states_after_a_kill(watched: Watched) -> Iterator[tuple[str, Path]]:
 
 
 def differences(watched: Watched, left: Path, tmp_path: Path) -> list[str]:
-    """What differs from the undisturbed end once a directory that a process has left is resumed."""
+    """Resume a directory that a process left; what differs from the end of the undisturbed one."""
     here = tmp_path / "here"
     shutil.rmtree(here, ignore_errors=True)
     shutil.copytree(left, here)
@@ -155,8 +154,8 @@ def test_a_call_that_fails(watched: Watched, library: Path, tmp_path: Path, coun
 
 
 class Disk:
-    """What a loss of power would leave: of each directory the names at its last sync, of each file
-    the content at its last sync, and nothing of one that was never synced."""
+    """What a power loss leaves: the entries each directory had, and the content each file had, when
+    it was last synced; nothing of what was never synced."""
 
     def __init__(self, root: Path):
         self._root, self._made = root, 1

@@ -70,7 +70,7 @@ def test_states_of_a_wave_can_be_loaded_and_a_wave_is_not_resumed_alone(
     np.testing.assert_array_equal(
         state.learner.opt_state[1].mu, alone.states.learner.opt_state[1].mu[1]
     )
-    with pytest.raises(ppo.ConfigError, match="is a part of a sweep; go on with the whole by"):
+    with pytest.raises(ppo.ConfigError, match="is a part of a sweep; to resume the sweep: "):
         ppo.resume(wave, env=RandomWalk())
 
 

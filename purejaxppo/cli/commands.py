@@ -57,8 +57,8 @@ def run_command(command: Any) -> int:
 
 
 def _say_loading() -> None:
-    """Importing JAX takes seconds, in which a person should know what is happening. A run goes on
-    if nobody reads it."""
+    """Importing JAX takes seconds, in which a person should know what is happening. A run continues
+    if nobody reads this."""
     with suppress(OSError):
         print(f"purejaxppo {version('purejaxppo')}: loading JAX", flush=True)
 

@@ -145,7 +145,7 @@ def _complete(path: Path, unfinished: Path, manifest: dict[str, Any], states: Tr
         return
     manifest["files"] = _digests(unfinished)
     _write_manifest(unfinished, manifest)
-    for part in (*unfinished.rglob("*"), unfinished):  # not all of which orbax has synced
+    for part in (*unfinished.rglob("*"), unfinished):  # orbax syncs only some of them
         sync(part)
     if path.exists():  # only ever a damaged one, or the same once more
         _remove(path)

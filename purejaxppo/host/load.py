@@ -70,9 +70,12 @@ def load(
 def find_states(
     run_dir: Path, which: str | int, learner: Callable[[Settings], Learner]
 ) -> tuple[Checkpoint, TrainState]:
-    """A checkpoint, also of a run that goes on and removes older ones meanwhile, and its states
-    `[S, ...]`, for the learner that its settings need. One of another training, by `config.toml`,
-    is skipped if there are others.
+    """A checkpoint and its states `[S, ...]`, also of a run that is removing older checkpoints.
+
+    Checkpoints that belong to a different run than `config.toml` are skipped if there are others.
+
+    Args:
+        learner: makes the learner for a checkpoint's settings.
 
     Raises:
         ConfigError: as `load`.
@@ -110,13 +113,13 @@ def find_with_warnings(
 
 
 def newest_or_none(run_dir: Path, check: Callable[[Checkpoint], Any]) -> Checkpoint | None:
-    """The newest whole checkpoint to go on from; None if the run was killed before its first.
+    """The newest complete checkpoint to resume from; None if the run was killed before its first.
 
     Args:
-        check: raises `ConfigError` for one that cannot be gone on from.
+        check: raises `ConfigError` for a checkpoint to be skipped.
 
     Raises:
-        ConfigError: if there are some and none is of use, or the run had come to its end.
+        ConfigError: if there are checkpoints but all are skipped, or the run was finished.
     """
     if checkpoint.has_any(run_dir):
         return find_with_warnings(run_dir, check=check)

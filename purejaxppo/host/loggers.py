@@ -171,9 +171,9 @@ def read_metrics(run_dir: Path, position: Position, settings: Settings) -> HostM
 
 
 def _unusable(path: Path, position: Position, reason: Any) -> ConfigError:
-    remedy = "restore the file to go on, or load the checkpoint by purejaxppo.load"
+    remedy = "restore the file to resume, or load the checkpoint with purejaxppo.load"
     if path.name == BINARY_METRICS:
-        remedy = f"restore the file, or remove {str(path.parent)!r} to have it trained again"
+        remedy = f"restore the file, or remove {str(path.parent)!r} to train the wave again"
     return ConfigError(
         f"{str(path)!r}: does not hold the metrics up to the checkpoint after {position.updates} "
         f"updates: {reason}; {remedy}"

@@ -55,7 +55,7 @@ def learning_curve(
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib does not take for mathematics."""
+    """Escape text so that matplotlib does not read it as mathematics."""
     return text.replace("$", r"\$")
 
 

@@ -285,7 +285,7 @@ def resume(
         check_env(settings, env, env_params)
         if settings.trials:
             raise ConfigError(
-                f"run_dir = {str(directory)!r}: is a part of a sweep; go on with the whole by "
+                f"run_dir = {str(directory)!r}: is a part of a sweep; to resume the sweep: "
                 f"{resume_command(directory)}"
             )
         _check_outputs(directory, settings.run)
@@ -346,7 +346,7 @@ class _Session(NamedTuple):
 
 
 def _restore(directory: Path, settings: Settings, learner: Learner) -> _Start:
-    """From the newest checkpoint that is of this training and whose metrics are there."""
+    """From the newest checkpoint that belongs to this run and whose metrics are complete."""
     config, metrics = settings.config, {}
 
     def check(found: Checkpoint) -> None:
@@ -551,7 +551,7 @@ def _best_checkpoint(
     try:
         found = find_with_warnings(directory, "best", lambda x: check_same_run(x, session.settings))
     except ConfigError as error:
-        warnings.warn(f"the best checkpoint is unknown: {error}", RunWarning, stacklevel=3)
+        warnings.warn(f"no best checkpoint is reported: {error}", RunWarning, stacklevel=3)
         return None
     if len(evaluation_curve(directory)[0]) == 1:
         return Best(found, None)

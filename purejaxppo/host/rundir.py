@@ -44,7 +44,7 @@ class StorageError(Exception):
 
 
 class GoneError(StorageError):
-    """The directory is no longer there, so nothing more is written."""
+    """The run directory was removed or renamed, so nothing more is written."""
 
 
 class LostError(Exception):
@@ -88,8 +88,8 @@ def new_run(directory: Path, settings: Settings) -> Iterator[Held]:
         there = [name for name in _RUN_FILES if (directory / name).exists()]
         if there:
             raise ConfigError(
-                f"run_dir = {str(directory)!r}: already holds a run ({', '.join(there)}); go on "
-                "with it by `purejaxppo resume`, or choose another directory"
+                f"run_dir = {str(directory)!r}: already holds a run ({', '.join(there)}); "
+                f"choose another directory, or resume it: {resume_command(directory)}"
             )
         write_settings(directory, settings)
         with suppress(OSError):
@@ -201,7 +201,7 @@ def unsealed(path: Path, version: int | None = None) -> dict[str, Any]:
     except OSError as error:
         raise DamagedError(f"{path.name} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, RecursionError) as error:
-        raise DamagedError(f"{path.name} is damaged: it is no JSON") from error
+        raise DamagedError(f"{path.name} is not JSON") from error
     if not same:
         raise DamagedError(f"{path.name} has changed since it was written")
     content.pop(_DIGEST)

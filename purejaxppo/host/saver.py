@@ -29,7 +29,7 @@ class Saver:
         evaluate: `states[S, ...] -> returns[S, E]`; None leaves checkpoints unevaluated.
         saved: the checkpoint from which training continues, if any.
         stop: once it is set, evaluations are no longer waited for, nor begun, nor recorded.
-        held: the directory; nothing is written to it once it is not where it was.
+        held: the locked directory; once it was removed or renamed, nothing more is written.
     """
 
     def __init__(
@@ -89,10 +89,10 @@ class Saver:
             )
 
     def report(self) -> None:
-        """Warn of what has failed in the background: training can go on.
+        """Warn of saves and evaluations that failed in the background; training continues.
 
         Raises:
-            GoneError: if the directory is no longer there.
+            GoneError: if the directory was removed or renamed.
         """
         for future in (self._saving, self._evaluating):
             if future is None or not future.done() or future.exception() is None:

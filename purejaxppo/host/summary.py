@@ -118,7 +118,8 @@ def _digests(settings: Settings, position: Position) -> dict[str, str]:
 def write_results(
     directory: Path, settings: Settings, training: Training, summary: dict[str, Any]
 ) -> None:
-    """The numbers first. Raises `StorageError` if they cannot be written."""
+    """Write the summary, then draw the curve. Raises `StorageError` if the summary cannot be
+    written."""
     text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
     if settings.trials:
         text = sealed(summary)
@@ -134,16 +135,16 @@ def write_results(
 
 
 def draw_curve(directory: Path, settings: Settings, returns: np.ndarray) -> None:
-    """`learning_curve.png` of returns `[S, U]`; a warning where it cannot be drawn, since the
-    numbers are there without it."""
+    """Draw `learning_curve.png` of returns `[S, U]`; warn if that fails, since the numbers are
+    already written."""
     steps = np.arange(1, returns.shape[1] + 1) * settings.config.batch_size
     env_id = settings.config.env_id
     try:
         evaluations = evaluation_curve(directory)
         learning_curve(directory / CURVE, env_id, steps, returns.T, evaluations)
-    except Exception as error:  # a file, or anything that a picture may choke on
+    except Exception as error:  # a picture must never cost a run
         warnings.warn(
-            f"{str(directory / CURVE)!r}: cannot be drawn: {error}; all numbers are written",
+            f"{str(directory / CURVE)!r}: cannot be drawn: {error}; all numbers were written",
             RunWarning,
             stacklevel=3,
         )

@@ -70,8 +70,8 @@ def new_sweep(directory: Path, definition: Definition) -> Iterator[Held]:
         there = [name for name in names if (directory / name).exists()]
         if there:
             raise ConfigError(
-                f"run_dir = {str(directory)!r}: already holds a run ({', '.join(there)}); go on "
-                "with it by `purejaxppo resume`, or choose another directory"
+                f"run_dir = {str(directory)!r}: already holds a run ({', '.join(there)}); "
+                f"choose another directory, or resume it: {resume_command(directory)}"
             )
         write(directory / SWEEP, dump_definition(definition))
         try:

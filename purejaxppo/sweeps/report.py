@@ -46,7 +46,7 @@ def write_report(directory: Path) -> Path:
             draw(results).savefig(path, dpi=150)
         except OSError as error:
             raise StorageError(f"{str(path)!r}: cannot be written: {error.strerror}") from error
-        except Exception as error:  # whatever a picture may choke on
+        except Exception as error:  # a picture must never cost the report
             warnings.warn(f"{str(path)!r}: cannot be drawn: {error}", RunWarning, stacklevel=2)
             body.append(f"<h2>{title}</h2>\n<p>This picture could not be drawn.</p>")
             continue

@@ -46,8 +46,8 @@ class Strategy(Protocol):
 
 
 def make_strategy(sweep: SweepSettings, seed: int) -> Strategy:
-    """The strategy that a sweep names. One that is told again what an earlier process told it goes
-    on as that one would have."""
+    """The strategy that a sweep names. Its batches depend only on the settings, the seed and the
+    results it was told, so that a resumed sweep continues like an undisturbed one."""
     if sweep.strategy == "optuna":
         return Optuna(sweep.space, sweep.trials, sweep.batch, seed)
     trials = all_trials(sweep.space, sweep.strategy, sweep.trials, seed)
@@ -108,7 +108,7 @@ class Halving:
 
 class Optuna:
     """Optuna's tree-structured Parzen estimator (Bergstra et al. 2011), asked for `batch` trials
-    at a time. What it draws depends on the seed and on the trials that it was told of.
+    at a time. Its draws depend only on the seed and the results it was told.
 
     Raises:
         ConfigError: if Optuna is not installed.

@@ -1,4 +1,4 @@
-"""A short run and a short sweep, into which faults are injected, and what they come to.
+"""A short run and a short sweep, into which faults are injected, and their results.
 
 python scenario.py run|sweep DIRECTORY             once, watched by interpose.c
 python scenario.py run|sweep DIRECTORY CALL ...    once for each CALL:KIND:ERRNO, which fails,
