@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import purejaxppo as ppo
+from purejaxppo.sweeps import files
 
 PATIENCE = 120.0
 
@@ -58,6 +59,13 @@ some_or_all = pytest.mark.parametrize(
 def some(found: list[Any], count: int | None) -> list[Any]:
     """`count` cases, at random with a fixed seed, or all."""
     return found if count is None else random.Random(0).sample(found, min(count, len(found)))
+
+
+def accept_results(sweep: Path) -> None:
+    """Take a sweep's results, which a test has changed, for those that it wrote."""
+    names = (files.RESULTS, files.CURVES, files.WINNER_JSON)
+    there = {name: sweep / name for name in names if (sweep / name).exists()}
+    files.write_finished(sweep, {name: path.read_bytes() for name, path in there.items()})
 
 
 def rows(directory: Path) -> int:

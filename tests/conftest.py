@@ -28,7 +28,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {LEVEL}".strip()
 jax.config.update("jax_num_cpu_devices", 4)
 
 # Compiled programs are kept between test runs here, not in the user's cache folder.
-jax.config.update("jax_compilation_cache_dir", ".pytest_cache/xla")
+jax.config.update("jax_compilation_cache_dir", str(Path(".pytest_cache/xla").absolute()))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 # Tracing creates millions of long-lived objects; with the default thresholds, collecting garbage

@@ -26,6 +26,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+RESUMES = 6
+"""Resumes into which every fault is injected, each of a different state after a kill."""
+FAILURES = (f"once:{ENOSPC}", f"once:{EIO}", f"lasting:{ENOSPC}")
+
+
 class Call(NamedTuple):
     """A line of the log."""
 
@@ -66,18 +71,24 @@ def environment(library: Path, root: Path, **more: Any) -> dict[str, str]:
 def watched(
     request: pytest.FixtureRequest, library: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Watched:
-    folder = tmp_path_factory.mktemp("watched")
+    return watch(request.param, library, tmp_path_factory.mktemp("watched"))
+
+
+def watch(what: str, library: Path, folder: Path, left: Path | None = None) -> Watched:
+    """Watch a scenario from its beginning, or the resume of a directory that a process left."""
     root, snapshots, log = folder / "here", folder / "snapshots", folder / "log"
     snapshots.mkdir()
+    if left is not None:
+        shutil.copytree(left, root)
     subprocess.run(
-        [sys.executable, FAULTS / "scenario.py", request.param, root],
+        [sys.executable, FAULTS / "scenario.py", what, root],
         env=environment(library, root, FAULT_SNAPSHOTS=snapshots, FAULT_LOG=log),
         check=True,
     )
     lines = [line.split("\t") for line in log.read_text().splitlines()]
     calls = [Call(int(n), name, path, other, int(r)) for n, name, path, other, r in lines]
     copies = {path.name: path for path in sorted(snapshots.iterdir())}
-    return Watched(request.param, root, copies, calls, scenario.outcome(request.param, root))
+    return Watched(what, root, copies, calls, scenario.outcome(what, root))
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +122,18 @@ def differences(watched: Watched, left: Path, tmp_path: Path) -> list[str]:
     return scenario.resumed(watched.what, here, watched.outcome)
 
 
+def test_every_step_of_a_checkpoint_is_watched(watched: Watched):
+    """Orbax writes from C++; a fault must strike there too."""
+    saving = [c for c in watched.calls if ".saving" in c.path and c.result >= 0]
+    renamed = [Path(c.other) for c in saving if c.name == "rename"]
+    assert sum(to.parent.name == "checkpoints" and to.name.isdecimal() for to in renamed) >= 2
+    written = {Path(c.path).name for c in saving if c.name == "write"}
+    assert "manifest.json.part" in written
+    assert any(Path(c.path).parent.name == "d" for c in saving if c.name == "write")
+    synced = {c.path for c in saving if c.name == "fsync"}
+    assert any(Path(path).name == "_METADATA" for path in synced)
+
+
 @some_or_all
 def test_a_kill_before_or_after_any_call(watched: Watched, tmp_path: Path, count: int | None):
     states = some(list(states_after_a_kill(watched)), count)
@@ -138,27 +161,61 @@ def test_a_write_of_which_half_was_done(watched: Watched, tmp_path: Path, count:
 
 @some_or_all
 def test_a_call_that_fails(watched: Watched, library: Path, tmp_path: Path, count: int | None):
-    kinds = (f"once:{ENOSPC}", f"once:{EIO}", f"lasting:{ENOSPC}")
     numbers = [call.number for call in watched.calls if call.result >= 0]
-    calls = some([f"{number}:{kind}" for number in numbers for kind in kinds], count)
-    root = tmp_path / "here"
-    done = subprocess.run(
-        [sys.executable, FAULTS / "scenario.py", watched.what, root, *calls],
-        env=environment(library, root), capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = dict(json.loads(line) for line in done.stdout.splitlines())
+    calls = some([f"{number}:{kind}" for number in numbers for kind in FAILURES], count)
+    found = dict(fail(watched, library, tmp_path, calls))
     print(len(found), "failing calls")
-    assert list(found) == calls
     assert {call: what for call, what in found.items() if what} == {}
 
 
-class Disk:
-    """What a power loss leaves: the entries each directory had, and the content each file had, when
-    it was last synced; nothing of what was never synced."""
+@some_or_all
+def test_a_second_kill_during_the_resume(
+    watched: Watched, library: Path, tmp_path: Path, count: int | None
+):
+    found = {}
+    for name, left in some(list(states_after_a_kill(watched)), 1 if count else RESUMES):
+        (tmp_path / name).mkdir()
+        again = watch(watched.what, library, tmp_path / name, left)
+        for second, state in some(list(states_after_a_kill(again)), count):
+            found[f"{name} {second}"] = differences(watched, state, tmp_path)
+    print(len(found), "second kills")
+    assert {name: what for name, what in found.items() if what} == {}
 
-    def __init__(self, root: Path):
-        self._root, self._made = root, 1
+
+@pytest.mark.faults
+def test_a_call_that_fails_during_the_resume(watched: Watched, library: Path, tmp_path: Path):
+    found = {}
+    for name, left in some(list(states_after_a_kill(watched)), RESUMES):
+        (tmp_path / name).mkdir()
+        again = watch(watched.what, library, tmp_path / name, left)
+        calls = [f"{c.number}:{kind}" for c in again.calls if c.result >= 0 for kind in FAILURES]
+        found |= {f"{name} {k}": x for k, x in fail(watched, library, tmp_path, calls, left)}
+    print(len(found), "failing calls")
+    assert {name: what for name, what in found.items() if what} == {}
+
+
+def fail(
+    watched: Watched, library: Path, folder: Path, calls: list[str], left: Path | None = None
+) -> list[tuple[str, list[str]]]:
+    """Of each call that was made to fail, what differs in the end."""
+    root, given = folder / "here", [] if left is None else ["--from", left]
+    done = subprocess.run(
+        [sys.executable, FAULTS / "scenario.py", watched.what, root, *given, *calls],
+        env=environment(library, root), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = [(call, what) for call, what in map(json.loads, done.stdout.splitlines())]
+    assert [call for call, _ in found] == calls
+    return found
+
+
+class Disk:
+    """What a power loss leaves: of each file the content when it was last synced, and of each
+    directory its entries then, or all of its entries: a journal may write a rename before the data
+    of the file. Nothing of what was never synced."""
+
+    def __init__(self, root: Path, all_entries: bool):
+        self._root, self._all_entries, self._made = root, all_entries, 1
         self._now: dict[Path, int] = {root: 0}
         """Number of the file or directory that a path names."""
         self._folders = {0}
@@ -176,8 +233,7 @@ class Disk:
         elif call.name == "fsync" and path in self._now:
             number, copy = self._now[path], after / path.relative_to(self._root)
             if number in self._folders:
-                children = [p for p in self._now if p.parent == path and p != path]
-                self._names[number] = {p.name: self._now[p] for p in children}
+                self._names[number] = self._children(path)
             else:
                 self._contents[number] = copy.read_bytes()
 
@@ -189,18 +245,26 @@ class Disk:
         if to is not None:
             self._now |= {to / p.relative_to(path): n for p, n in moved.items()}
 
-    def leave(self, target: Path, number: int = 0) -> None:
+    def _children(self, path: Path) -> dict[str, int]:
+        return {p.name: n for p, n in self._now.items() if p.parent == path and p != path}
+
+    def leave(self, target: Path, path: Path | None = None, number: int = 0) -> None:
         target.mkdir()
-        for name, child in self._names.get(number, {}).items():
+        path = path or self._root
+        entries = self._children(path) if self._all_entries else self._names.get(number, {})
+        for name, child in entries.items():
             if child in self._folders:
-                self.leave(target / name, child)
+                self.leave(target / name, path / name, child)
             else:
                 (target / name).write_bytes(self._contents.get(child, b""))
 
 
+@pytest.mark.parametrize("all_entries", [False, True], ids=["synced", "journaled"])
 @some_or_all
-def test_a_loss_of_power_at_any_call(watched: Watched, tmp_path: Path, count: int | None):
-    disk, cuts, seen = Disk(watched.root), [], set()
+def test_a_loss_of_power_at_any_call(
+    watched: Watched, tmp_path: Path, all_entries: bool, count: int | None
+):
+    disk, cuts, seen = Disk(watched.root, all_entries), [], set()
     for call in watched.calls:
         if call.result < 0:
             continue

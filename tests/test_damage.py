@@ -15,7 +15,7 @@ import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
-from commands import logged
+from commands import accept_results, logged
 from hypothesis import HealthCheck, given, settings
 
 from faults import scenario  # isort: skip
@@ -28,7 +28,6 @@ from purejaxppo.host.configfile import RunSettings, Settings, dump_settings, loa
 from purejaxppo.host.rundir import RunWarning, sealed, unsealed
 from purejaxppo.host.summary import METRICS_DIGEST
 from purejaxppo.sweeps.engine import resume_sweep
-from purejaxppo.sweeps.files import write_finished
 from purejaxppo.sweeps.report import write_report
 
 SMALL = ppo.Config(total_timesteps=192, num_steps=8, hidden_sizes=(4,))
@@ -252,7 +251,7 @@ def test_no_code_is_run_from_a_sweep(tmp_path: Path, monkeypatch: Any, seen: lis
         before = {path: path.read_bytes() for path in files(sweep)}
         target.write_bytes(content)
         if target.parent == sweep and target.name != "finished.json":
-            write_finished(sweep)
+            accept_results(sweep)
         if target.name == "metrics.f32":
             summary = unsealed(wave / "summary.json")
             digest = {METRICS_DIGEST: hashlib.sha256(hostile).hexdigest()}

@@ -8,25 +8,27 @@ import random
 import shutil
 import threading
 import time
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from commands import Process, logged, rows, some, some_or_all
+from commands import Process, assert_same_end, logged, rows, some, some_or_all
 from envs import RandomWalk
 
 from faults import scenario  # isort: skip
 
 import purejaxppo as ppo
 from purejaxppo.cli import main
-from purejaxppo.host import checkpoint
+from purejaxppo.host import checkpoint, rundir
 from purejaxppo.host.configfile import dump_settings
 from purejaxppo.host.load import find_states
 from purejaxppo.host.memory import _group_bytes
-from purejaxppo.host.rundir import BusyError, RunWarning, StorageError, locked
+from purejaxppo.host.rundir import BusyError, GoneError, RunWarning, StorageError, locked
 from purejaxppo.sweeps.engine import resume_sweep
 
 CONFIG = ppo.Config(total_timesteps=6 * 32, num_steps=8, hidden_sizes=(8,))
@@ -112,25 +114,77 @@ def test_results_that_could_not_be_written_are_written_by_resume(tmp_path: Path)
 def test_a_damaged_file_of_a_sweep_gives_the_same_results_or_one_message(
     sweep_copy: Path, finished_sweep: Path, half: bool, count: int | None
 ):
-    rng, before, whole = np.random.default_rng(0), derived(finished_sweep), sweep_copy
-    whole = sweep_copy.rename(sweep_copy.with_name("whole"))
+    before, whole = derived(finished_sweep), sweep_copy.rename(sweep_copy.with_name("whole"))
     if half:
         for name in (*DERIVED, "waves/0001/summary.json"):
             (whole / name).unlink()
+    for path, change in damaged_copies(whole, sweep_copy, count):
+        refusal = refusal_of(partial(resume_sweep, sweep_copy, progress=False))
+        if refusal is None:
+            assert derived(sweep_copy) == before, (path, change)
+        can_be_rebuilt = path.name in (*DERIVED, "summary.json", ".lock") or path.suffix in PICTURES
+        assert refusal is None or not can_be_rebuilt, (path, change, refusal)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["finished", "half-finished"])
+@some_or_all
+def test_a_damaged_file_of_a_run_gives_the_same_results_or_one_message(
+    run_copy: Path,
+    finished_run: Path,
+    half: bool,
+    count: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    scenario.speed_up(monkeypatch.setattr)
+    whole = run_copy.rename(run_copy.with_name("whole"))
+    if half:
+        (whole / "summary.json").unlink()
+        shutil.rmtree(whole / "checkpoints/000000006")
+    for path, change in damaged_copies(whole, run_copy, count):
+        refusal = refusal_of(partial(ppo.resume, run_copy, progress=False))
+        if refusal is None and path.name != "eval.csv":
+            assert_same_end(run_copy, finished_run)
+        can_be_rebuilt = path.name in ("summary.json", ".lock") or path.suffix in PICTURES
+        if path.is_relative_to("checkpoints"):  # the others are complete
+            can_be_rebuilt = True
+        assert refusal is None or not can_be_rebuilt, (path, change, refusal)
+
+
+PICTURES = (".png", ".html")
+CHANGES = ("flip", "cut", "empty", "json", "missing")
+
+
+def damaged_copies(whole: Path, copy: Path, count: int | None) -> Iterator[tuple[Path, str]]:
+    """Make `copy` a copy of a directory with one damaged file, for each file and kind of damage;
+    the file's relative path and the kind."""
+    rng = np.random.default_rng(0)
     paths = [p.relative_to(whole) for p in sorted(whole.rglob("*")) if p.is_file()]
-    cases = [(p, x) for p in paths for x in ("flip", "cut", "empty", "json")]
-    for path, change in some(cases, count):
-        shutil.rmtree(sweep_copy, ignore_errors=True)
-        shutil.copytree(whole, sweep_copy)
-        damaged = sweep_copy / path
-        content = damaged.read_bytes()
-        if change == "flip" and content:
+    for path, change in some([(p, change) for p in paths for change in CHANGES], count):
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(whole, copy)
+        damaged, content = copy / path, (whole / path).read_bytes()
+        if change == "missing":
+            damaged.unlink()
+        elif change == "flip" and content:
             flip(damaged, int(rng.integers(len(content))))
         else:
             damaged.write_bytes({"cut": content[:-9], "json": b"{}"}.get(change, b""))
-        with suppress(ppo.ConfigError):
-            resume_sweep(sweep_copy, progress=False)
-            assert derived(sweep_copy) == before, (path, change)
+        yield path, change
+
+
+def refusal_of(function: Callable[[], Any]) -> str | None:
+    """The message by which a call was refused, if it was; one line, but for a list of checkpoints
+    that were skipped."""
+    message = ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            function()
+    except ppo.ConfigError as error:
+        message = str(error)
+    first, *others = message.splitlines() or [None]
+    assert all(line and line.startswith("  ") for line in others), message
+    return first
 
 
 @pytest.mark.parametrize("name", ["results.csv", "curves.npz", "winner.json", "finished.json"])
@@ -173,10 +227,17 @@ def test_a_sweep_that_is_trained_again_is_not_finished(
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * 200_000, '{"env_steps": 1e999}', '{"env_steps": 192, "env_steps_planned": 192}']
+    "text",
+    ["[" * 200_000, '{"env_steps": 1e999}', '{"env_steps": 192, "env_steps_planned": 192}', None],
+    ids=["nested", "infinite", "unsealed", "other return"],
 )
-def test_a_damaged_summary_is_written_again(run_copy: Path, finished_run: Path, text: str):
-    (run_copy / "summary.json").write_text(text)
+def test_a_damaged_summary_is_written_again(run_copy: Path, finished_run: Path, text: str | None):
+    path = run_copy / "summary.json"
+    changed = path.read_text().replace(
+        '"eval_return_per_seed": [\n  ', '"eval_return_per_seed": [\n  9'
+    )
+    assert changed != path.read_text()
+    path.write_text(changed if text is None else text)
     ppo.resume(run_copy, progress=False)
     summaries = [json.loads((x / "summary.json").read_text()) for x in (run_copy, finished_run)]
     assert summaries[0]["eval_return_per_seed"] == summaries[1]["eval_return_per_seed"]
@@ -202,6 +263,25 @@ def test_a_sweep_is_resumed_by_one_process(sweep_copy: Path):
         pytest.raises(BusyError, match="is writing there; wait for it"),
     ):
         resume_sweep(sweep_copy, progress=False)
+
+
+@pytest.mark.faults
+def test_of_two_processes_that_resume_a_sweep_one_wins(tmp_path: Path, one_cache: None):
+    directory, arguments = tmp_path / "s", [
+        "--total-timesteps=2000000", "--grid=num_steps=8,16", "--checkpoint-every=0.2",
+        "--eval-episodes=2", "--hidden-sizes=8",
+    ]  # fmt: skip
+    process = Process(tmp_path, "sweep", "--run-dir", directory, *arguments)
+    process.until(lambda: checkpoint.has_any(directory / "waves/0000"))
+    process.popen.kill()
+    process.end()
+    processes = []
+    for k in range(2):
+        (tmp_path / str(k)).mkdir()
+        processes.append(Process(tmp_path / str(k), "resume", directory))
+    assert sorted(process.end() for process in processes) == [0, 2]
+    assert "is writing there; wait for it" in "".join(process.text() for process in processes)
+    assert main(["plot", str(directory)]) == 0
 
 
 @pytest.mark.faults
@@ -312,6 +392,44 @@ def test_checkpoints_are_on_the_disk_before_older_ones_are_removed(
     monkeypatch.setattr(os, "fsync", noted)
     monkeypatch.setattr(checkpoint, "prune", checked)
     ppo.run(CONFIG, run_dir=tmp_path / "run", **EVERY_2 | {"keep": 1})
+
+
+def test_a_damaged_checkpoint_is_not_kept_as_the_best(run_copy: Path):
+    """Or the second best would be removed, and none would be left."""
+    folders = sorted((run_copy / "checkpoints").iterdir())
+    for folder, value in zip(folders, (2.0, 3.0, 1.0), strict=True):
+        checkpoint.record_evaluation(checkpoint.read(folder), value)
+    flip(next(p for p in folders[1].rglob("*") if p.parent.name == "d"), 9)
+    checkpoint.prune(run_copy, newest=6, keep=1)
+    assert sorted((run_copy / "checkpoints").iterdir()) == [folders[0], folders[2]]
+
+
+def test_a_full_disk_at_a_resume_is_one_message(run_copy: Path, monkeypatch: pytest.MonkeyPatch):
+    (run_copy / "summary.json").unlink()
+
+    def full(path: Path, *_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("purejaxppo.host.evaluations.write_whole", full)
+    with pytest.raises(StorageError, match=r"eval.csv': cannot be written: No space left.*resume"):
+        ppo.resume(run_copy, progress=False)
+
+
+@pytest.mark.parametrize("make", [True, False])
+def test_a_directory_that_vanishes_while_it_is_locked_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: bool
+):
+    directory, lock = tmp_path / "r", rundir._lock_directory
+    directory.mkdir()
+
+    def locks_late(handle: int) -> None:
+        directory.rename(tmp_path / "elsewhere")
+        directory.mkdir()
+        lock(handle)
+
+    monkeypatch.setattr(rundir, "_lock_directory", locks_late)
+    with pytest.raises(GoneError, match="was removed or renamed"), locked(directory, make=make):
+        pass
 
 
 def test_a_checkpoint_that_is_read_is_not_removed(run_copy: Path):

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import accept_results
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import purejaxppo as ppo
@@ -64,7 +65,8 @@ def finished(tmp_path: Path) -> Path:
         keys = np.indices((4, 3, UPDATES)).reshape(3, -1)
         columns = {"trial": keys[0], "seed": keys[1], "update": keys[2] + 1}
         curve = keys[2] * np.asarray(list(RETURNS.values()))[keys[0], keys[1]]
-        files.write_curves(directory / files.CURVES, [columns | {name: curve for name in COLUMNS}])
+        curves = [columns | {name: curve for name in COLUMNS}]
+        files.write(directory / files.CURVES, files.curves_content(curves))
         winner = {
             "trial": 1, "tied_with": [], "return": 5.5, "return_interval_95": [4.25, 6.75],
             "interval_over": "seeds", "return_per_seed": [5.0, 5.5, 6.0],
@@ -76,7 +78,7 @@ def finished(tmp_path: Path) -> Path:
         (wave / "metrics.f32").write_bytes(b"")
         digest = {METRICS_DIGEST: hashlib.sha256(b"").hexdigest()}
         (wave / "summary.json").write_text(sealed({"versions": {"jax": "0.10.2"}} | digest))
-        files.write_finished(directory)
+        accept_results(directory)
     return directory
 
 
@@ -169,7 +171,7 @@ def test_a_sweep_of_which_every_trial_failed_has_a_page_too(finished: Path):
         rows = [row | {"eval_return": ""} for row in csv.DictReader(file)]
     table.write_text(files.results_text(rows))
     (finished / files.WINNER_JSON).unlink()
-    files.write_finished(finished)
+    accept_results(finished)
     assert "Every trial failed" in write_report(finished).read_text()
 
 
@@ -180,7 +182,7 @@ def test_a_sweep_of_which_one_trial_is_left_has_a_page_too(finished: Path):
         rows = [row | ({} if row["trial"] == "1" else {"eval_return": ""}) for row in
                 csv.DictReader(file)]  # fmt: skip
     table.write_text(files.results_text(rows))
-    files.write_finished(finished)
+    accept_results(finished)
     write_report(finished)
     figure = pictures.parallel_coordinates(read_results(finished))
     assert len(figure.axes) == 1  # no scale of colours for one value

@@ -161,12 +161,14 @@ def record_evaluation(checkpoint: Checkpoint, eval_return: float | None) -> None
 
 
 def prune(run_dir: Path, newest: int, keep: int) -> None:
-    """Remove all checkpoints up to update `newest` but the `keep` last and the best."""
+    """Remove all checkpoints up to update `newest` but the `keep` last and the best complete
+    one."""
     folders = [p for p in _folders(run_dir) if int(p.name) <= newest]
     known = {c.path: c for c in _by_manifest(folders)}
     last = known.get(run_dir / CHECKPOINTS / f"{newest:09d}")
     own = [c for c in known.values() if last is None or _is_same_run(c, last.settings)]
-    kept = {*list(known)[-keep:], *(c.path for c in _by_return(own)[:1])}
+    best = next((c for c in _by_return(own) if _is_whole(c)), None)
+    kept = {*list(known)[-keep:], *([] if best is None else [best.path])}
     kept |= {folder for folder in folders if int(folder.name) == newest}
     for folder in folders:
         if folder not in kept:
@@ -341,6 +343,14 @@ def _is_same_run(checkpoint: Checkpoint, settings: Settings) -> bool:
     return True
 
 
+def _is_whole(checkpoint: Checkpoint) -> bool:
+    try:
+        read(checkpoint.path)
+    except DamagedError:
+        return False
+    return True
+
+
 def _brief(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}... ({len(text)} characters)"
@@ -445,8 +455,11 @@ def _checkpoint(path: Path, manifest: dict[str, Any]) -> Checkpoint:
             leaves=dict(manifest["leaves"]),
             eval_return=None if eval_return is None else float(eval_return),
         )
-    except (ConfigError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as e:
-        raise DamagedError(f"{_MANIFEST} does not say what it should: {e}") from e
+    except (
+        ConfigError, LookupError, TypeError, ValueError, AttributeError, OverflowError,
+        RecursionError,
+    ) as error:  # fmt: skip
+        raise DamagedError(f"{_MANIFEST} does not say what it should: {error}") from error
 
 
 def _position(table: dict[str, Any]) -> Position:

@@ -12,7 +12,14 @@ import numpy as np
 
 from purejaxppo.config import ConfigError
 from purejaxppo.host.checkpoint import Position
-from purejaxppo.host.rundir import EVALUATIONS, append, sync, write_whole
+from purejaxppo.host.rundir import (
+    EVALUATIONS,
+    StorageError,
+    append,
+    resume_command,
+    sync,
+    write_whole,
+)
 from purejaxppo.host.stats import episode_mean
 
 COLUMNS = (
@@ -28,6 +35,10 @@ class EvalLog:
         batch_size: environment steps of one update.
         after: the update from which training continues; rows of later ones are dropped.
         evaluated: whether the rows of update `after` itself are complete.
+
+    Raises:
+        ConfigError: if the file was changed.
+        StorageError: if the rows to be dropped cannot be.
     """
 
     def __init__(self, run_dir: Path, batch_size: int, after: int = 0, evaluated: bool = False):
@@ -35,7 +46,13 @@ class EvalLog:
         self._last = after if evaluated else after - 1
         if self._path.exists():
             kept = [row for row in _rows(self._path) if int(row["update"]) <= self._last]
-            write_whole(self._path, _text([row.values() for row in kept], header=True))
+            try:
+                write_whole(self._path, _text([row.values() for row in kept], header=True))
+            except OSError as error:
+                raise StorageError(
+                    f"{str(self._path)!r}: cannot be written: {error.strerror}; free space, then: "
+                    f"{resume_command(run_dir)}"
+                ) from error
 
     def add(self, position: Position, returns: Mapping[str, np.ndarray]) -> None:
         """Returns `[S, E]` of an evaluation by kind of actions, NaN for episodes that did not end.

@@ -1,7 +1,6 @@
 """The host loop: compile once, train in chunks of about half a second, write the results."""
 
 import dataclasses
-import json
 import math
 import time
 import warnings
@@ -65,12 +64,15 @@ from purejaxppo.host.rundir import (
     CONFIG,
     CURVE,
     SUMMARY,
+    DamagedError,
     Held,
     RunWarning,
     StorageError,
+    locked,
     new_run,
     old_run,
     resume_command,
+    unsealed,
     write_settings,
 )
 from purejaxppo.host.saver import Saver
@@ -235,7 +237,8 @@ def run_wave(
     with ExitStack() as stack:
         held = None
         if directory is not None and has_any(directory) and not (directory / CONFIG).exists():
-            write_settings(directory, settings)
+            with locked(directory) as own:
+                write_settings(own, settings)
         if directory is not None and (directory / CONFIG).exists():
             held = stack.enter_context(old_run(directory))
             start = _restore(directory, settings, learner)
@@ -300,8 +303,8 @@ def resume(
                 draw_curve(directory, settings, start.metrics["episode_return"].T)
             shown.already_finished(summary, resume_command(directory))
             return _finished_result(start, summary)
-        if is_first():
-            write_settings(directory, settings)
+        if held is not None:
+            write_settings(held, settings)
         last = settings.config.num_updates
         session = _Session(settings, learner, directory, held, start, shown, env, env_params, last)
         return _go(session, compilation_cache)
@@ -374,10 +377,10 @@ def _summary_if_finished(
 ) -> dict[str, Any] | None:
     """What `summary.json` holds if it is of the run as it is now, trained to its end."""
     try:
-        summary = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
+        summary = unsealed(directory / SUMMARY)
         done, planned = int(summary["env_steps"]), int(summary["env_steps_planned"])
         len(summary["failed_seeds"])
-    except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError):
+    except (DamagedError, ValueError, TypeError, LookupError, OverflowError):
         return None
     config, position = settings.config, start.position
     ended = position.updates == config.num_updates or (
@@ -423,8 +426,9 @@ def _check_outputs(run_dir: Any, settings: RunSettings) -> None:
 
 def _open_loggers(session: _Session) -> list[Logger]:
     directory, settings, start = session.directory, session.settings, session.start
-    if directory is None or not is_first():
+    if directory is None or session.held is None:
         return []
+    session.held.check()
     try:
         kind = BinaryLogger if settings.trials else CsvLogger
         loggers: list[Logger] = [kind(directory, start.position.metrics_bytes)]

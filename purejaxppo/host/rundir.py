@@ -91,13 +91,14 @@ def new_run(directory: Path, settings: Settings) -> Iterator[Held]:
                 f"run_dir = {str(directory)!r}: already holds a run ({', '.join(there)}); "
                 f"choose another directory, or resume it: {resume_command(directory)}"
             )
-        write_settings(directory, settings)
+        write_settings(held, settings)
         with suppress(OSError):
-            sync(directory.absolute().parent)
+            sync(held.directory.parent)
         try:
             yield held
         except ConfigError:
             if not (directory / CHECKPOINTS).exists() and not _has_updates(directory):
+                held.check()
                 _remove_run(directory)
             raise
 
@@ -137,12 +138,18 @@ def old_run(directory: Path) -> Iterator[Held]:
         yield held
 
 
-def write_settings(directory: Path, settings: Settings) -> None:
-    """Raises `ConfigError` if the directory cannot be written."""
+def write_settings(held: Held, settings: Settings) -> None:
+    """Write `config.toml`.
+
+    Raises:
+        ConfigError: if the directory cannot be written.
+        GoneError: if it was removed or renamed.
+    """
+    held.check()
     try:
-        write_whole(directory / CONFIG, dump_settings(settings))
+        write_whole(held.directory / CONFIG, dump_settings(settings))
     except OSError as error:
-        raise _cannot_write(directory, error) from error
+        raise _cannot_write(held.directory, error) from error
 
 
 def write_whole(path: Path, content: str | bytes | bytearray) -> None:
@@ -240,6 +247,7 @@ def locked(directory: Path, *, make: bool = False) -> Iterator[Held]:
     Raises:
         BusyError: if another process holds it.
         ConfigError: if the directory cannot be written.
+        GoneError: if it is removed or renamed meanwhile.
     """
     directory = directory.absolute()
     with ExitStack() as stack:
@@ -270,7 +278,9 @@ def locked(directory: Path, *, make: bool = False) -> Iterator[Held]:
             ) from error
         except OSError as error:
             raise _cannot_write(directory, error) from error
-        yield Held(directory, handle)
+        held = Held(directory, handle)
+        held.check()
+        yield held
 
 
 def _lock_directory(handle: int) -> None:

@@ -1,7 +1,6 @@
 """Results of a run: `summary.json` and the learning curve."""
 
 import hashlib
-import json
 import os
 import platform
 import warnings
@@ -120,11 +119,8 @@ def write_results(
 ) -> None:
     """Write the summary, then draw the curve. Raises `StorageError` if the summary cannot be
     written."""
-    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-    if settings.trials:
-        text = sealed(summary)
     try:
-        write_whole(directory / SUMMARY, text)
+        write_whole(directory / SUMMARY, sealed(summary))
     except OSError as error:
         raise StorageError(
             f"{str(directory)!r}: the summary cannot be written: {error.strerror}; free space, "

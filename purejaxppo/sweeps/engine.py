@@ -340,20 +340,24 @@ class _Engine:
         if self.held is not None:
             self.held.check()
 
-    def _write_results(self) -> None:
+    def _write_results(self) -> bytes:
+        """Write `results.csv` and return its content."""
         self._check_directory()
+        rows = result_rows(self.outcomes, self.definition)
+        content = files.results_text(rows).encode()
         if self.directory is not None:
-            rows = result_rows(self.outcomes, self.definition)
-            files.write(self.directory / files.RESULTS, files.results_text(rows))
+            files.write(self.directory / files.RESULTS, content)
+        return content
 
     def _finish(self) -> SweepResult:
         """Rebuild everything that is derived from the waves, whatever is there."""
         winner = self._winner()
-        self._write_results()
+        written = {files.RESULTS: self._write_results()}
         if self.directory is not None:
-            write_winner(self.directory, winner)
-            files.write_curves(self.directory / files.CURVES, self._curves(self.directory))
-            files.write_finished(self.directory)
+            written |= write_winner(self.directory, winner)
+            written[files.CURVES] = files.curves_content(self._curves(self.directory))
+            files.write(self.directory / files.CURVES, written[files.CURVES])
+            files.write_finished(self.directory, written)
             write_report(self.directory)
         order = ranked(self.outcomes, self.definition)
         self.shown.best([(o.trial, o.score, float(np.min(o.returns))) for o in order])

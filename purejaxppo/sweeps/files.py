@@ -78,6 +78,7 @@ def new_sweep(directory: Path, definition: Definition) -> Iterator[Held]:
             yield held
         except ConfigError:
             if not (directory / PLAN).exists():
+                held.check()
                 # or the corrected command would be refused
                 (directory / SWEEP).unlink(missing_ok=True)
             raise
@@ -148,7 +149,7 @@ def read_plan(directory: Path, definition: Definition) -> list[PlannedBatch]:
             )
             for entry in plan["batches"]
         ]
-    except (DamagedError, TypeError, LookupError) as error:
+    except (DamagedError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise ConfigError(
             f"{str(path)!r}: is not a sweep's plan: {error}; restore a copy, or start a new sweep"
         ) from error
@@ -218,13 +219,10 @@ def remove(path: Path) -> None:
         raise StorageError(f"{str(path)!r}: cannot be removed: {error.strerror}") from error
 
 
-def write_finished(directory: Path) -> None:
-    """Mark the sweep as finished, with digests of its results. Raises `StorageError`."""
-    digests = {
-        name: _digest((directory / name).read_bytes())
-        for name in (RESULTS, CURVES, WINNER_JSON)
-        if (directory / name).exists()
-    }
+def write_finished(directory: Path, written: Mapping[str, bytes]) -> None:
+    """Mark the sweep as finished, with digests of what was written, by file name. Raises
+    `StorageError`."""
+    digests = {name: _digest(content) for name, content in written.items()}
     write(directory / FINISHED, sealed(digests))
 
 
@@ -290,16 +288,12 @@ def results_text(rows: Sequence[dict[str, Any]]) -> str:
     return out.getvalue()
 
 
-def write_curves(path: Path, parts: Sequence[dict[str, np.ndarray]]) -> None:
+def curves_content(parts: Sequence[dict[str, np.ndarray]]) -> bytes:
     """`curves.npz`: a column each of `trial`, `seed`, `update` and every metric, a row for each
     update of each training. Metrics of an update that was not kept, since its loss was not finite,
-    are NaN, but for the first one where a seed's training ends.
-
-    Raises:
-        StorageError: if it cannot be written.
-    """
+    are NaN, but for the first one where a seed's training ends."""
     out = io.BytesIO()
     names = ("trial", "seed", "update", *COLUMNS)
     columns: dict[str, Any] = {name: np.concatenate([p[name] for p in parts]) for name in names}
     np.savez_compressed(out, **columns)
-    write(path, out.getvalue())
+    return out.getvalue()

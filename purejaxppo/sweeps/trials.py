@@ -12,10 +12,10 @@ import numpy as np
 from purejaxppo.config import Config, ConfigError, HParams
 from purejaxppo.host import checkpoint
 from purejaxppo.host.checkpoint import Position
-from purejaxppo.host.configfile import RunSettings, Settings
+from purejaxppo.host.configfile import RunSettings, Settings, dump_settings
 from purejaxppo.host.load import Loaded, check_env
 from purejaxppo.host.loggers import CsvLogger, HostMetrics, binary_metrics
-from purejaxppo.host.rundir import SWEEP, StorageError, locked, write_settings
+from purejaxppo.host.rundir import CONFIG, SWEEP, StorageError, locked, write_whole
 from purejaxppo.inputs import whole_number
 from purejaxppo.learner import env_steps
 from purejaxppo.sweeps import files
@@ -217,7 +217,7 @@ def _write_run(sweep_dir: Path, source: _Source, target: Path) -> None:
         returns = np.asarray(summary["eval_return_per_seed"], float)[leg.columns]
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     kept = np.isfinite(joined["env_steps"])
-    write_settings(target, settings)
+    write_whole(target / CONFIG, dump_settings(settings))
     logger = CsvLogger(target)
     logger.write(1, _as_logged(joined, kept, settings.config), kept)
     size, digest = logger.sync()

@@ -70,18 +70,25 @@ def evaluate_again(settings: Settings, states: TrainState, env: Any, env_params:
     return Evaluation(longer, env, env_params)(states, purpose=FRESH_EVALUATION)
 
 
-def write_winner(directory: Path, winner: Winner | None) -> None:
-    """`winner.json`, and `winner.toml`, which trains it again; neither if there is no winner.
-    Raises `StorageError`."""
+def write_winner(directory: Path, winner: Winner | None) -> dict[str, bytes]:
+    """Write `winner.json`, and `winner.toml`, which trains it again; neither if there is no winner.
+
+    Returns:
+        the content of `winner.json` by its name; empty if there is no winner.
+
+    Raises:
+        StorageError: if they cannot be written.
+    """
     if winner is None:
         for name in (files.WINNER_JSON, files.WINNER):
             files.remove(directory / name)
-        return
+        return {}
     table = winner.table()
-    text = json.dumps(table, indent=2) + "\n"
-    files.write(directory / files.WINNER_JSON, text)
+    content = (json.dumps(table, indent=2) + "\n").encode()
+    files.write(directory / files.WINNER_JSON, content)
     note = f"# Winner: {describe_winner(table)}.\n"
     files.write(directory / files.WINNER, note + dump_settings(winner.settings))
+    return {files.WINNER_JSON: content}
 
 
 def describe_winner(table: Mapping[str, Any]) -> str:

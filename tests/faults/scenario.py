@@ -3,6 +3,8 @@
 python scenario.py run|sweep DIRECTORY             once, watched by interpose.c
 python scenario.py run|sweep DIRECTORY CALL ...    once for each CALL:KIND:ERRNO, which fails,
                                                    and resumed; prints what differs
+python scenario.py run|sweep DIRECTORY --from LEFT CALL ...   the same for the resume of a copy of
+                                                              LEFT
 """
 
 import ctypes
@@ -142,8 +144,11 @@ def _lacks_an_evaluation(
 
 def main() -> None:
     what, directory, calls = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
+    left = None
+    if calls[:1] == ["--from"]:
+        left, calls = Path(calls[1]), calls[2:]
     if not calls:
-        begin(what, directory)
+        go_on(what, directory)
         return
     speed_up(setattr)
     begin(what, directory)
@@ -151,12 +156,14 @@ def main() -> None:
     shutil.rmtree(directory)
     for call in calls:
         number, kind, error = call.split(":")
+        if left is not None:
+            shutil.copytree(left, directory)
         library.fault_arm(KINDS[kind], int(error), ctypes.c_long(int(number)))
         different = []
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                begin(what, directory)
+                go_on(what, directory)
         except (StorageError, ppo.ConfigError):
             pass  # one message
         except Exception as error:
