@@ -26,6 +26,7 @@ import purejaxppo as ppo
 from purejaxppo.cli import main
 from purejaxppo.host import checkpoint, rundir
 from purejaxppo.host.configfile import dump_settings
+from purejaxppo.host.evaluations import EvalLog, evaluation_curve
 from purejaxppo.host.load import find_states
 from purejaxppo.host.memory import _group_bytes
 from purejaxppo.host.rundir import BusyError, GoneError, RunWarning, StorageError, locked
@@ -634,6 +635,14 @@ def test_a_best_checkpoint_that_is_of_no_use_ends_no_run(run_copy: Path, change:
     again = json.loads((run_copy / "summary.json").read_text())
     assert again["eval_return_per_seed"] == summary["eval_return_per_seed"]
     assert again["best_checkpoint"]["updates"] != 4
+
+
+@pytest.mark.parametrize("left", ["", "seed,upd"])
+def test_evaluations_of_which_a_kill_left_no_row_are_none(run_copy: Path, left: str):
+    (run_copy / "eval.csv").write_text(left)
+    assert evaluation_curve(run_copy)[0].size == 0
+    EvalLog(run_copy, 32)
+    assert (run_copy / "eval.csv").read_text().startswith("seed,update,")
 
 
 @pytest.mark.parametrize(("old", "new"), [("update", "updaye"), ("sampled,", "sampled,x")])

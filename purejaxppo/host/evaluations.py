@@ -107,8 +107,10 @@ def _rows(path: Path) -> list[dict[str, str]]:
     """
     remedy = "restore a copy, or remove it to lose the evaluations so far"
     try:
-        with path.open(newline="", encoding="utf-8", errors="replace") as file:
-            header, *rows = csv.reader(file)
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if _text([], header=True).startswith(text):  # or a part of the header
+            return []
+        header, *rows = csv.reader(io.StringIO(text))
         if tuple(header) != COLUMNS:
             raise ValueError("its header is not the one that was written")
         if rows and len(rows[-1]) < len(COLUMNS):
