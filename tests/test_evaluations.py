@@ -1,7 +1,6 @@
 """Evaluations at intervals: `eval.csv`, the best checkpoint, and what a resume does to both."""
 
 import csv
-import json
 import math
 import shutil
 from pathlib import Path
@@ -18,7 +17,7 @@ from purejaxppo.cli import main
 from purejaxppo.evaluation import FINAL_EVALUATION, FRESH_EVALUATION, evaluation_keys
 from purejaxppo.host.checkpoint import Position
 from purejaxppo.host.evaluations import EvalLog, evaluation_curve
-from purejaxppo.host.rundir import RunWarning
+from purejaxppo.host.rundir import RunWarning, unsealed
 
 LENGTH = 12
 CONFIG = ppo.Config(
@@ -195,7 +194,7 @@ def test_resuming_a_finished_run_changes_nothing_and_says_so(whole: Any, tmp_pat
     after = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(copy.rglob("*"))}
     assert {p for p in before if before[p] != after[p]} <= {lock}
     assert before.keys() == after.keys()
-    assert result.summary == json.loads((copy / "summary.json").read_text())
+    assert result.summary == unsealed(copy / "summary.json")
     for x, y in zip(jax.tree.leaves(result.states), jax.tree.leaves(whole[0].states), strict=True):
         assert bool(np.all(np.asarray(x == y)))
     assert result.returns.shape == (2, 0)
