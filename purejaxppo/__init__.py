@@ -7,62 +7,89 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from purejaxppo.agent import Agent, make_agent
-    from purejaxppo.config import Config, ConfigError, HParams
+    from purejaxppo.agent import Agent
+    from purejaxppo.config import Config, ConfigError, HParams, TaskConfig
     from purejaxppo.curves import curve
+    from purejaxppo.entry import evaluate, make_agent, make_learner, make_train
     from purejaxppo.envs import MultiDiscrete, available_environments
-    from purejaxppo.evaluation import evaluate
     from purejaxppo.export import export_policy
     from purejaxppo.host.load import Loaded, load
+    from purejaxppo.host.loggers import Logger
     from purejaxppo.host.program import enable_compilation_cache
     from purejaxppo.host.run import Result, resume, run
     from purejaxppo.host.rundir import LostError, StorageError
     from purejaxppo.inputs import vmap_axes
-    from purejaxppo.learner import make_learner
+    from purejaxppo.losses import Terms
+    from purejaxppo.objectives import OBJECTIVES, KLController, Objective
     from purejaxppo.sweeps.engine import resume_sweep, sweep
     from purejaxppo.sweeps.outcomes import SweepResult
     from purejaxppo.sweeps.settings import SweepSettings
     from purejaxppo.sweeps.space import choice, loguniform, uniform
     from purejaxppo.sweeps.trials import load_trial
-    from purejaxppo.train import make_train, train_chunk
-    from purejaxppo.types import Learner, TrainState
+    from purejaxppo.task import Parts, Task, make_task
+    from purejaxppo.train import train_chunk
+    from purejaxppo.types import (
+        Actor,
+        ActorState,
+        Batch,
+        Learner,
+        LearnerState,
+        Rollout,
+        TrainState,
+    )
 
 _HOMES = {
-    "agent": "Agent make_agent",
-    "config": "Config ConfigError HParams",
+    "agent": "Agent",
+    "config": "Config ConfigError HParams TaskConfig",
     "curves": "curve",
+    "entry": "evaluate make_agent make_learner make_train",
     "envs": "MultiDiscrete available_environments",
-    "evaluation": "evaluate",
     "export": "export_policy",
     "host.load": "Loaded load",
+    "host.loggers": "Logger",
     "host.program": "enable_compilation_cache",
     "host.run": "Result resume run",
     "host.rundir": "LostError StorageError",
     "inputs": "vmap_axes",
-    "learner": "make_learner",
+    "losses": "Terms",
+    "objectives": "OBJECTIVES KLController Objective",
     "sweeps.engine": "resume_sweep sweep",
     "sweeps.outcomes": "SweepResult",
     "sweeps.settings": "SweepSettings",
     "sweeps.space": "choice loguniform uniform",
     "sweeps.trials": "load_trial",
-    "train": "make_train train_chunk",
-    "types": "Learner TrainState",
+    "task": "Parts Task make_task",
+    "train": "train_chunk",
+    "types": "Actor ActorState Batch Learner LearnerState Rollout TrainState",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
+    "OBJECTIVES",
+    "Actor",
+    "ActorState",
     "Agent",
+    "Batch",
     "Config",
     "ConfigError",
     "HParams",
+    "KLController",
     "Learner",
+    "LearnerState",
     "Loaded",
+    "Logger",
     "LostError",
     "MultiDiscrete",
+    "Objective",
+    "Parts",
     "Result",
+    "Rollout",
     "StorageError",
     "SweepResult",
     "SweepSettings",
+    "Task",
+    "TaskConfig",
+    "Terms",
     "TrainState",
     "available_environments",
     "choice",
@@ -75,6 +102,7 @@ __all__ = [
     "loguniform",
     "make_agent",
     "make_learner",
+    "make_task",
     "make_train",
     "resume",
     "resume_sweep",

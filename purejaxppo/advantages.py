@@ -97,4 +97,4 @@ def make_advantage(config: Config) -> Advantage:
         "gae": gae,
         "lambda_return": lambda_return,
     }
-    return estimators[config.estimator]
+    return estimators[config.advantage]

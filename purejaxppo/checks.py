@@ -2,17 +2,21 @@
 
 import dataclasses
 import difflib
+import functools
 import math
+import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
 
 _LONGEST_MESSAGE = 4000
 _LONGEST_NAME = 100
+_REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 FLOAT_MAX = float(np.finfo(np.float32).max)
 
 
@@ -29,6 +33,42 @@ class ConfigError(Exception):
             left_out = len(message) - 2 * half
             message = f"{message[:half]}...({left_out:,} characters)...{message[-half:]}"
         super().__init__(message)
+
+
+class EnvParams(Mapping[str, float | int | bool]):
+    """Numbers by name: hashable, and never changed.
+
+    Raises `ConfigError` if `values` is no mapping of names to numbers, true or false.
+    """
+
+    def __init__(self, values: Mapping[str, float | int | bool] = MappingProxyType({})):
+        if not isinstance(values, Mapping):
+            raise ConfigError(
+                f"env_params = {values!r}: must be a table of names and numbers, such as "
+                "{'max_steps_in_episode': 200}"
+            )
+        for name, value in values.items():
+            if not isinstance(name, str) or not isinstance(value, bool | int | float):
+                raise ConfigError(
+                    f"env_params.{name} = {value!r}: must be a number, true or false; pass other "
+                    "parameters from Python as env_params=..."
+                )
+        self._values = {name: values[name] for name in sorted(values)}
+
+    def __getitem__(self, name: str) -> float | int | bool:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._values.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._values)
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
@@ -52,7 +92,7 @@ def check_fields(instance: Any) -> None:
     Raises:
         ConfigError: naming the field, its value, the rule and the remedy.
     """
-    hints = typing.get_type_hints(type(instance))
+    hints = _hints(type(instance))
     for f in dataclasses.fields(instance):
         value = getattr(instance, f.name)
         _check_type(f.name, value, hints[f.name], f.default)
@@ -72,25 +112,31 @@ def check_fields(instance: Any) -> None:
                 )
 
 
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
 def _plain(value: Any, hint: Any) -> Any:
     """A checked value in the type its field has: lists as tuples, NumPy's and whole numbers as
     Python's own of the right kind."""
     if isinstance(value, list):
         return tuple(value)
     if hint is int:
-        return int(value)
+        return value if isinstance(value, int) else int(value)
     if isinstance(value, int) and hint not in (bool, str):
         return float(value) if abs(value) <= FLOAT_MAX else math.inf * (1 if value > 0 else -1)
     return value
 
 
 def _check_type(name: str, value: Any, hint: Any, default: Any) -> None:
+    if hint is Any:  # a hyperparameter of a user's own class, or its number under a trace
+        hint = float
     if hint is float or (isinstance(hint, types.UnionType) and float in hint.__args__):
         fits = _is_number(value) or (value is None and isinstance(hint, types.UnionType))
         kind = "a number"
-    elif typing.get_origin(hint) is Literal:
-        choices = typing.get_args(hint)
-        fits, kind = value in choices, f"one of {', '.join(choices)}"
+    elif choices := choices_of(hint):
+        fits, kind = fits_choice(value, hint), f"one of {in_words(hint)}"
         near = nearest(str(value), choices)
         kind += f" (did you mean {near}?)" if near and not fits else ""
     elif typing.get_origin(hint) is tuple:
@@ -100,10 +146,34 @@ def _check_type(name: str, value: Any, hint: Any, default: Any) -> None:
     elif isinstance(hint, type) and issubclass(hint, Mapping):
         fits, kind = isinstance(value, hint), "a table"
     else:
-        fits = type(value) is hint or (hint is int and isinstance(value, np.integer))
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        fits = whole if hint is int else type(value) is hint
         kind = {int: "a whole number", bool: "true or false", str: "a text"}[hint]
     if not fits:
         raise ConfigError(f"{name} = {value!r}: must be {kind}; the default is {default!r}")
+
+
+def choices_of(hint: Any) -> tuple[str, ...]:
+    """The values of a `Literal`, or of one in a union."""
+    parts = (hint,) if typing.get_origin(hint) is Literal else typing.get_args(hint)
+    return tuple(x for p in parts if typing.get_origin(p) is Literal for x in typing.get_args(p))
+
+
+def fits_choice(value: Any, hint: Any) -> bool:
+    """Whether it is one of the choices, or a reference where one may be given."""
+    is_open = str in typing.get_args(hint)
+    return value in choices_of(hint) or (is_open and isinstance(value, str) and is_reference(value))
+
+
+def in_words(hint: Any) -> str:
+    """The choices in an error message."""
+    more = ["package.module:name"] if str in typing.get_args(hint) else []
+    return ", ".join([*choices_of(hint), *more])
+
+
+def is_reference(text: str) -> bool:
+    """Whether a setting is a Python object's name, `package.module:name`."""
+    return _REFERENCE.fullmatch(text) is not None
 
 
 def _is_number(value: Any) -> bool:

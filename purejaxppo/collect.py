@@ -14,27 +14,16 @@ from purejaxppo.envs.base import split_each
 from purejaxppo.networks import parts_in_cache
 from purejaxppo.normalize import normalize_obs
 from purejaxppo.types import (
+    Actor,
     ActorState,
-    Collect,
     Environment,
     LearnerState,
     Network,
     Policy,
+    PyTree,
     Rollout,
     TimeStep,
 )
-
-
-def init_actors(
-    config: Config,
-    env: Environment,
-    network: Network,
-    key: Key[Array, ""],
-    axis: str | None = None,
-) -> ActorState:
-    """N environments at the start of their first episodes; over several devices, each one's own."""
-    own = own_rows(jax.random.split(key, config.num_envs), axis)
-    return first_steps(env, network, own)
 
 
 def first_steps(env: Environment, network: Network, keys: Key[Array, " N"]) -> ActorState:
@@ -54,28 +43,43 @@ def first_steps(env: Environment, network: Network, keys: Key[Array, " N"]) -> A
     )
 
 
-def make_collect(config: Config, env: Environment, network: Network, policy: Policy) -> Collect:
-    """`(learner, actors) -> (actors, rollout, raw_obs[T, N, ...])`.
+def make_actor(
+    config: Config,
+    env: Environment,
+    network: Network,
+    policy: Policy,
+    *,
+    keep_outputs: bool = False,
+    axis: str | None = None,
+) -> Actor:
+    """N environments that act by the learner's policy; over several devices, each its own.
 
     The scan over time holds what each step must wait for: the policy's outputs and the
     environment. Log-probabilities and values are computed after it, for all steps at once, by the
-    very call that the loss makes. Rewards are as the environment gave them.
+    very call that the loss makes. Observations and rewards are as the environment gave them.
+
+    Args:
+        keep_outputs: whether rollouts hold the policy's outputs.
     """
 
-    def collect(learner: LearnerState, actors: ActorState) -> tuple[ActorState, Rollout, Array]:
+    def init(key: Key[Array, ""], hparams: Any, data: PyTree) -> ActorState:
+        own = own_rows(jax.random.split(key, config.num_envs), axis)
+        return first_steps(env, network, own)
+
+    def collect(
+        learner: LearnerState, actors: ActorState, hparams: Any, data: PyTree
+    ) -> tuple[ActorState, Rollout]:
         keys, step_keys, noise = _draw(config, policy, actors.keys)
 
         def step(actors: ActorState, draws: tuple[Array, Array]) -> tuple[ActorState, Any]:
             step_keys, noise = draws
-            obs = normalize_obs(learner.obs_stats, actors.obs)
-            carry, outputs, _ = network.apply(
-                learner.params, actors.carry, obs[None], actors.start[None]
-            )
+            obs = _one_step(normalize_obs(learner.obs_stats, actors.obs))
+            carry, outputs, _ = network.apply(learner.params, actors.carry, obs, actors.start[None])
             action = policy.sample(outputs[0], noise)
             env_state, result = env.step(step_keys, actors.env_state, policy.to_env(action))
             if not config.bootstrap_time_limits:
                 result = result._replace(terminated=result.terminated | result.truncated)
-            cut_value = _value_where_cut(network, learner, carry, result)
+            cut_value = truncation_value(network, learner, carry, result)
             done = result.terminated | result.truncated
             moved = actors._replace(env_state=env_state, obs=result.obs, start=done, carry=carry)
             return moved, (actors.obs, action, cut_value, result)
@@ -85,20 +89,20 @@ def make_collect(config: Config, env: Environment, network: Network, policy: Pol
         done = result.terminated | result.truncated
         start = jnp.concatenate([actors.start[None], done[:-1]])
 
-        def look_back(steps: tuple[Array, ...]) -> tuple[Array, Array, Any]:
+        def replay(steps: tuple[Array, ...]) -> tuple[Array, Array, Any]:
             obs, start, action = steps
             _, outputs, value = network.apply(learner.params, actors.carry, obs, start)
             log_prob = jnp.asarray(policy.distribution(outputs).log_prob(action))
-            return log_prob, value, outputs if config.needs_outputs else ()
+            return log_prob, value, outputs if keep_outputs else ()
 
-        sequences = config.memory != "none"
-        num_parts = 1 if sequences else parts_in_cache(network, start.size, config.num_steps)
-        log_prob, value, outputs = _in_parts(look_back, (obs, start, action), num_parts)
-        last_obs, last_start = normalize_obs(learner.obs_stats, moved.obs)[None], moved.start[None]
-        _, _, last_value = network.apply(learner.params, moved.carry, last_obs, last_start)
+        whole = network.sequential
+        num_parts = 1 if whole else parts_in_cache(network, start.size, config.num_steps)
+        log_prob, value, outputs = _in_parts(replay, (obs, start, action), num_parts)
+        last_obs = _one_step(normalize_obs(learner.obs_stats, moved.obs))
+        _, _, last_value = network.apply(learner.params, moved.carry, last_obs, moved.start[None])
         following = jnp.concatenate([value[1:], last_value])
         rollout = Rollout(
-            obs=obs,
+            obs=raw_obs,
             start=start,
             action=action,
             log_prob=log_prob,
@@ -109,11 +113,16 @@ def make_collect(config: Config, env: Environment, network: Network, policy: Pol
             truncated=result.truncated,
             mask=jnp.ones_like(value),
             carry=actors.carry,
-            outputs=outputs,
+            policy_outputs=outputs,
         )
-        return moved._replace(keys=keys), rollout, raw_obs
+        return moved._replace(keys=keys), rollout
 
-    return collect
+    return Actor(init, collect)
+
+
+def _one_step(obs: PyTree) -> PyTree:
+    """Observations `[N, ...]` as sequences of one step `[1, N, ...]`."""
+    return jax.tree.map(lambda x: x[None], obs)
 
 
 def _draw(config: Config, policy: Policy, keys: Key[Array, " N"]) -> tuple[Array, Array, Array]:
@@ -128,9 +137,7 @@ def _draw(config: Config, policy: Policy, keys: Key[Array, " N"]) -> tuple[Array
     return next_keys, step_keys, draw_noise(policy, noise_keys)
 
 
-def _in_parts(
-    function: Callable[[tuple[Array, ...]], Any], steps: tuple[Array, ...], num_parts: int
-) -> Any:
+def _in_parts(function: Callable[[Any], Any], steps: tuple[Any, ...], num_parts: int) -> Any:
     """`function` of steps `[T, N, ...]`, which gives `[T, N, ...]`; in a program for CPU in equal
     parts along time."""
     if num_parts == 1:
@@ -144,14 +151,14 @@ def _in_parts(
     return jax.lax.platform_dependent(steps, cpu=in_parts, default=function)
 
 
-def _value_where_cut(
+def truncation_value(
     network: Network, learner: LearnerState, carry: Any, result: TimeStep
 ) -> Array:
     """`[N]` values of `final_obs`, computed only in steps in which some episode is cut off."""
     cut: Bool[Array, " N"] = result.truncated & ~result.terminated
 
     def value() -> Array:
-        obs = normalize_obs(learner.obs_stats, result.final_obs)
-        return network.apply(learner.params, carry, obs[None], jnp.zeros_like(cut)[None])[2][0]
+        obs = _one_step(normalize_obs(learner.obs_stats, result.final_obs))
+        return network.apply(learner.params, carry, obs, jnp.zeros_like(cut)[None])[2][0]
 
     return jax.lax.cond(jnp.any(cut), value, lambda: jnp.zeros_like(result.reward))

@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
-from purejaxppo.agent import agent_in
-from purejaxppo.config import Config
-from purejaxppo.envs import make_environment
-from purejaxppo.inputs import as_key, check_config, whole_number
-from purejaxppo.types import Environment, KeyLike, PyTree, TrainState
+from purejaxppo.agent import Agent
+from purejaxppo.inputs import as_key, whole_number
+from purejaxppo.types import Environment, KeyLike, PyTree
 
 MAX_STEPS_WITHOUT_LIMIT = 10_000
 # Rows of a split and folded-in numbers are the same keys: these lie beyond any number of seeds.
@@ -28,49 +26,26 @@ class _Episodes(NamedTuple):
     steps: Array
     key: Key[Array, ""]
     env_state: PyTree
-    obs: Array
+    obs: PyTree
     carry: PyTree
     total: Float[Array, " E"]
     over: Bool[Array, " E"]
 
 
-def evaluate(
-    config: Config,
-    state: TrainState,
+def episode_returns(
+    environment: Environment,
+    agent: Agent,
     key: KeyLike,
     num_episodes: int = 128,
     *,
     deterministic: bool | Bool[Array, ""] = False,
     max_steps: int | None = None,
-    env: Any = None,
-    env_params: Any = None,
+    data: PyTree = (),
 ) -> Float[Array, " num_episodes"]:
-    """Run `num_episodes` fresh episodes side by side, and return their undiscounted returns.
-
-    The statistics of the normaliser are those of `state`, and stay as they are. A pure function:
-    put it under `jax.jit` to compile once, under `jax.vmap` for many states.
-
-    Args:
-        state: of one seed.
-        deterministic: take the mode of the policy instead of sampling from it. May be traced, so
-            that one compiled program does both.
-        max_steps: stop after this many steps; an episode that has not ended counts with its return
-            so far. None: an episode that does not end within the environment's own time limit
-            (10,000 steps if it states none) has no known return and counts as NaN, as does any
-            mean over it.
-        env: the object passed to training in place of a name, if one was.
-        env_params: its parameters; None takes its defaults.
-
-    Raises:
-        ConfigError: as `make_agent`, or if `num_episodes` or `max_steps` is no whole number from 1,
-            or `key` is not one key.
-    """
-    check_config(config, "evaluate")
+    """Undiscounted returns of an agent's fresh episodes, see `evaluate`."""
     hint = "use jax.vmap(lambda key: ppo.evaluate(config, state, key))(keys)"
     key = as_key(key, "evaluate", hint)
     num_episodes = whole_number("num_episodes", num_episodes, 1)
-    environment = make_environment(config, env, env_params)
-    agent = agent_in(environment, config, state, "evaluate")
     limit = _step_limit(max_steps, environment)
 
     def step(now: _Episodes) -> _Episodes:

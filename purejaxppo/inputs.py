@@ -14,7 +14,7 @@ from jaxtyping import Array, Key
 
 from purejaxppo.checks import is_traced
 from purejaxppo.config import Config, ConfigError, HParams
-from purejaxppo.types import PyTree, TrainState
+from purejaxppo.types import LearnerState, PyTree, TrainState
 
 
 def vmap_axes(hparams: HParams) -> HParams:
@@ -42,7 +42,7 @@ def vmap_axes(hparams: HParams) -> HParams:
                 "jax.vmap"
             )
     # Through the pytree, since axes are not values and must not be checked as such.
-    names = [f.name for f in dataclasses.fields(HParams)]
+    names = [f.name for f in dataclasses.fields(hparams)]
     structure = jax.tree.structure(hparams, is_leaf=lambda x: x is None)
     return jax.tree.unflatten(structure, [0 if name in lengths else None for name in names])
 
@@ -135,7 +135,7 @@ def _shown(name: str, value: Any) -> str:
 
 
 def _shapes_of(hparams: HParams) -> dict[str, tuple[int, ...]]:
-    values = {f.name: getattr(hparams, f.name) for f in dataclasses.fields(HParams)}
+    values = {f.name: getattr(hparams, f.name) for f in dataclasses.fields(hparams)}
     return {name: tuple(getattr(value, "shape", ())) for name, value in values.items()}
 
 
@@ -148,7 +148,7 @@ def check_state(state: Any, function: str, hint: str) -> None:
             f"{_shown('state', state)}: {function} takes the TrainState that train or "
             f"learner.init returns{returned}"
         )
-    if state.learner.updates.ndim:
+    if isinstance(state.learner, LearnerState) and state.learner.updates.ndim:
         raise ConfigError(
             f"state: its leaves have a leading axis of {len(state.learner.updates)} seeds; {hint}"
         )
@@ -180,17 +180,33 @@ def _leaf_shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in leaves}
 
 
-def check_obs(obs: Array, shape: tuple[int, ...], function: str) -> None:
-    """Raise `ConfigError` unless `obs` is `[n, *shape]` with at least one row."""
-    if obs.ndim == 1 + len(shape) and obs.shape[1:] == shape and obs.shape[0] != 0:
-        return
-    batch = ", ".join(["n", *map(str, shape)])
-    fix = "pass one observation of the environment per row"
-    if obs.shape == shape:
-        fix = "add an axis with obs[None]"
-    elif obs.ndim > 1 + len(shape):
-        fix = "use jax.vmap over the other axes"
-    raise ConfigError(f"obs has shape {obs.shape}: {function} takes a batch [{batch}]; {fix}")
+def check_obs(obs: PyTree, shapes: Any, function: str) -> int:
+    """The number of rows of `obs`, leaves `[n, *shape]`.
+
+    Raises:
+        ConfigError: if a leaf has another shape, or there is no row.
+    """
+    given, wanted = jax.tree.leaves(obs), jax.tree.leaves(shapes, is_leaf=_is_shape)
+    for leaf, shape in zip(given, wanted, strict=False):
+        if leaf.ndim == 1 + len(shape) and leaf.shape[1:] == shape and leaf.shape[0] != 0:
+            continue
+        batch = ", ".join(["n", *map(str, shape)])
+        fix = "pass one observation of the environment per row"
+        if leaf.shape == shape:
+            fix = "add an axis with obs[None]"
+        elif leaf.ndim > 1 + len(shape):
+            fix = "use jax.vmap over the other axes"
+        raise ConfigError(f"obs has shape {leaf.shape}: {function} takes a batch [{batch}]; {fix}")
+    if len(given) != len(wanted):
+        raise ConfigError(
+            f"obs has {len(given)} arrays: {function} takes {len(wanted)}, as the environment "
+            "gives them"
+        )
+    return given[0].shape[0]
+
+
+def _is_shape(x: Any) -> bool:
+    return isinstance(x, tuple) and all(isinstance(n, int) for n in x)
 
 
 def check_carry(carry: PyTree, one_row: PyTree, n: Any, function: str) -> None:

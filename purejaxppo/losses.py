@@ -71,29 +71,6 @@ def clipped_surrogate(terms: Terms, hparams: HParams) -> Samples:
     return -objective
 
 
-POLICY_LOSSES: dict[str, PolicyLoss] = {
-    "reinforce": policy_gradient,
-    "reinforce_baseline": policy_gradient,
-    "a2c": policy_gradient,
-    "trpo": surrogate,
-    "ppo_kl": penalized_surrogate,
-    "ppo_kl_adaptive": penalized_surrogate,
-    "ppo_clip": clipped_surrogate,
-}
-"""By `Config.objective`."""
-
-
-BETA_RANGE = (1e-8, 1e8)
-
-
-def adapted_beta(beta: Array, kl: Array, target_kl: Array | float) -> Array:
-    """The penalty's next weight: half as much where the KL was below target / 1.5, twice as much
-    where it was above 1.5 target (Schulman et al. 2017, arXiv:1707.06347, section 4). Held within
-    `BETA_RANGE`, which the paper does not: one that has become 0 would stay it."""
-    factor = jnp.where(kl < target_kl / 1.5, 0.5, jnp.where(kl > 1.5 * target_kl, 2.0, 1.0))
-    return jnp.clip(beta * factor, *BETA_RANGE)
-
-
 def value_loss(
     value: Samples, old_value: Samples, target: Samples, clip_eps: Array | float | None
 ) -> Samples:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from purejaxppo.config import Config, ConfigError
-from purejaxppo.envs.base import is_box, is_discrete
+from purejaxppo.envs.base import is_box, is_discrete, parts_of
+from purejaxppo.masks import honour_mask, is_masked, without_mask
 from purejaxppo.types import Network, Policy, PyTree
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -231,7 +232,9 @@ def make_network(config: Config, observation_space: Any, policy: Policy) -> Netw
         ConfigError: if the observation space is of no supported kind, or the encoder does not
             fit its shape.
     """
-    prepare, shape = _observation_reader(config, observation_space)
+    spaces = parts_of(observation_space)
+    masked = is_masked(spaces)
+    prepare, shape = _observation_reader(config, without_mask(spaces) if masked else spaces)
     convolutions = _uses_convolutions(config, shape)
 
     def encoder(**kwargs: Any) -> Encoder:
@@ -274,7 +277,9 @@ def make_network(config: Config, observation_space: Any, policy: Policy) -> Netw
         return module.apply(variables, initial_carry(1), obs, start, capture_intermediates=True)[1]
 
     made = jax.tree.leaves(jax.eval_shape(layers, jax.random.key(0)))
-    return Network(init, initial_carry, apply, width=max(x.size for x in made))
+    width, sequential = max(x.size for x in made), config.memory != "none"
+    network = Network(init, initial_carry, apply, width, sequential)
+    return honour_mask(network, policy) if masked else network
 
 
 def parts_in_cache(network: Network, num_rows: int, divisible: int) -> int:

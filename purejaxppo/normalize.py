@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from purejaxppo.collectives import all_sum
-from purejaxppo.types import RunningStats
+from purejaxppo.config import HParams
+from purejaxppo.types import Actor, ActorState, LearnerState, PyTree, Rollout, RunningStats
 
 OBS_CLIP = 10.0
 REWARD_CLIP = 10.0
@@ -52,7 +53,7 @@ def update_stats(
     return RunningStats(total, mean, var)
 
 
-def normalize_obs(stats: RunningStats | tuple[()], obs: Array) -> Array:
+def normalize_obs(stats: RunningStats | tuple[()], obs: PyTree) -> PyTree:
     """`obs[..., *shape]` less the mean, over the deviation, clipped to +-10.
 
     Empty statistics, of a config that does not normalise, leave it as it is.
@@ -96,3 +97,46 @@ def discounted_returns(
         return jnp.where(done, 0.0, total), total
 
     return jax.lax.scan(step, running, (reward, done))
+
+
+def refresh_statistics(
+    learner: LearnerState,
+    actors: ActorState,
+    raw: Rollout,
+    hparams: HParams,
+    axis: str | None = None,
+) -> tuple[LearnerState, ActorState]:
+    """Take a rollout, its observations and rewards as the environment gave them, into the running
+    statistics that the config asks for."""
+    if isinstance(learner.obs_stats, RunningStats):
+        stats = update_stats(learner.obs_stats, raw.obs, raw.mask, axis)
+        learner = learner._replace(obs_stats=stats)
+    if isinstance(learner.reward_stats, RunningStats):
+        done = raw.terminated | raw.truncated
+        running, returns = discounted_returns(
+            actors.discounted_return, raw.reward, done, hparams.gamma
+        )
+        actors = actors._replace(discounted_return=running)
+        learner = learner._replace(
+            reward_stats=update_stats(learner.reward_stats, returns, raw.mask, axis)
+        )
+    return learner, actors
+
+
+def first_statistics(
+    learner: LearnerState,
+    actors: ActorState,
+    actor: Actor,
+    hparams: HParams,
+    *,
+    data: PyTree = (),
+    axis: str | None = None,
+) -> LearnerState:
+    """Initial statistics, from one rollout with the initial parameters. Its N * T environment steps
+    are not counted. Non-finite statistics are discarded."""
+    _, raw = actor.collect(learner._replace(obs_stats=()), actors, hparams, data)
+    measured, _ = refresh_statistics(learner, actors, raw, hparams, axis)
+    new, old = ((each.obs_stats, each.reward_stats) for each in (measured, learner))
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(new)]))
+    obs_stats, reward_stats = jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
+    return learner._replace(obs_stats=obs_stats, reward_stats=reward_stats)

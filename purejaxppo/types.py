@@ -12,34 +12,36 @@ Axis letters, used on every array in this package:
 A trailing `...` stands for the shape of one observation or action.
 """
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-import jax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-from purejaxppo.config import HParams
+import purejaxppo.pytrees  # noqa: F401 (makes HParams a pytree)
 
 PyTree = Any
 KeyLike = Key[Array, ""] | UInt32[Array, "_"]
 """One random key: typed, of `jax.random.key`, or old-style, of `jax.random.PRNGKey`."""
 Metrics = dict[str, Array]
 """Scalars of one update, reduced on the device; `[U]` after a scan."""
+MUST_BE_FINITE = ("loss", "policy_loss", "value_loss", "entropy", "grad_norm")
+"""Metrics that mark a failed update where one of them is not finite; the learner then keeps the
+state from before it."""
 
 
 class TimeStep(NamedTuple):
     """What `Environment.step` returns for N environments, after auto-reset."""
 
-    obs: Array
-    """`[N, ...]` the observation to act on next: of the new episode where one ended."""
+    obs: PyTree
+    """Leaves `[N, ...]`: the observation to act on next, of the new episode where one ended. A leaf
+    named `action_mask` holds the allowed actions."""
     reward: Float[Array, " N"]
     terminated: Bool[Array, " N"]
     """The task itself ended: no reward can follow."""
     truncated: Bool[Array, " N"]
     """The episode was cut off (a time limit): reward would have followed."""
-    final_obs: Array
-    """`[N, ...]` the observation before auto-reset; equals `obs` where nothing ended."""
+    final_obs: PyTree
+    """The observation before auto-reset; equals `obs` where nothing ended."""
 
 
 class Environment(NamedTuple):
@@ -50,7 +52,7 @@ class Environment(NamedTuple):
     action_space: Any
     max_episode_steps: Any
     """The time limit in steps where the environment states one, else None."""
-    reset: Callable[[Key[Array, " N"]], tuple[PyTree, Array]]
+    reset: Callable[[Key[Array, " N"]], tuple[PyTree, PyTree]]
     """`keys[N] -> (state[N], obs[N, ...])`."""
     step: Callable[[Key[Array, " N"], PyTree, Array], tuple[PyTree, TimeStep]]
     """`(keys[N], state[N], action[N, ...]) -> (state[N], TimeStep)`."""
@@ -84,18 +86,20 @@ class Network(NamedTuple):
     init: Callable[[Key[Array, ""]], PyTree]
     initial_carry: Callable[[int], PyTree]
     """`n -> carry[n, ...]` at the start of an episode."""
-    apply: Callable[[PyTree, PyTree, Array, Bool[Array, "T B"]], tuple[PyTree, Array, Array]]
-    """`(params, carry[B], obs[T, B, ...], start[T, B]) -> (carry[B], outputs[T, B, P],
+    apply: Callable[[PyTree, PyTree, PyTree, Bool[Array, "T B"]], tuple[PyTree, Array, Array]]
+    """`(params, carry[B], obs[T, B, ...], start[T, B]) -> (carry[B], policy_outputs[T, B, P],
     value[T, B])`. Where `start` is set the carry is reset before the step is read."""
     width: int = 1
     """The most numbers that any layer makes of one observation."""
+    sequential: bool = False
+    """Whether the carry holds a memory, so that minibatches are made of whole sequences."""
 
 
 class Rollout(NamedTuple):
     """What N environments did in T steps."""
 
-    obs: Array
-    """`[T, N, ...]` as the network reads it (normalised, where the config asks for it)."""
+    obs: PyTree
+    """Leaves `[T, N, ...]`: from `collect` as the environment gave them, or normalised."""
     start: Bool[Array, "T N"]
     """The first step of an episode."""
     action: Array
@@ -104,7 +108,7 @@ class Rollout(NamedTuple):
     value: Float[Array, "T N"]
     next_value: Float[Array, "T N"]
     """The value of the true successor: of `final_obs` where an episode was truncated.
-    Meaningless where it terminated, so weigh it by `1 - terminated`."""
+    Meaningless where it terminated, so weight it by `1 - terminated`."""
     reward: Float[Array, "T N"]
     terminated: Bool[Array, "T N"]
     truncated: Bool[Array, "T N"]
@@ -112,8 +116,22 @@ class Rollout(NamedTuple):
     """1 for steps that count, 0 for padding."""
     carry: PyTree
     """`[N, ...]` the network's memory before the first step."""
-    outputs: PyTree = ()
-    """`[T, N, P]` of the policy's head, where the objective needs them."""
+    policy_outputs: PyTree = ()
+    """`[T, N, P]` if the objective needs them."""
+    extras: PyTree = ()
+    """Leaves `[T, N, ...]`: whatever else `collect` has for the advantage or the loss."""
+
+
+class Batch(NamedTuple):
+    """What the loss reads: sequences `[T, B, ...]` of a sequential network, else steps
+    `[1, B, ...]`."""
+
+    rollout: Rollout
+    advantage: Float[Array, "T B"]
+    target: Float[Array, "T B"]
+    """Of the value."""
+    weight: Float[Array, "T B"]
+    """Of each sample in all means; 0 for steps that do not count."""
 
 
 class RunningStats(NamedTuple):
@@ -155,46 +173,53 @@ class ActorState(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """Everything a run needs to go on."""
+    """Everything a run needs to continue."""
 
-    learner: LearnerState
-    actors: ActorState
+    learner: Any
+    """A `LearnerState`, or whatever else a task learns."""
+    actors: Any
+    """An `ActorState`, or `()` if nothing acts."""
+
+
+class Init(Protocol):
+    """`Learner.init`."""
+
+    def __call__(self, key: KeyLike, hparams: Any, data: PyTree = ...) -> TrainState: ...
+
+
+class Update(Protocol):
+    """`Learner.update`."""
+
+    def __call__(
+        self, state: TrainState, hparams: Any, data: PyTree = ...
+    ) -> tuple[TrainState, Metrics]: ...
 
 
 class Learner(NamedTuple):
-    """A policy-gradient learner: a pair of pure functions."""
+    """A pair of pure functions. `data` is what is neither learned, differentiated nor saved:
+    prompts, frozen networks, a data set."""
 
-    init: Callable[[KeyLike, Any], TrainState]
-    """`(key, hparams) -> TrainState`."""
-    update: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
-    """`(state, hparams) -> (state, metrics)`: collect, advantages, improve."""
-
-
-Collect = Callable[[LearnerState, ActorState], tuple[ActorState, Rollout, Array]]
-Advantage = Callable[[Rollout, Any], tuple[Array, Array]]
-"""`(rollout, hparams) -> (advantage[T, N], target[T, N])`."""
-Improve = Callable[[LearnerState, Rollout, Array, Array, Any], tuple[LearnerState, Metrics]]
-"""`(learner, rollout, advantage[T, N], target[T, N], hparams) -> (learner, metrics)`."""
+    init: Init
+    """`(key, hparams, data=()) -> TrainState`."""
+    update: Update
+    """`(state, hparams, data=()) -> (state, metrics)`."""
 
 
-# Here rather than beside HParams, so that settings can be read without importing JAX.
-def _flatten_hparams(hparams: HParams) -> tuple[list[Any], None]:
-    return [getattr(hparams, f.name) for f in dataclasses.fields(HParams)], None
+class Actor(NamedTuple):
+    """How rollouts are made."""
+
+    init: Callable[[Key[Array, ""], Any, PyTree], Any]
+    """`(key, hparams, data) -> ActorState`, a row per environment."""
+    collect: Callable[[LearnerState, Any, Any, PyTree], tuple[Any, Rollout]]
+    """`(LearnerState, ActorState, hparams, data) -> (ActorState, Rollout)`, with observations and
+    rewards as the environment gave them."""
 
 
-def _flatten_hparams_with_keys(hparams: HParams) -> tuple[list[Any], None]:
-    names = [f.name for f in dataclasses.fields(HParams)]
-    return [(jax.tree_util.GetAttrKey(n), getattr(hparams, n)) for n in names], None
-
-
-def _unflatten_hparams(_: None, values: Any) -> HParams:
-    """Past `__post_init__`: what transforms put into a pytree (gradients, axes) needs no check."""
-    hparams = object.__new__(HParams)
-    for f, value in zip(dataclasses.fields(HParams), values, strict=True):
-        object.__setattr__(hparams, f.name, value)
-    return hparams
-
-
-jax.tree_util.register_pytree_with_keys(
-    HParams, _flatten_hparams_with_keys, _unflatten_hparams, _flatten_hparams
-)
+Advantage = Callable[[Rollout, Any], tuple[Array, ...]]
+"""`(rollout, hparams) -> (advantage[T, N], target[T, N])`, or a third array: the weight of each
+sample `[T, N]`."""
+Improve = Callable[[LearnerState, Batch, Any, PyTree], tuple[LearnerState, Metrics]]
+"""`(learner, batch, hparams, data) -> (learner, metrics)`."""
+Loss = Callable[[PyTree, Batch, Any, Array, PyTree], tuple[Array, Metrics]]
+"""`(params, batch, hparams, count, data) -> (loss, metrics)`: sums over the batch divided by
+`count`, so that those of a minibatch's parts, and their gradients, add up to the whole's."""

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import purejaxppo as ppo
+from purejaxppo.normalize import normalize_obs
 from purejaxppo.sweeps import files
 
 PATIENCE = 120.0
@@ -66,6 +67,20 @@ def accept_results(sweep: Path) -> None:
     names = (files.RESULTS, files.CURVES, files.WINNER_JSON)
     there = {name: sweep / name for name in names if (sweep / name).exists()}
     files.write_finished(sweep, {name: path.read_bytes() for name, path in there.items()})
+
+
+def parts_of(config: ppo.Config, env: Any = None) -> ppo.Parts:
+    """What one update is made of, on one device."""
+    parts = ppo.make_task(config, env=env).parts
+    assert parts is not None
+    return parts(None)
+
+
+def collected(parts: ppo.Parts, state: ppo.TrainState, hparams: Any = None) -> Any:
+    """The next actors, and a rollout with observations as the network reads them and as the
+    environment gave them."""
+    actors, raw = parts.actor.collect(*state, hparams, ())
+    return actors, raw._replace(obs=normalize_obs(state.learner.obs_stats, raw.obs)), raw.obs
 
 
 def rows(directory: Path) -> int:

@@ -11,8 +11,8 @@ import pytest
 from jaxtyping import install_import_hook
 
 CHECKED = (
-    "advantages agent collect collectives distributions envs episodes evaluation improve learner "
-    "losses normalize shuffle train trpo host.plots host.stats"
+    "advantages agent collect collectives distributions entry envs evaluation improve learner "
+    "losses metrics normalize objectives optimizer shuffle train host.plots host.stats"
 )
 install_import_hook([f"purejaxppo.{name}" for name in CHECKED.split()], "beartype.beartype")
 

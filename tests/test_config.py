@@ -8,14 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from envs import RandomWalk
+from toy_envs import RandomWalk
 
 import purejaxppo as ppo
 from purejaxppo.host.configfile import RunSettings, Settings, dump_settings, load_settings
 
 BAD_CONFIGS = [
     ({"num_envs": 0}, "num_envs = 0: must be at least 1"),
-    ({"num_envs": "4"}, "num_envs = '4': must be a whole number; the default is 4"),
+    ({"num_envs": "4"}, "num_envs = '4': must be a whole number"),
     ({"num_steps": 1.5}, "num_steps = 1.5: must be a whole number"),
     ({"num_envs": True}, "must be a whole number"),
     ({"total_timesteps": -5}, "must be at least 1"),
@@ -138,6 +138,8 @@ OTHER_VALUES: dict[str, Any] = {
     "discount_weight": True,
     "update_epochs": 3,
     "num_minibatches": 4,
+    "optimizer": "parts:adamw",
+    "network": "parts:TwoHeads",
     "encoder": "mlp",
     "memory": "gru",
     "hidden_sizes": (8, 8),
@@ -184,6 +186,7 @@ TOGETHER_WITH: dict[str, dict[str, Any]] = {
     "kl_beta": {"objective": "ppo_kl"},
     "clip_higher": {"clip_eps": 1e-4},
     "dual_clip": {"clip_eps": 1e-4, "learning_rate": 0.1},
+    "network": {"hidden_sizes": (64, 64), "memory_size": 64},
     "encoder": {"env_id": "Breakout-MinAtar"},
     "env_params": {"env_id": "CartPole-v1"},
     "memory_size": {"memory": "gru"},

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from envs import Target
+from toy_envs import Target
 
 import purejaxppo as ppo
 from purejaxppo.cli import main

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from envs import RandomWalk
 from jaxtyping import config as type_checks
+from toy_envs import RandomWalk
 
 import purejaxppo as ppo
 from purejaxppo.types import LearnerState

@@ -6,6 +6,7 @@ import operator
 import os
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,33 +14,15 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from envs import Combination, ConstantChain, Countdown, RandomWalk, Target
+from commands import collected, parts_of
+from toy_envs import Combination, ConstantChain, Countdown, RandomWalk, Target
 
 import purejaxppo as ppo
 from purejaxppo.advantages import gae
-from purejaxppo.collect import init_actors, make_collect
-from purejaxppo.distributions import make_policy
-from purejaxppo.envs import make_environment
-from purejaxppo.improve import make_batch, make_improve, make_loss
-from purejaxppo.learner import (
-    FIRST_STATISTICS,
-    count_episodes,
-    env_steps,
-    explained_variance,
-)
-from purejaxppo.networks import make_network, parts_in_cache
-from purejaxppo.types import ActorState, Environment, Network, Rollout
-
-
-def parts(config: ppo.Config, env: Any = None) -> Any:
-    environment = make_environment(config, env)
-    policy = make_policy(config, environment.action_space)
-    network = make_network(config, environment.observation_space, policy)
-    return policy, network, make_collect(config, environment, network, policy)
-
-
-def parts_of(config: ppo.Config, env: Any) -> tuple[Environment, Network]:
-    return make_environment(config, env), parts(config, env)[1]
+from purejaxppo.learner import FIRST_STATISTICS, make_batch
+from purejaxppo.metrics import count_episodes, env_steps, explained_variance
+from purejaxppo.networks import parts_in_cache
+from purejaxppo.types import ActorState, Rollout
 
 
 def trained(config: ppo.Config, hparams: ppo.HParams, updates: int, env: Any = None) -> Any:
@@ -95,9 +78,10 @@ def test_a_termination_cuts_the_bootstrap():
 @pytest.mark.parametrize("memory", ["none", "gru"])
 def test_next_value_is_the_value_of_the_true_successor(tiny: ppo.Config, memory: str):
     config = dataclasses.replace(tiny, memory=memory, num_steps=32, normalize_obs=True)
-    _, network, collect = parts(config, RandomWalk())
+    parts = parts_of(config, RandomWalk())
+    network = parts.network
     state, _ = trained(config, ppo.HParams(), 3, RandomWalk())
-    _, rollout, raw = jax.jit(collect)(*state)
+    _, rollout, raw = jax.jit(lambda state: collected(parts, state))(state)
     done = np.asarray(rollout.terminated | rollout.truncated)
     cut = np.asarray(rollout.truncated & ~rollout.terminated)
     assert cut.any()
@@ -126,10 +110,11 @@ def test_statistics_are_frozen_in_a_rollout_and_the_first_observation_is_normali
     first by a rollout of `init`'s own, whose actors are not those of the first update."""
     config = ppo.Config(num_envs=3, num_steps=16, num_minibatches=2, hidden_sizes=(8,),
                         normalize_obs=True, normalize_reward=True)  # fmt: skip
-    _, _, collect = parts(config, RandomWalk())
+    parts = parts_of(config, RandomWalk())
     learner, hparams = ppo.make_learner(config, RandomWalk()), ppo.HParams(gamma=0.9)
     state = jax.jit(learner.init)(jax.random.key(0), hparams)
-    collect, update = jax.jit(collect), jax.jit(learner.update)
+    collect = jax.jit(lambda *state: collected(parts, ppo.TrainState(*state)))
+    update = jax.jit(learner.update)
     returns: list[np.ndarray] = []
 
     def take_in(rollout: Rollout, running: np.ndarray) -> np.ndarray:
@@ -142,7 +127,7 @@ def test_statistics_are_frozen_in_a_rollout_and_the_first_observation_is_normali
         return running
 
     key = jax.random.fold_in(jax.random.key(0), FIRST_STATISTICS)
-    first = init_actors(config, *parts_of(config, RandomWalk()), key)
+    first = parts.actor.init(key, hparams, ())
     _, rollout, raw = collect(state.learner._replace(obs_stats=()), first)
     assert np.abs(np.asarray(raw[0]) - np.asarray(state.actors.obs)).max() > 0.1
     seen = [np.asarray(raw, np.float64).reshape(-1, 2)]
@@ -237,20 +222,20 @@ def test_the_first_minibatch_has_ratio_1_and_no_kl(settings: dict[str, Any]):
     """Later than the first update, so that normalisers are in use and carries are not zero. A
     rollout's numbers and a loss's may round differently in the last bit."""
     config = ppo.Config(update_epochs=1, num_minibatches=1, **settings)
-    policy, network, collect = parts(config)
+    parts = parts_of(config)
+    policy, network = parts.policy, parts.network
     state, _ = trained(config, ppo.HParams(), 4)
 
     @jax.jit
     def first(state: ppo.TrainState) -> Any:
-        _, rollout, _ = collect(*state)
+        _, rollout, _ = collected(parts, state)
         zeros = jnp.zeros_like(rollout.value)
         _, outputs, value = network.apply(
             state.learner.params, rollout.carry, rollout.obs, rollout.start
         )
         ratio = jnp.exp(policy.distribution(outputs).log_prob(rollout.action) - rollout.log_prob)
-        batch = make_batch(rollout, zeros, zeros)
-        loss, count = make_loss(config, network, policy), jnp.float32(zeros.size)
-        _, metrics = loss(state.learner.params, batch, ppo.HParams(), count)
+        batch, count = make_batch(rollout, (zeros, zeros)), jnp.float32(zeros.size)
+        _, metrics = parts.loss(state.learner.params, batch, ppo.HParams(), count, ())
         return ratio, value - rollout.value, metrics
 
     ratio, value_change, metrics = first(state)
@@ -270,7 +255,7 @@ def test_a_minibatch_in_parts_teaches_the_same(normalization: str, monkeypatch: 
     )
     whole = trained(config, ppo.HParams(learning_rate=1e-2), 3)
     monkeypatch.setattr("purejaxppo.networks.PART_SIZE", 8 * 16)
-    assert parts_in_cache(parts(config)[1], 64, 64) == 8
+    assert parts_in_cache(parts_of(config).network, 64, 64) == 8
     in_parts = trained(config, ppo.HParams(learning_rate=1e-2), 3)
     assert_equal_trees(in_parts[0].learner.params, whole[0].learner.params, atol=1e-5)
     assert_equal_trees(in_parts[1], whole[1], rtol=1e-3, atol=1e-5)
@@ -306,12 +291,14 @@ def test_replaying_a_rollout_reproduces_what_was_acted_on(memory: str):
     """Two rollouts in a row, episodes ending inside: each action's log-probability under the
     stepwise network equals that of the replayed sequence, and the carry goes on across rollouts."""
     config = ppo.Config(memory=memory, num_envs=4, num_steps=24, hidden_sizes=(16,))
-    policy, network, collect = parts(config, RandomWalk())
+    parts = parts_of(config, RandomWalk())
+    policy, network = parts.policy, parts.network
+    collect = jax.jit(lambda *state: collected(parts, ppo.TrainState(*state)))
     state, _ = trained(config, ppo.HParams(learning_rate=3e-3), 3, RandomWalk())
     learner, actors = state
     carry, apply = actors.carry, jax.jit(network.apply)
     for _ in range(2):
-        actors, rollout, raw = jax.jit(collect)(learner, actors)
+        actors, rollout, raw = collect(learner, actors)
         assert (rollout.terminated | rollout.truncated)[:-1].any()
         assert_equal_trees(carry, rollout.carry, atol=1e-6)
         for t in range(config.num_steps):
@@ -400,25 +387,25 @@ def test_permutations_differ_between_epochs_updates_and_seeds(
 # Improvement
 
 
-def fixed_rollout(config: ppo.Config) -> tuple[Any, Rollout, jax.Array, jax.Array]:
-    _, _, collect = parts(config)
+def fixed_batch(config: ppo.Config) -> tuple[ppo.Parts, ppo.LearnerState, ppo.Batch]:
+    parts = parts_of(config)
     state = jax.jit(ppo.make_learner(config).init)(jax.random.key(0), ppo.HParams())
-    _, rollout, _ = jax.jit(collect)(*state)
+    _, rollout, _ = jax.jit(lambda state: collected(parts, state))(state)
     rng = np.random.default_rng(0)
     advantage = jnp.asarray(rng.normal(size=rollout.value.shape), jnp.float32)
-    return state.learner, rollout, advantage, advantage + rollout.value
+    return parts, state.learner, make_batch(rollout, (advantage, advantage + rollout.value))
 
 
 def test_gradients_are_clipped_by_their_global_norm(tiny: ppo.Config):
     """After one Adam step from zero moments, the first moment is 0.1 times the clipped gradient."""
     config = dataclasses.replace(tiny, update_epochs=1, num_minibatches=1)
-    policy, network, _ = parts(config)
-    learner, rollout, advantage, target = fixed_rollout(config)
-    improve = jax.jit(make_improve(config, network, policy))
+    parts, learner, batch = fixed_batch(config)
+    batch = batch._replace(target=batch.target * 100)
+    improve = jax.jit(parts.improve)
     norms = {}
     for limit in (1e-3, np.inf):
         hparams = ppo.HParams(max_grad_norm=limit)
-        new, metrics = improve(learner, rollout, advantage, target * 100, hparams)
+        new, metrics = improve(learner, batch, hparams, ())
         moment = next(x for x in jax.tree.leaves(new.opt_state) if x.ndim == 1)
         norms[limit] = float(jnp.linalg.norm(moment)) / 0.1
         assert metrics["grad_norm"] > 1.0
@@ -432,11 +419,9 @@ def test_target_kl_leaves_out_the_epochs_after_the_one_that_passes_it(tiny: ppo.
     results = {}
     for epochs, target_kl in [(2, None), (10, None), (10, 1e-9), (10, 1e9)]:
         config = dataclasses.replace(tiny, update_epochs=epochs, num_minibatches=1)
-        policy, network, _ = parts(config)
-        learner, rollout, advantage, target = fixed_rollout(config)
+        parts, learner, batch = fixed_batch(config)
         hparams = ppo.HParams(learning_rate=1e-2, target_kl=target_kl)
-        improve = jax.jit(make_improve(config, network, policy))
-        results[epochs, target_kl] = improve(learner, rollout, advantage, target, hparams)
+        results[epochs, target_kl] = jax.jit(parts.improve)(learner, batch, hparams, ())
     assert_equal_trees(results[10, 1e9][0].params, results[10, None][0].params, atol=1e-6)
     stopped, two = results[10, 1e-9], results[2, None]
     assert_equal_trees(stopped[0].params, two[0].params, atol=1e-5)
@@ -446,12 +431,9 @@ def test_target_kl_leaves_out_the_epochs_after_the_one_that_passes_it(tiny: ppo.
 
 
 def test_critic_learning_rate_moves_the_critic_alone(tiny: ppo.Config):
-    learner, rollout, advantage, target = fixed_rollout(tiny)
-    policy, network, _ = parts(tiny)
+    parts, learner, batch = fixed_batch(tiny)
     hparams = ppo.HParams(learning_rate=0.0, critic_learning_rate=1e-3)
-    new, _ = jax.jit(make_improve(tiny, network, policy))(
-        learner, rollout, advantage, target, hparams
-    )
+    new, _ = jax.jit(parts.improve)(learner, batch, hparams, ())
     for name in learner.params:
         changed = jax.tree.leaves(jax.tree.map(
             lambda a, b: bool((a != b).any()), new.params[name], learner.params[name]))  # fmt: skip
@@ -616,7 +598,8 @@ def test_time_limits_can_count_as_terminations(tiny: ppo.Config):
         config = dataclasses.replace(tiny, bootstrap_time_limits=bootstraps, num_steps=20)
         learner = ppo.make_learner(config, ConstantChain())
         state = jax.jit(learner.init)(jax.random.key(0), hparams)
-        _, rollout, _ = jax.jit(parts(config, ConstantChain())[2])(state.learner, state.actors)
+        collect = partial(collected, parts_of(config, ConstantChain()))
+        _, rollout, _ = jax.jit(collect)(state)
         assert np.asarray(rollout.truncated)[4::5].all()
         targets[bootstraps] = np.asarray(gae(rollout, hparams)[1])
     left = np.array([sum(0.9**k for k in range(n)) for n in (5, 4, 3, 2, 1)] * 4)

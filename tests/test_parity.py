@@ -13,8 +13,9 @@ import pytest
 
 import purejaxppo as ppo
 from purejaxppo.distributions import categorical, multi_categorical, normal, tanh_normal
-from purejaxppo.improve import Batch, make_loss
-from purejaxppo.types import Network, Policy
+from purejaxppo.improve import make_loss
+from purejaxppo.learner import make_batch
+from purejaxppo.types import Batch, Network, Policy, Rollout
 
 with np.load(Path(__file__).parent / "parity" / "fixture.npz", allow_pickle=False) as fixture:
     ARRAYS = dict(fixture)
@@ -51,17 +52,22 @@ def policy_for(case: Case) -> Policy:
 def batch_of(case: Case) -> Batch:
     """`[B, ...]` to a batch of `[1, B, ...]`; what the loss does not read is NaN."""
     unread = jnp.full_like(case["value"][None], jnp.nan)
-    return Batch(
+    no = jnp.zeros(unread.shape, bool)
+    rollout = Rollout(
         obs=unread,
-        start=jnp.zeros(unread.shape, bool),
+        start=no,
         action=jnp.asarray(case["action"])[None],
         log_prob=jnp.asarray(case["old_log_prob"])[None],
         value=jnp.asarray(case["old_value"])[None],
-        advantage=jnp.asarray(case["advantage"])[None],
-        target=jnp.asarray(case["target"])[None],
+        next_value=unread,
+        reward=unread,
+        terminated=no,
+        truncated=no,
         mask=jnp.ones_like(unread),
         carry=(),
     )
+    advantage, target = (jnp.asarray(case[name])[None] for name in ("advantage", "target"))
+    return make_batch(rollout, (advantage, target))
 
 
 def compute(case: Case) -> dict[str, np.ndarray]:
@@ -78,8 +84,8 @@ def compute(case: Case) -> dict[str, np.ndarray]:
     @jax.jit
     def differentiate(params, batch):
         def loss(params):
-            of_batch = make_loss(ppo.Config(), network, policy_for(case))
-            return of_batch(params, batch, hparams, jnp.sum(batch.mask))
+            of_batch = make_loss(ppo.OBJECTIVES["ppo_clip"], network, policy_for(case))
+            return of_batch(params, batch, hparams, jnp.sum(batch.weight), ())
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 

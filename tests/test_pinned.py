@@ -11,13 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import parts_of
 
 import purejaxppo as ppo
 from purejaxppo.advantages import gae
-from purejaxppo.distributions import make_policy
-from purejaxppo.envs import make_environment
-from purejaxppo.improve import init_optimizer, make_improve
-from purejaxppo.networks import make_network
+from purejaxppo.learner import make_batch
 from purejaxppo.types import LearnerState, Rollout
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -81,9 +79,8 @@ def sums_after_one_update(settings: dict[str, Any]) -> np.ndarray:
         hidden_sizes=(4,), **settings,
     )  # fmt: skip
     hparams = ppo.HParams(learning_rate=1e-2, vf_clip_eps=0.3, critic_learning_rate=2e-2)
-    env = make_environment(config)
-    policy = make_policy(config, env.action_space)
-    network = make_network(config, env.observation_space, policy)
+    parts = parts_of(config)
+    env, network = parts.env, parts.network
     random = np.random.default_rng(0)
 
     def normal(*shape: int) -> jax.Array:
@@ -108,11 +105,10 @@ def sums_after_one_update(settings: dict[str, Any]) -> np.ndarray:
         carry=jax.tree.map(lambda x: normal(*x.shape), network.initial_carry(3)),
     )
     learner = LearnerState(
-        jax.random.key(1), params, init_optimizer(hparams, params), (), (), jnp.int32(2)
+        jax.random.key(1), params, parts.optimizer.init(hparams, params), (), (), jnp.int32(2)
     )
-    advantage, target = gae(rollout, hparams)
-    improve = jax.jit(make_improve(config, network, policy))
-    params = improve(learner, rollout, advantage, target, hparams)[0].params
+    batch = make_batch(rollout, gae(rollout, hparams))
+    params = jax.jit(parts.improve)(learner, batch, hparams, ())[0].params
     leaves = [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(params)]
     return np.asarray([np.sin(np.arange(1, x.size + 1)) @ x for x in leaves])
 

@@ -10,7 +10,7 @@ import worker
 
 import purejaxppo as ppo
 from purejaxppo.host.configfile import RunSettings, Settings
-from purejaxppo.host.parallel import choose_spread, use_all_cores, with_devices
+from purejaxppo.host.parallel import use_all_cores, with_devices
 from purejaxppo.host.program import (
     CHUNK_CAPACITY,
     compile_program,
@@ -33,11 +33,12 @@ def make(spec: dict[str, Any]) -> tuple[float, dict[str, Callable[[], Any]]]:
         lr_schedule="constant",
     )
     use_all_cores()
-    ppo.make_learner(config)  # imports gymnax, as `run` does before it compiles
-    settings = with_devices(Settings(config, ppo.HParams(), RunSettings(num_seeds=spec["seeds"])))
+    task = ppo.make_task(config)  # imports gymnax, as `run` does before it compiles
+    run = RunSettings(num_seeds=spec["seeds"])
+    settings = with_devices(Settings(config, ppo.HParams(), run), task)
     hparams = stacked_hparams(settings)
     began = time.perf_counter()
-    program = compile_program(settings)
+    program = compile_program(settings, task)
     compile_seconds = time.perf_counter() - began
     last: list[ppo.TrainState] = []
 
@@ -65,7 +66,7 @@ def make(spec: dict[str, Any]) -> tuple[float, dict[str, Callable[[], Any]]]:
         "go": train,
         "return": evaluate,
         "xla_mb": xla_mb,
-        "devices": lambda: choose_spread(settings).mesh.size,
+        "devices": lambda: program.spread.mesh.size,
     }
 
 

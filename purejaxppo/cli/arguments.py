@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from purejaxppo.checks import nearest
+from purejaxppo.checks import choices_of, fits_choice, in_words, nearest
 from purejaxppo.config import Config, ConfigError
 
 _PREFIXES = ("--hparams.", "--run.", "--sweep.")
@@ -118,11 +118,13 @@ def _checked(option: str, text: str, hint: Any) -> str:
         if text.lower() == "none":
             return "None"
         hint = next(h for h in typing.get_args(hint) if h is not type(None))
-    if typing.get_origin(hint) is Literal and text not in typing.get_args(hint):
-        choices = typing.get_args(hint)
+    choices = choices_of(hint)
+    if int in typing.get_args(hint) and text not in choices and not _is_whole(text):
+        raise ConfigError(f"{option} {text}: must be a whole number or auto")
+    if choices and int not in typing.get_args(hint) and not fits_choice(text, hint):
         near = nearest(text, choices)
         hint_ = f" (did you mean {near}?)" if near else ""
-        raise ConfigError(f"{option} {text}: must be one of {', '.join(choices)}{hint_}")
+        raise ConfigError(f"{option} {text}: must be one of {in_words(hint)}{hint_}")
     if hint is int and not _is_whole(text):
         raise ConfigError(f"{option} {text}: must be a whole number")
     if hint is float and not _is_number(text):

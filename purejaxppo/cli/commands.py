@@ -75,21 +75,21 @@ def say(text: str, end: str = "\n") -> None:
 
 def _train(command: TrainCommand) -> int:
     settings, values = command
-    _refuse_custom_env(settings.run, "trained")
+    _refuse_passed(settings.run, "trained")
     if values["print_config"]:
         say(dump_settings(settings), end="")
         return 0
     flags = ProcessFlags(**pick(values, ProcessFlags))
     _say_loading()
     from purejaxppo.host.processes import joined  # after the arguments are known to be good
-    from purejaxppo.host.run import run_settings
+    from purejaxppo.host.run import Extras, run_settings
 
     stamp = time.strftime("%Y%m%d-%H%M%S")
     with joined(_processes(flags), dump_settings(settings)):
         result = run_settings(
             settings,
-            values["run_dir"] or Path("runs", settings.config.env_id, stamp),
-            compilation_cache=values["compilation_cache"],
+            values["run_dir"] or Path("runs", settings.config.label, stamp),
+            extras=Extras(compilation_cache=values["compilation_cache"]),
         )
     return 1 if result.failed else 0
 
@@ -111,7 +111,7 @@ def _processes(flags: ProcessFlags) -> Any:
 
 def _sweep(command: SweepCommand) -> int:
     definition, values = command
-    _refuse_custom_env(definition.settings.run, "swept")
+    _refuse_passed(definition.settings.run, "swept")
     if values["print_config"]:
         say(dump_definition(definition), end="")
         return 0
@@ -121,7 +121,7 @@ def _sweep(command: SweepCommand) -> int:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     found = start_sweep(
         definition,
-        values["run_dir"] or Path("runs", definition.settings.config.env_id, f"sweep-{stamp}"),
+        values["run_dir"] or Path("runs", definition.settings.config.label, f"sweep-{stamp}"),
         dry_run=values["dry_run"],
         compilation_cache=values["compilation_cache"],
     )
@@ -179,11 +179,11 @@ def _plot(command: Plot) -> int:
     return 0
 
 
-def _refuse_custom_env(settings: RunSettings, what: str) -> None:
-    if settings.custom_env:
+def _refuse_passed(settings: RunSettings, what: str) -> None:
+    if settings.passed:
         raise ConfigError(
-            "run.custom_env = true: the environment or its parameters were passed from Python, so "
-            f"the run can only be {what} from there"
+            f"{', '.join(settings.passed)}: passed from Python, so the run can only be {what} from "
+            "there; for the command line, name parts as package.module:name"
         )
 
 
@@ -200,7 +200,7 @@ def _which(checkpoint: str) -> Any:
 class _Trained(NamedTuple):
     """What `eval` and `export` take from a directory."""
 
-    config: Config
+    task: Any
     states: Any
     """Leaves `[S, ...]`."""
     seeds: list[int]
@@ -217,16 +217,15 @@ def _trained(command: Eval | Export, what: str) -> _Trained:
         raise ConfigError(
             f"trial = {command.trial}: {str(command.run_dir)!r} is no sweep; leave --trial out"
         )
-    from purejaxppo.host.load import find_states
-    from purejaxppo.learner import make_learner
+    from purejaxppo.host.load import find_states, task_of
 
-    def learner(settings: Settings) -> Any:
-        _refuse_custom_env(settings.run, what)
-        return make_learner(settings.config)
+    def task(settings: Settings) -> Any:
+        _refuse_passed(settings.run, what)
+        return task_of(settings, None, {})
 
-    found, states = find_states(command.run_dir, _which(command.checkpoint), learner)
+    found, states = find_states(command.run_dir, _which(command.checkpoint), task)
     seeds = list(range(found.settings.num_trainings))
-    trained = _Trained(found.settings.config, states, seeds, sorted(found.position.failed))
+    trained = _Trained(task(found.settings), states, seeds, sorted(found.position.failed))
     return trained if command.seed is None else _only(trained, command.seed)
 
 
@@ -240,13 +239,16 @@ def _trained_in_sweep(command: Eval | Export, what: str) -> _Trained:
             "leave --checkpoint out"
         )
     settings = load_definition(command.run_dir / SWEEP).settings
-    _refuse_custom_env(settings.run, what)
+    _refuse_passed(settings.run, what)
     config, _, states = load_trial(command.run_dir, _trial(command.trial), command.seed)
-    if command.seed is None:
-        return _Trained(config, states, list(range(settings.run.num_seeds)), [])
     import jax
 
-    return _Trained(config, jax.tree.map(lambda x: x[None], states), [command.seed], [])
+    from purejaxppo.task import make_task
+
+    task = make_task(config)
+    if command.seed is None:
+        return _Trained(task, states, list(range(settings.run.num_seeds)), [])
+    return _Trained(task, jax.tree.map(lambda x: x[None], states), [command.seed], [])
 
 
 def _only(trained: _Trained, seed: int) -> _Trained:
@@ -273,7 +275,7 @@ def _eval(command: Eval) -> int:
     import jax
     import numpy as np
 
-    from purejaxppo.evaluation import LATER_EVALUATION, evaluate, evaluation_keys
+    from purejaxppo.evaluation import LATER_EVALUATION, evaluation_keys
     from purejaxppo.host.program import enable_compilation_cache
 
     if command.compilation_cache:
@@ -282,9 +284,8 @@ def _eval(command: Eval) -> int:
     keys = evaluation_keys(command.eval_seed, max(trained.seeds) + 1, LATER_EVALUATION)
 
     def returns(state: Any, key: jax.Array) -> jax.Array:
-        return evaluate(
-            trained.config, state, key, command.episodes, deterministic=command.deterministic
-        )
+        evaluate = trained.task.evaluate
+        return evaluate(state, key, command.episodes, deterministic=command.deterministic)
 
     rows = np.asarray(trained.seeds)
     episodes = np.asarray(jax.jit(jax.vmap(returns))(trained.states, keys[rows]))
@@ -306,7 +307,7 @@ def _report(command: Eval, trained: _Trained, episodes: Any) -> None:
     unfinished = int(np.isnan(episodes).sum())
     if command.json:
         result = {
-            "env_id": trained.config.env_id,
+            "env_id": trained.task.config.label,
             "episodes": command.episodes,
             "unfinished_episodes": unfinished,
             "actions": "deterministic" if command.deterministic else "sampled",
@@ -338,13 +339,13 @@ def _export(command: Export) -> int:
 
     from purejaxppo.export import export_policy
 
-    config, states, _, failed = _trained(command, "exported")
+    task, states, _, failed = _trained(command, "exported")
     if command.seed in failed:
         warnings.warn(
             f"seed {command.seed} failed: this is its last good state", RunWarning, stacklevel=2
         )
     state = jax.tree.map(lambda x: x[0], states)
-    exported = export_policy(config, state, sample=command.sample)
+    exported = export_policy(task, state, sample=command.sample)
     try:
         write_whole(command.file, exported.serialize())
     except OSError as error:

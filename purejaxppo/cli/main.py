@@ -18,7 +18,7 @@ from purejaxppo.checks import nearest
 from purejaxppo.cli import commands, options
 from purejaxppo.cli.arguments import find_config, read_arguments
 from purejaxppo.cli.options import COMMANDS, Sweep, Train
-from purejaxppo.config import Config, ConfigError
+from purejaxppo.config import AUTO, Chosen, Config, ConfigError
 from purejaxppo.host.configfile import Settings, load_settings
 from purejaxppo.host.rundir import LostError, RunWarning, StorageError
 from purejaxppo.sweeps.settings import RUN_ONLY, Definition, SweepSettings, load_definition
@@ -118,14 +118,14 @@ def _with_settings(name: str, given: Any) -> Any:
         settings = load_settings(source)
     defaults: dict[str, Any] = {}
     for part in (settings.config, settings.hparams, settings.run, search):
-        defaults |= vars(part)
+        defaults |= {k: AUTO if isinstance(v, Chosen) else v for k, v in vars(part).items()}
     kind = COMMANDS[name]
     parsed = _tyro(kind, name, given.options, options.with_defaults(kind, defaults))
     values = options.values_of(parsed)
     if name == "sweep":
         values |= _merged(search, values)
     values["env_params"] = {**settings.config.env_params, **given.env_params}
-    values["custom_env"] = settings.run.custom_env
+    values["passed"] = settings.run.passed
     if name == "train":
         return commands.TrainCommand(commands.settings_from_values(values), values)
     sweep = SweepSettings(**options.pick(values, SweepSettings))

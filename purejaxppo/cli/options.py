@@ -6,12 +6,12 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from purejaxppo.cli.arguments import Switch
-from purejaxppo.config import Config, HParams
+from purejaxppo.config import AUTO, Config, HParams
 from purejaxppo.host.configfile import RunSettings
 from purejaxppo.sweeps.settings import SweepSettings
 
@@ -61,21 +61,21 @@ _GROUPS = {
     "algorithm": (
         "advantage bootstrap_steps bootstrap_time_limits baseline causality discount_weight "
         "update_epochs num_minibatches advantage_normalization normalize_obs normalize_reward "
-        "lr_schedule clip_schedule cg_iterations line_search_steps"
+        "lr_schedule clip_schedule optimizer cg_iterations line_search_steps"
     ),
     "network": (
-        "encoder memory hidden_sizes memory_size activation shared_trunk action_distribution "
-        "log_std_init"
+        "network encoder memory hidden_sizes memory_size activation shared_trunk "
+        "action_distribution log_std_init"
     ),
     "hyperparameter": " ".join(f.name for f in dataclasses.fields(HParams)),
     "run": (
         "eval_episodes eval_every eval_unit checkpoint_every checkpoint_unit keep tensorboard "
-        "wandb compilation_cache print_config dry_run"
+        "wandb loggers compilation_cache print_config dry_run"
     ),
     "device": "devices coordinator num_processes process_id wait_seconds",
 }
 """Which settings are shown together; a name in several groups is shown in the first."""
-_NOT_OPTIONS = ("custom_env", "env_params")
+_NOT_OPTIONS = ("passed", "env_params")
 
 
 @dataclass
@@ -170,7 +170,9 @@ def _settings(*tables: Any) -> dict[str, Setting]:
         hints = typing.get_type_hints(table, include_extras=True)
         for f in dataclasses.fields(table):
             if f.name not in _NOT_OPTIONS:
-                found.setdefault(f.name, Setting(hints[f.name], f.default, f))
+                has_auto = f.default == AUTO and hints[f.name] is int
+                hint = int | Literal["auto"] if has_auto else hints[f.name]
+                found.setdefault(f.name, Setting(hint, f.default, f))
     return found
 
 

@@ -1,6 +1,6 @@
 """Spaces, and how single environments become `Environment`, our contract for N of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
@@ -49,11 +49,25 @@ def is_box(space: Any) -> bool:
     return hasattr(space, "low") and hasattr(space, "high") and hasattr(space, "shape")
 
 
-StepOne = Callable[[Key[Array, ""], PyTree, Array], tuple[PyTree, Array, Array, Array, Array]]
+def parts_of(space: Any) -> Any:
+    """A dictionary of spaces as a `dict`; any other space as it is."""
+    inner = getattr(space, "spaces", space)
+    return dict(inner) if isinstance(inner, Mapping) else space
+
+
+def obs_shapes(space: Any) -> Any:
+    """The shapes of an observation's leaves."""
+    parts = parts_of(space)
+    if isinstance(parts, dict):
+        return {name: obs_shapes(part) for name, part in parts.items()}
+    return tuple(parts.shape)
+
+
+StepOne = Callable[[Key[Array, ""], PyTree, Array], tuple[PyTree, PyTree, Array, Array, Array]]
 
 
 def reset_on_demand(
-    reset_one: Callable[[Key[Array, ""]], tuple[PyTree, Array]], step_one: StepOne
+    reset_one: Callable[[Key[Array, ""]], tuple[PyTree, PyTree]], step_one: StepOne
 ) -> Callable[[Key[Array, " N"], PyTree, Array], tuple[PyTree, TimeStep]]:
     """N environments that do not reset themselves -> N that do.
 
@@ -70,7 +84,7 @@ def reset_on_demand(
         )
         done = terminated | truncated
 
-        def reset() -> tuple[PyTree, Array]:
+        def reset() -> tuple[PyTree, PyTree]:
             # Split again: a key that is made outside is made in every step, needed or not.
             fresh = jax.vmap(reset_one)(split_each(keys)[1])
             return select_rows(done, fresh, (state, final_obs))
@@ -112,12 +126,13 @@ def check_contract(env: Environment, policy: Policy) -> None:
         return state, obs, next_state, result
 
     state, obs, next_state, result = jax.eval_shape(both, jax.random.key(0))
-    space = (1, *env.observation_space.shape)
-    for method, shape in (("reset", obs.shape), ("step", result.final_obs.shape)):
+    space = obs_shapes(env.observation_space)
+    for method, found in (("reset", obs), ("step", result.final_obs)):
+        shape = jax.tree.map(lambda x: tuple(x.shape[1:]), found)
         if shape != space:
             raise ConfigError(
-                f"env {env.name}: {method} returns an observation of shape {shape[1:]}, but its "
-                f"observation space has the shape {space[1:]}; make them agree"
+                f"env {env.name}: {method} returns an observation of shape {shape}, but its "
+                f"observation space has the shape {space}; make them agree"
             )
     try:
         chex.assert_trees_all_equal_shapes(state, next_state)

@@ -65,7 +65,7 @@ def from_gymnax(name: str, env: Any, params: Any = None) -> Environment:
 
     obs_like = jax.eval_shape(lambda key: env.reset(key, params)[0], jax.random.key(0))
 
-    def reset_one(key: Key[Array, ""]) -> tuple[PyTree, Array]:
+    def reset_one(key: Key[Array, ""]) -> tuple[PyTree, PyTree]:
         obs, state = env.reset(key, params)
         return _strong(state), _like(name, "observation", obs, obs_like)
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from purejaxppo.checks import FLOAT_MAX, nearest
+from purejaxppo.checks import FLOAT_MAX, is_reference, nearest
 from purejaxppo.config import Config, ConfigError
 from purejaxppo.envs.gymnax import from_gymnax, import_gymnax
+from purejaxppo.references import called, resolve
 from purejaxppo.types import Environment
 
 _NEEDS_DOWNLOAD = "MNISTBandit-bsuite"
@@ -30,6 +31,9 @@ def make_environment(config: Config, env: Any = None, env_params: Any = None) ->
         ConfigError: if no environment has that name (the nearest is named), an environment
             is missing part of the contract, or it has no such parameters.
     """
+    if env is None and is_reference(config.env_id):
+        env = resolve("env_id", config.env_id)
+        env = called("env_id", env) if callable(env) else env
     if env is None:
         env, default_params = _make_gymnax(config.env_id)
     else:

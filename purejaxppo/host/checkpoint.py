@@ -7,7 +7,6 @@ disagrees with its manifest is not a checkpoint. Nothing is ever unpickled.
 
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -16,8 +15,8 @@ import shutil
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from purejaxppo.config import Config, ConfigError
+from purejaxppo.config import ConfigError
 from purejaxppo.host.configfile import Settings, dump_settings, settings_from
 from purejaxppo.host.processes import agree, is_first
 from purejaxppo.host.rundir import (
@@ -42,7 +41,7 @@ from purejaxppo.types import TrainState
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
-_UNFINISHED = ".saving"
+UNFINISHED = ".saving"
 # In which the other writes of a save that failed come to their end.
 _SETTLING_SECONDS = 0.5
 _TRIES, _INTERRUPTED = 3, os.strerror(errno.EINTR)
@@ -57,7 +56,9 @@ class Position:
     metrics_bytes: int = 0
     """Length of `metrics.csv`."""
     metrics_digest: str = ""
-    """SHA-256 of so many of its bytes."""
+    """SHA-256 of that many of its bytes."""
+    columns: tuple[str, ...] = ()
+    """Names of the metrics, in the order of its columns."""
     run_seconds: float = 0.0
     failed: dict[int, int] = dataclasses.field(default_factory=dict)
     """Seeds whose loss turned non-finite, and the update at which it did."""
@@ -86,7 +87,7 @@ def save(run_dir: Path, position: Position, settings: Settings, states: TrainSta
         StorageError: if it cannot be written; what was there before is left as it was.
     """
     path = (run_dir / CHECKPOINTS / f"{position.updates:09d}").absolute()
-    unfinished = path.with_name(path.name + _UNFINISHED)
+    unfinished = path.with_name(path.name + UNFINISHED)
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "position": dataclasses.asdict(position),
@@ -103,7 +104,7 @@ def save(run_dir: Path, position: Position, settings: Settings, states: TrainSta
         for part in path.parent.glob(f"{unfinished.name}*") if is_first() else ():
             shutil.rmtree(part, ignore_errors=True)
         raise StorageError(f"checkpoint {str(path)!r}: cannot be written: {reason}")
-    return _checkpoint(path, manifest)
+    return checkpoint_of(path, manifest)
 
 
 def _save_once(
@@ -128,7 +129,7 @@ def _save_once(
 def _make_room(path: Path, unfinished: Path, *_: Any) -> None:
     if is_first():
         path.parent.mkdir(exist_ok=True)
-        _remove(unfinished)
+        remove(unfinished)
 
 
 def _write_arrays(path: Path, unfinished: Path, manifest: Any, states: TrainState) -> None:
@@ -148,7 +149,7 @@ def _complete(path: Path, unfinished: Path, manifest: dict[str, Any], states: Tr
     for part in (*unfinished.rglob("*"), unfinished):  # orbax syncs only some of them
         sync(part)
     if path.exists():  # only ever a damaged one, or the same once more
-        _remove(path)
+        remove(path)
     unfinished.replace(path)
     sync(path.parent)
     sync(path.parent.parent)
@@ -160,114 +161,14 @@ def record_evaluation(checkpoint: Checkpoint, eval_return: float | None) -> None
     _write_manifest(checkpoint.path, manifest | {"eval_return": eval_return})
 
 
-def prune(run_dir: Path, newest: int, keep: int) -> None:
-    """Remove all checkpoints up to update `newest` but the `keep` last and the best complete
-    one."""
-    folders = [p for p in _folders(run_dir) if int(p.name) <= newest]
-    known = {c.path: c for c in _by_manifest(folders)}
-    last = known.get(run_dir / CHECKPOINTS / f"{newest:09d}")
-    own = [c for c in known.values() if last is None or _is_same_run(c, last.settings)]
-    best = next((c for c in _by_return(own) if _is_whole(c)), None)
-    kept = {*list(known)[-keep:], *([] if best is None else [best.path])}
-    kept |= {folder for folder in folders if int(folder.name) == newest}
-    for folder in folders:
-        if folder not in kept:
-            _remove_unless_read(folder)
-    for part in unfinished(run_dir):
-        _remove(part)
-
-
-def find(
-    run_dir: Path,
-    which: str | int = "newest",
-    check: Callable[[Checkpoint], Any] | None = None,
-) -> tuple[Checkpoint, list[str]]:
-    """The newest whole checkpoint, the best by evaluation, or that of an update; and in words each
-    better one that had to be skipped. Checkpoints that a run removes meanwhile are ignored.
-
-    Args:
-        check: raises `ConfigError` for a checkpoint to be skipped.
-
-    Raises:
-        ConfigError: if there is none; if `check` refused all, its first error.
-    """
-    if which not in ("newest", "best") and (type(which) is not int or which < 0):
-        raise ConfigError(f"checkpoint {which!r}: must be newest, best, or a number of updates")
-    folders = _folders(run_dir)
-    there = ", ".join(str(int(p.name)) for p in folders) or "none"
-    if which == "best":
-        wanted = [c.path for c in _by_return(_by_manifest(folders))]
-    else:
-        wanted = [p for p in reversed(folders) if which in ("newest", int(p.name))]
-    skipped, refused = [f"{p}: an unfinished save" for p in unfinished(run_dir)], None
-    for folder in wanted:
-        with pinned(folder) as there_still:
-            try:
-                found = read(folder)
-                if check is not None:
-                    check(found)
-                return found, skipped
-            except DamagedError as error:
-                skipped += [f"{folder}: {error}"] if there_still else []
-            except ConfigError as error:
-                skipped.append(str(error))
-                refused = refused or error
-    if _folders(run_dir) != folders:
-        return find(run_dir, which, check)
-    if refused is not None:
-        raise refused
-    kind = "evaluated" if which == "best" else "whole"
-    after = "" if which in ("newest", "best") else f" after {which} updates"
-    named = "".join(f"\n  {line}" for line in skipped)
-    raise ConfigError(
-        f"run directory {str(run_dir)!r}: has no {kind} checkpoint{after} (there: {there}){named}"
-    )
-
-
-@contextmanager
-def pinned(folder: Path) -> Iterator[bool]:
-    """Keep a running process from removing this checkpoint; yields False if it is already gone."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        yield False
-        return
-    except OSError:  # reading it will say why
-        yield True
-        return
-    try:
-        with suppress(OSError):  # network file systems lock files only
-            fcntl.flock(handle, fcntl.LOCK_SH)
-        yield _is_still(folder, handle)
-    finally:
-        os.close(handle)
-
-
-def _is_still(folder: Path, handle: int) -> bool:
-    try:
-        return os.path.samestat(folder.stat(), os.fstat(handle))
-    except OSError:
-        return False
-
-
-def has_any(run_dir: Path) -> bool:
-    """Whether a checkpoint was ever completed there and not removed, in whatever state it is."""
-    return bool(_folders(run_dir))
-
-
-def ranked_by_return(run_dir: Path) -> list[Checkpoint]:
-    """The evaluated checkpoints, best first and the later one of equals, as manifests say."""
-    return _by_return(_by_manifest(_folders(run_dir)))
-
-
 def read(path: Path) -> Checkpoint:
     """What the manifest says, once every file agrees with it.
 
     Raises:
         DamagedError: if a file is missing or changed, or the format is not ours.
     """
-    manifest = _manifest(path)
-    checkpoint = _checkpoint(path, manifest)
+    manifest = manifest_of(path)
+    checkpoint = checkpoint_of(path, manifest)
     try:
         found = _digests(path)
     except OSError as error:
@@ -317,10 +218,16 @@ def check_same_run(checkpoint: Checkpoint, settings: Settings) -> None:
     """Raise `ConfigError` if a run with `settings` cannot resume from the checkpoint, naming each
     setting that differs. Its length, its evaluation and its `HParams` may differ."""
     pairs = []
-    for f in dataclasses.fields(Config):
+    held = checkpoint.settings.config
+    if type(held) is not type(settings.config):
+        raise ConfigError(
+            f"checkpoint {str(checkpoint.path)!r}: belongs to a different run: its config is a "
+            f"{type(held).__name__}, and this one a {type(settings.config).__name__}"
+        )
+    for f in dataclasses.fields(settings.config):
         if f.name != "total_timesteps":
-            pairs.append((f.name, checkpoint.settings.config, settings.config))
-    for name in ("seed", "num_seeds", "custom_env"):
+            pairs.append((f.name, held, settings.config))
+    for name in ("seed", "num_seeds", "passed"):
         pairs.append((name, checkpoint.settings.run, settings.run))
     pairs.append(("trials", checkpoint.settings, settings))
     different = [
@@ -333,22 +240,6 @@ def check_same_run(checkpoint: Checkpoint, settings: Settings) -> None:
             f"checkpoint {str(checkpoint.path)!r}: belongs to a different run: "
             f"{'; '.join(different)}; undo the change, or start a new run"
         )
-
-
-def _is_same_run(checkpoint: Checkpoint, settings: Settings) -> bool:
-    try:
-        check_same_run(checkpoint, settings)
-    except ConfigError:
-        return False
-    return True
-
-
-def _is_whole(checkpoint: Checkpoint) -> bool:
-    try:
-        read(checkpoint.path)
-    except DamagedError:
-        return False
-    return True
 
 
 def _brief(value: Any) -> str:
@@ -378,43 +269,6 @@ def _leaves(states: Any) -> dict[str, str]:
     }
 
 
-def unfinished(run_dir: Path) -> list[Path]:
-    """What saves that were cut off have left."""
-    return [p for p in _entries(run_dir) if _UNFINISHED in p.name]
-
-
-def _folders(run_dir: Path) -> list[Path]:
-    """Of completed checkpoints, whole or damaged since, oldest first."""
-    found = [p for p in _entries(run_dir) if p.name.isascii() and p.name.isdecimal()]
-    return sorted(found, key=lambda p: int(p.name))
-
-
-def _entries(run_dir: Path) -> list[Path]:
-    try:
-        return sorted((run_dir / CHECKPOINTS).absolute().iterdir())
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise ConfigError(
-            f"run directory {str(run_dir)!r}: its {CHECKPOINTS}/ cannot be read: {error.strerror}"
-        ) from error
-
-
-def _by_manifest(folders: list[Path]) -> list[Checkpoint]:
-    """Those with a manifest that is whole; whether the rest is, is not looked at."""
-    found = []
-    for folder in folders:
-        with suppress(DamagedError):
-            found.append(_checkpoint(folder, _manifest(folder)))
-    return found
-
-
-def _by_return(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
-    """Those that were evaluated, the best first, the later one of equals."""
-    evaluated = [c for c in checkpoints if c.eval_return is not None]
-    return sorted(evaluated, key=lambda c: (c.eval_return, c.position.updates), reverse=True)
-
-
 def _arrays(states: Any) -> dict[str, Any]:
     """Leaves by number, without empty ones, which orbax does not store, and without names, which
     it would mix up where they hold dots."""
@@ -440,12 +294,12 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     write_whole(folder / _MANIFEST, sealed(manifest))
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def manifest_of(folder: Path) -> dict[str, Any]:
     """Raise `DamagedError` if it is missing, changed, or in another format."""
     return unsealed(folder / _MANIFEST, version=FORMAT)
 
 
-def _checkpoint(path: Path, manifest: dict[str, Any]) -> Checkpoint:
+def checkpoint_of(path: Path, manifest: dict[str, Any]) -> Checkpoint:
     try:
         eval_return = manifest["eval_return"]
         return Checkpoint(
@@ -467,6 +321,7 @@ def _position(table: dict[str, Any]) -> Position:
         updates=int(table["updates"]),
         metrics_bytes=int(table["metrics_bytes"]),
         metrics_digest=str(table["metrics_digest"]),
+        columns=tuple(map(str, table["columns"])),
         run_seconds=float(table["run_seconds"]),
         failed={int(seed): int(update) for seed, update in table["failed"].items()},
         extended=tuple((int(at), int(total)) for at, total in table["extended"]),
@@ -476,33 +331,14 @@ def _position(table: dict[str, Any]) -> Position:
     return position
 
 
-def _remove_unless_read(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        if _lock_unless_read(handle):
-            _remove(folder)
-    finally:
-        os.close(handle)
-
-
-def _lock_unless_read(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # network file systems lock files only
-        return True
-    return True
-
-
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Under another name first, so that a half-removed one is never taken for a checkpoint."""
     if not path.exists():
         return
     if not path.is_dir():
         path.unlink()
         return
-    going = path.with_name(path.name.partition(_UNFINISHED)[0] + _UNFINISHED + ".old")
+    going = path.with_name(path.name.partition(UNFINISHED)[0] + UNFINISHED + ".old")
     if going != path:
         shutil.rmtree(going, ignore_errors=True)
         path.replace(going)

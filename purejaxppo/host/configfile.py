@@ -13,8 +13,9 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
-from purejaxppo.checks import nearest
-from purejaxppo.config import Config, ConfigError, HParams, check_fields
+from purejaxppo.checks import is_reference, nearest
+from purejaxppo.config import Config, ConfigError, HParams, TaskConfig, check_fields
+from purejaxppo.references import already_imported, name_of, resolve
 
 _T = TypeVar("_T")
 
@@ -56,11 +57,17 @@ class RunSettings:
     """Write TensorBoard event files."""
     wandb: bool = False
     """Log to Weights & Biases; WANDB_MODE=offline needs no network."""
-    custom_env: tyro.conf.Suppress[bool] = False
-    """Whether the environment was passed from Python, so that no name brings it back."""
+    loggers: tuple[str, ...] = ()
+    """Loggers of your own, as package.module:name: an object with write(update, metrics) and
+    close(), or a function that makes one from the run directory."""
+    passed: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """Parts that were passed from Python, so that no name brings them back."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for logger in self.loggers:
+            if not is_reference(logger):
+                raise ConfigError(f"loggers = {logger!r}: must be package.module:name")
         for name, every, unit in (
             ("checkpoint", self.checkpoint_every, self.checkpoint_unit),
             ("eval", self.eval_every, self.eval_unit),
@@ -75,7 +82,8 @@ class RunSettings:
 class Settings:
     """All that a file holds."""
 
-    config: Config = field(default_factory=Config)
+    config: Any = field(default_factory=Config)
+    """A `Config`, or what another task has in its place."""
     hparams: HParams = field(default_factory=HParams)
     run: RunSettings = field(default_factory=RunSettings)
     trials: tuple[HParams, ...] = ()
@@ -94,13 +102,14 @@ MOST_BYTES = 16 * 2**20
 
 
 def load_settings(path: str | Path) -> Settings:
-    """Read a config file; what it does not give has a default.
+    """Read a config file; what it does not give has a default. Classes of your own that it names
+    under `[types]` are imported.
 
     Raises:
         ConfigError: if the file cannot be read, is not TOML, has a key that does not exist (the
             nearest is named), or a value that cannot work.
     """
-    return from_file(path, settings_from)
+    return from_file(path, lambda table: settings_from(table, resolve))
 
 
 def from_file(path: str | Path, make: Callable[[dict[str, Any]], _T]) -> _T:
@@ -133,12 +142,20 @@ def from_file(path: str | Path, make: Callable[[dict[str, Any]], _T]) -> _T:
         raise ConfigError(f"config file {str(path)!r}: a number is too long: {error}") from error
 
 
-def settings_from(table: dict[str, Any]) -> Settings:
+Find = Callable[[str, str], Any]
+"""`(setting, reference) -> object`."""
+
+
+def settings_from(table: dict[str, Any], find: Find = already_imported) -> Settings:
     """Settings from a table as `tomllib` reads it.
+
+    Args:
+        find: how the classes that it names are found.
 
     Raises:
         ConfigError: as `load_settings`.
     """
+    config_type, hparams_type = _types(table.pop("types", {}), find)
     parts = {}
     for name in ("hparams", "run"):
         parts[name] = table.pop(name, {})
@@ -148,11 +165,33 @@ def settings_from(table: dict[str, Any]) -> Settings:
     if not isinstance(trials, list) or not all(isinstance(x, dict) for x in trials):
         raise ConfigError(f"trials = {trials!r}: must be tables, each written as [[trials]]")
     return Settings(
-        config=build(Config, table, "", also=("hparams", "run", "env_params")),
-        hparams=build(HParams, parts["hparams"], "hparams."),
+        config=build(config_type, table, "", also=("hparams", "run", "env_params")),
+        hparams=build(hparams_type, parts["hparams"], "hparams."),
         run=build(RunSettings, parts["run"], "run."),
-        trials=tuple(build(HParams, trial, "trials.") for trial in trials),
+        trials=tuple(build(hparams_type, trial, "trials.") for trial in trials),
     )
+
+
+def _types(table: Any, find: Find) -> tuple[Any, Any]:
+    """The classes of the config and of the hyperparameters."""
+    usual, found = {"config": Config, "hparams": HParams}, []
+    if not isinstance(table, dict) or not set(table) <= set(usual):
+        raise ConfigError(f"types = {table!r}: must be a table with config or hparams")
+    for name, kind in usual.items():
+        reference = table.get(name)
+        if reference is not None and not (isinstance(reference, str) and is_reference(reference)):
+            raise ConfigError(f"types.{name} = {reference!r}: must be package.module:name")
+        found.append(kind if reference is None else find(f"types.{name}", reference))
+        wanted = TaskConfig if name == "config" else HParams
+        if not (isinstance(found[-1], type) and issubclass(found[-1], wanted)):
+            raise ConfigError(f"types.{name} = {reference!r}: is no kind of {wanted.__name__}")
+    return found[0], found[1]
+
+
+def _dump_types(settings: Settings) -> list[str]:
+    pairs = (("config", settings.config, Config), ("hparams", settings.hparams, HParams))
+    own = [f"{name} = {toml(name_of(type(x)))}" for name, x, usual in pairs if type(x) is not usual]
+    return ["", "[types]", *own] if own else []
 
 
 def build(kind: Any, table: dict[str, Any], prefix: str, also: tuple[str, ...] = ()) -> Any:
@@ -180,10 +219,11 @@ def _nearest(key: str, prefix: str, also: tuple[str, ...]) -> str:
 def dump_settings(settings: Settings) -> str:
     """The TOML text that `load_settings` reads back to equal settings."""
     lines = dump(settings.config)
-    if settings.config.env_params:
+    if getattr(settings.config, "env_params", None):
         values = settings.config.env_params.items()
         lines += ["", "[env_params]", *(f"{_key(name)} = {toml(x)}" for name, x in values)]
     lines += ["", "[hparams]", *dump(settings.hparams)]
+    lines += _dump_types(settings)
     lines += ["", "[run]", *dump(settings.run)]
     for trial in settings.trials:
         lines += ["", "[[trials]]", *dump(trial)]

@@ -5,7 +5,7 @@ import importlib.util
 import os
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,36 +17,39 @@ from purejaxppo.host.checkpoint import Position
 from purejaxppo.host.configfile import Settings
 from purejaxppo.host.rundir import BINARY_METRICS, METRICS, append
 
-COLUMNS = (
-    "env_steps",
-    "episode_return",
-    "episode_length",
-    "episodes",
-    "policy_loss",
-    "value_loss",
-    "entropy",
-    "approx_kl",
-    "clip_fraction",
-    "explained_variance",
-    "grad_norm",
-    "learning_rate",
-    "kl",
-    "kl_beta",
-    "line_search_failed",
-)
-"""The last three are of some objectives alone, and NaN with others."""
+_FIRST = (
+    "env_steps", "episode_return", "episode_length", "episodes", "policy_loss", "value_loss",
+    "entropy", "approx_kl", "clip_fraction", "explained_variance", "grad_norm", "learning_rate",
+)  # fmt: skip
+"""Metrics that come first, in this order, if an update has them."""
+SECONDS = "seconds"
+"""Column of `metrics.csv`: seconds of training until the row was written, resumes included."""
+_COUNTS = ("env_steps", "episodes", SECONDS)
 
-CSV_COLUMNS = (*COLUMNS, "seconds")
-"""Of `metrics.csv`: with the seconds of training until the row was written, resumes included."""
 
-_HEADER = ",".join(["seed", "update", *CSV_COLUMNS]) + "\n"
-_COUNTS = ("env_steps", "episodes", "seconds")
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """The columns of a table of metrics."""
+    names = set(names)
+    return tuple(n for n in _FIRST if n in names) + tuple(sorted(names - set(_FIRST)))
+
 
 HostMetrics = dict[str, np.ndarray]
 """`[u, S]` for u updates of S seeds."""
 
 
 class Logger(Protocol):
+    """What a user passes as one of `loggers`. Raise `OSError` if something cannot be written."""
+
+    def write(self, update: int, metrics: dict[str, np.ndarray]) -> None:
+        """The metrics `[S]` of an update, once and in order; NaN for seeds that failed."""
+        ...
+
+    def close(self) -> None:
+        """Nothing is written after this."""
+        ...
+
+
+class RowLogger(Protocol):
     """Takes each row of metrics once, in order."""
 
     def write(self, first_update: int, metrics: HostMetrics, alive: np.ndarray) -> None:
@@ -54,8 +57,23 @@ class Logger(Protocol):
         ...
 
     def close(self) -> None:
-        """Nothing is written after."""
+        """Nothing is written after this."""
         ...
+
+
+class UserLogger:
+    """A `Logger` as a `RowLogger`."""
+
+    def __init__(self, logger: Logger):
+        self._logger = logger
+
+    def write(self, first_update: int, metrics: HostMetrics, alive: np.ndarray) -> None:
+        for row, seeds in enumerate(alive):
+            values = {name: np.where(seeds, x[row], np.nan) for name, x in metrics.items()}
+            self._logger.write(first_update + row, values)
+
+    def close(self) -> None:
+        self._logger.close()
 
 
 def _rows(
@@ -100,17 +118,21 @@ class AppendedLogger:
         self._size += len(content)
 
 
+def _header(columns: Sequence[str]) -> str:
+    return ",".join(["seed", "update", *columns, SECONDS]) + "\n"
+
+
 class CsvLogger(AppendedLogger):
     """`metrics.csv`: a row per seed and update. Each float is written so that it reads back as
     the same 32-bit number; a mean over no episode is `nan`."""
 
-    def __init__(self, run_dir: Path, keep_bytes: int = 0):
-        super().__init__(run_dir / METRICS, keep_bytes, _HEADER.encode())
+    def __init__(self, run_dir: Path, columns: Sequence[str], keep_bytes: int = 0):
+        self._columns = (*columns, SECONDS)
+        super().__init__(run_dir / METRICS, keep_bytes, _header(columns).encode())
 
     def write(self, first_update: int, metrics: HostMetrics, alive: np.ndarray) -> None:
         lines = [
-            ",".join([str(seed), str(update), *(str(values.get(k, "nan")) for k in CSV_COLUMNS)])
-            + "\n"
+            ",".join([str(seed), str(update), *(str(values[k]) for k in self._columns)]) + "\n"
             for seed, update, values in _rows(first_update, metrics, alive)
         ]
         self.append("".join(lines).encode())
@@ -120,20 +142,21 @@ class BinaryLogger(AppendedLogger):
     """`metrics.f32`: little-endian 32-bit floats `[U, S, column]`, for hundreds of trainings, whose
     text would take longer to write than they to train. NaN after a training has failed."""
 
-    def __init__(self, run_dir: Path, keep_bytes: int = 0):
+    def __init__(self, run_dir: Path, columns: Sequence[str], keep_bytes: int = 0):
+        self._columns = columns
         super().__init__(run_dir / BINARY_METRICS, keep_bytes, b"")
 
     def write(self, first_update: int, metrics: HostMetrics, alive: np.ndarray) -> None:
-        columns = np.stack([metrics[name] for name in COLUMNS], axis=-1)
+        columns = np.stack([metrics[name] for name in self._columns], axis=-1)
         self.append(np.where(alive[..., None], columns, np.nan).astype("<f4").tobytes())
 
 
-def binary_metrics(content: bytes, num_trainings: int) -> HostMetrics:
+def binary_metrics(content: bytes, columns: Sequence[str], num_trainings: int) -> HostMetrics:
     """What a `BinaryLogger` wrote, `[U, S]`. Raises `ConfigError` if it is not whole rows."""
-    if len(content) % (4 * num_trainings * len(COLUMNS)):
+    if not columns or len(content) % (4 * num_trainings * len(columns)):
         raise ConfigError(f"{BINARY_METRICS}: {len(content)} bytes are not whole rows of metrics")
-    table = np.frombuffer(content, "<f4").reshape(-1, num_trainings, len(COLUMNS))
-    return {name: table[..., i] for i, name in enumerate(COLUMNS)}
+    table = np.frombuffer(content, "<f4").reshape(-1, num_trainings, len(columns))
+    return {name: table[..., i] for i, name in enumerate(columns)}
 
 
 def read_metrics(run_dir: Path, position: Position, settings: Settings) -> HostMetrics:
@@ -142,7 +165,7 @@ def read_metrics(run_dir: Path, position: Position, settings: Settings) -> HostM
     Raises:
         ConfigError: if the file is not what it was there.
     """
-    path = run_dir / (BINARY_METRICS if settings.trials else METRICS)
+    path, columns = run_dir / (BINARY_METRICS if settings.trials else METRICS), position.columns
     try:
         with path.open("rb") as file:
             content = file.read(position.metrics_bytes)
@@ -155,17 +178,17 @@ def read_metrics(run_dir: Path, position: Position, settings: Settings) -> HostM
     if hashlib.sha256(content).hexdigest() != position.metrics_digest:
         raise _unusable(path, position, "it was changed since")
     if settings.trials:
-        return binary_metrics(content, settings.num_trainings)
-    if content and not content.startswith(_HEADER.encode()):
+        return binary_metrics(content, columns, settings.num_trainings)
+    if content and not content.startswith(_header(columns).encode()):
         raise _unusable(path, position, "its columns are another version's")
     shape = (position.updates, settings.num_trainings)
     metrics = {
         name: np.full(shape, np.nan, float if name in _COUNTS else np.float32)
-        for name in CSV_COLUMNS
+        for name in (*columns, SECONDS)
     }
     for line in content.decode().splitlines()[1:]:
         seed, update, *values = line.split(",")
-        for name, value in zip(CSV_COLUMNS, values, strict=True):
+        for name, value in zip(metrics, values, strict=True):
             metrics[name][int(update) - 1, int(seed)] = float(value)
     return metrics
 
@@ -208,9 +231,10 @@ class TensorBoardLogger:
                 self._write(n, step=hide_after + 1, session_log=log)
 
     def write(self, first_update: int, metrics: HostMetrics, alive: np.ndarray) -> None:
-        for seed, _, values in _rows(first_update, metrics, alive):
+        for seed, update, values in _rows(first_update, metrics, alive):
+            step = int(values.get("env_steps", update))
             for name, value in _finite(values).items():
-                self._write(seed, int(values["env_steps"]), summary=self._scalar(name, value))
+                self._write(seed, step, summary=self._scalar(name, value))
         for writer in self._writers:
             writer.flush()
 
@@ -240,7 +264,7 @@ class WandbLogger:
     def write(self, first_update: int, metrics: HostMetrics, alive: np.ndarray) -> None:
         by_update: dict[int, dict[str, float]] = {}
         for seed, update, values in _rows(first_update, metrics, alive):
-            row = by_update.setdefault(update, {"env_steps": int(values["env_steps"])})
+            row = by_update.setdefault(update, {"env_steps": int(values.get("env_steps", update))})
             row |= {f"seed_{seed}/{name}": value for name, value in _finite(values).items()}
         for update, row in by_update.items():
             self._run.log(row, step=update)
@@ -264,7 +288,7 @@ def require(extra: str, package: str) -> None:
         raise ConfigError(f"{extra} needs the package {package}; pip install 'purejaxppo[{extra}]'")
 
 
-def close_all(loggers: Sequence[Logger]) -> None:
+def close_all(loggers: Sequence[RowLogger]) -> None:
     """What is still to be flushed cannot be where the disk is full; `write` has said so."""
     for logger in loggers:
         with suppress(OSError):

@@ -12,17 +12,18 @@ from purejaxppo.config import ConfigError
 from purejaxppo.host.configfile import Settings
 from purejaxppo.host.parallel import choose_spread
 from purejaxppo.host.program import Program, stacked_hparams
-from purejaxppo.types import Learner, TrainState
+from purejaxppo.task import Task
+from purejaxppo.types import ActorState, TrainState
 
 NUMBERS_OF_A_STEP = 8
 """Numbers a rollout holds per environment step beside the observation: at least action,
 log-probability, value, next value, reward, terminated, truncated and mask."""
 
 
-def check_memory(settings: Settings, learner: Learner) -> None:
+def check_memory(settings: Settings, task: Task) -> None:
     """Raise `ConfigError` if the states and one rollout alone need more memory than is free."""
-    used = len(choose_spread(settings).mesh.local_devices)
-    needed, free = least_bytes(settings, learner), free_bytes(used)
+    used = len(choose_spread(settings, task).mesh.local_devices)
+    needed, free = least_bytes(settings, task), free_bytes(used)
     if needed > free:
         raise ConfigError(_too_large(settings, f"at least {needed / 1e9:.2f} GB", free))
 
@@ -32,22 +33,26 @@ def check_program(settings: Settings, program: Program) -> None:
 
     On several devices it would hang if one of them could not allocate.
     """
-    free = free_bytes(len(choose_spread(settings).mesh.local_devices))
+    free = free_bytes(len(program.spread.mesh.local_devices))
     if program.device_bytes > free:
         raise ConfigError(_too_large(settings, f"{program.device_bytes / 1e9:.2f} GB", free))
 
 
-def least_bytes(settings: Settings, learner: Learner) -> int:
+def least_bytes(settings: Settings, task: Task) -> int:
     """Bytes of the states `[S, ...]` and of one run's rollout, per device: a lower bound."""
 
     def init() -> TrainState:
         keys = jax.random.split(jax.random.key(0), settings.num_trainings)
-        return jax.vmap(learner.init)(keys, stacked_hparams(settings))
+        learner = task.learner(None)
+        start = jax.vmap(learner.init, in_axes=(0, 0, None))
+        return start(keys, stacked_hparams(settings), task.data)
 
     states = jax.eval_shape(init)
-    config, devices = settings.config, choose_spread(settings).mesh.size
-    obs = sum(map(_bytes, jax.tree.leaves(states.actors.obs))) / settings.num_trainings
-    rollout = config.num_steps * (obs + config.num_envs * NUMBERS_OF_A_STEP * 4)
+    devices, rollout = choose_spread(settings, task).mesh.size, 0.0
+    if isinstance(states.actors, ActorState):
+        obs = sum(map(_bytes, jax.tree.leaves(states.actors.obs))) / settings.num_trainings
+        samples = settings.config.batch_size
+        rollout = obs * samples / states.actors.start.shape[1] + samples * NUMBERS_OF_A_STEP * 4
     return int((sum(map(_bytes, jax.tree.leaves(states))) + rollout) / devices)
 
 
@@ -68,10 +73,9 @@ def memory_in_words(settings: Settings) -> Iterator[None]:
 
 
 def _too_large(settings: Settings, needed: str, free: int) -> str:
-    config = settings.config
     return (
-        f"num_envs = {config.num_envs}, num_steps = {config.num_steps}, num_seeds = "
-        f"{settings.run.num_seeds}: training needs {needed} of memory on each device, and "
+        f"{settings.config.batch_in_words}, num_seeds = {settings.run.num_seeds}: training needs "
+        f"{needed} of memory on each device, and "
         f"{free / 1e9:.2f} GB are free; use fewer environments, steps or seeds"
     )
 

@@ -11,11 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from purejaxppo.config import Config, ConfigError
-from purejaxppo.distributions import make_policy
-from purejaxppo.envs import make_environment
+from purejaxppo.config import ConfigError
 from purejaxppo.host.configfile import Settings
-from purejaxppo.networks import make_network
+from purejaxppo.task import Task
 from purejaxppo.types import PyTree, TrainState
 
 SEEDS, ENVS = "seeds", "envs"
@@ -127,7 +125,7 @@ LEAST_GAIN = 1.25
 """Estimated speed-up from which a run is spread; another busy process would undo a smaller one."""
 
 
-def with_devices(settings: Settings, env: Any = None, env_params: Any = None) -> Settings:
+def with_devices(settings: Settings, task: Task) -> Settings:
     """The settings with the number of devices that a single run will use.
 
     The minibatches of a single run depend on it, so it is recorded. Several seeds do not, and
@@ -138,14 +136,13 @@ def with_devices(settings: Settings, env: Any = None, env_params: Any = None) ->
     """
     alone = settings.num_trainings == 1 and jax.process_count() == 1
     if alone and settings.run.devices == 0:
-        count = _devices_that_pay(settings.config, env, env_params)
-        run = dataclasses.replace(settings.run, devices=count)
+        run = dataclasses.replace(settings.run, devices=_devices_that_pay(task))
         settings = dataclasses.replace(settings, run=run)
-    choose_spread(settings)
+    choose_spread(settings, task)
     return settings
 
 
-def _devices_that_pay(config: Config, env: Any, env_params: Any) -> int:
+def _devices_that_pay(task: Task) -> int:
     """The most CPU cores over which spreading a run's environments makes it faster; 1 on
     accelerators.
 
@@ -153,48 +150,29 @@ def _devices_that_pay(config: Config, env: Any, env_params: Any) -> int:
     per sample, and 3 R F / (C D) + E P on D devices, which exchange gradients of P parameters.
     """
     available = len(jax.devices())
-    if jax.default_backend() != "cpu" or available == 1:
+    if jax.default_backend() != "cpu" or available == 1 or task.costs is None:
         return 1
-    operations, parameters = network_costs(config, env, env_params)
-    samples = config.batch_size / config.num_minibatches
+    operations, parameters = task.costs()
+    samples = task.config.batch_size / getattr(task.config, "num_minibatches", 1)
     alone = 3 * samples * operations / CORE_FLOPS
     for count in range(available, 1, -1):
         gain = alone / (alone / count + EXCHANGE_SECONDS * parameters)
-        if gain >= LEAST_GAIN and why_not_divided(config, count) is None:
+        if gain >= LEAST_GAIN and task.why_not_divided(count) is None:
             return count
     return 1
 
 
-def network_costs(config: Config, env: Any = None, env_params: Any = None) -> tuple[float, int]:
-    """Floating-point operations of the network for one observation, by XLA's count, and its number
-    of parameters."""
-    rows = 64
-    environment = make_environment(config, env, env_params)
-    policy = make_policy(config, environment.action_space)
-    network = make_network(config, environment.observation_space, policy)
-
-    def arguments(key: jax.Array) -> Any:
-        _, obs = environment.reset(jax.random.split(key, rows))
-        start = jnp.ones((1, rows), bool)
-        return network.init(key), network.initial_carry(rows), obs[None], start
-
-    shapes = jax.eval_shape(arguments, jax.random.key(0))
-    counted: Any = jax.jit(network.apply).lower(*shapes).cost_analysis()
-    return counted["flops"] / rows, sum(x.size for x in jax.tree.leaves(shapes[0]))
-
-
-def needs_all_threads(settings: Settings) -> bool:
+def needs_all_threads(spread: Spread) -> bool:
     """Whether no other program may run while this one trains.
 
     Devices that wait for each other each need a thread of the pool that all programs of the process
     share on CPU. If another program occupies one for 40 seconds, XLA aborts the process.
     """
-    spread = choose_spread(settings)
     several = len(spread.mesh.local_devices) > 1
     return jax.default_backend() == "cpu" and spread.axis is not None and several
 
 
-def choose_spread(settings: Settings) -> Spread:
+def choose_spread(settings: Settings, task: Task) -> Spread:
     """Several trainings over as many devices as divide them, or over `devices`; where there are
     more of those than trainings, the environments of each over its part of them.
 
@@ -227,36 +205,20 @@ def choose_spread(settings: Settings) -> Spread:
                 f"num_seeds = {count} cannot be dealt out evenly to devices = {wanted}; choose a "
                 "divisor or a multiple, or 0, which takes as many devices as divide the seeds"
             )
-    if (reason := why_not_divided(settings.config, each)) is not None:
+    if each > 1 and (reason := task.why_not_divided(each)) is not None:
         raise ConfigError(reason)
     devices = np.asarray(available[: along * each]).reshape(along, each)
     return Spread(Mesh(devices, (SEEDS, ENVS)))
 
 
-def describe_devices(settings: Settings) -> str:
+def describe_devices(settings: Settings, spread: Spread) -> str:
     """Which devices a run uses, of how many."""
-    used, available = choose_spread(settings).mesh, jax.devices()
+    used, available = spread.mesh, jax.devices()
     kind = "CPU core" if available[0].platform == "cpu" else available[0].device_kind
     alone = settings.num_trainings == 1 and used.size > 1
     each = f", {used.shape[ENVS]} for each seed" if used.shape[ENVS] > 1 and not alone else ""
     plural = "s" if len(available) > 1 else ""
     return f"{used.size} of {len(available)} {kind}{plural}{each}"
-
-
-def why_not_divided(config: Config, devices: int) -> str | None:
-    """Why a run's environments and minibatches cannot be spread evenly over devices, if so."""
-    if config.num_envs % devices:
-        return (
-            f"num_envs = {config.num_envs} is not divisible by devices = {devices}; use a multiple"
-        )
-    own = config.num_envs // devices
-    samples = own * config.num_steps if config.memory == "none" else own
-    if samples % config.num_minibatches:
-        return (
-            f"each of devices = {devices} has {samples} samples (whole sequences with a memory), "
-            f"not divisible by num_minibatches = {config.num_minibatches}; use fewer of either"
-        )
-    return None
 
 
 def each_seed(function: Callable[[PyTree], PyTree], states: PyTree) -> PyTree:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from purejaxppo.curves import POINTS, means_of_stretches
 from purejaxppo.host.stats import FEW_SEEDS, bootstrap_mean_interval, mean_interval
 
+RETURNS = "episode_return"
 NO_EVALUATIONS = np.zeros(0), np.zeros(0)
 
 
@@ -18,6 +19,8 @@ def learning_curve(
     env_steps: np.ndarray,
     returns: Float[np.ndarray, "U S"],
     evaluations: tuple[np.ndarray, np.ndarray] = NO_EVALUATIONS,
+    *,
+    metric: str = RETURNS,
 ) -> None:
     """Draw the return over environment steps: the mean over seeds and its 95% bootstrap interval.
 
@@ -26,6 +29,7 @@ def learning_curve(
         env_steps: `[U]` steps of one run.
         returns: mean return of the episodes that ended in each update, NaN where none did.
         evaluations: environment steps `[P]` and mean return over seeds `[P]`.
+        metric: the name of what is drawn, if it is not returns.
     """
     from matplotlib.figure import Figure  # slow to import
     from matplotlib.ticker import EngFormatter
@@ -35,23 +39,30 @@ def learning_curve(
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
     num_seeds = returns.shape[1]
+    name = "training episodes" if metric == RETURNS else metric_label(metric)
     of_seeds = f", mean of {num_seeds} seeds" if num_seeds > 1 else ""
-    axes.plot(steps, mean, color="C0", label=f"training episodes{of_seeds}")
+    axes.plot(steps, mean, color="C0", label=f"{name}{of_seeds}")
     if num_seeds > 1:
         low, high = bootstrap_mean_interval(curves)
         axes.fill_between(
             steps, low, high, color="C0", alpha=0.2, lw=0, label=band_label(num_seeds)
         )
-    if evaluations[0].size:
+    if evaluations[0].size and metric == RETURNS:
         label = f"evaluation, sampled actions{of_seeds}"
         axes.plot(*evaluations, "o-", ms=4, lw=1, color="C1", label=label)
     if num_seeds > 1 or evaluations[0].size:
         axes.legend(loc="best", frameon=False)
-    bare_axes(axes, "environment steps (per seed)", "return")
+    ylabel = "return" if metric == RETURNS else metric_label(metric)
+    bare_axes(axes, "environment steps (per seed)", ylabel)
     axes.set_title(plain(env_id))
     axes.set_xlim(0, float(env_steps[-1]))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.savefig(path, dpi=150)
+
+
+def metric_label(metric: str) -> str:
+    """A metric in words."""
+    return "return of training episodes" if metric == RETURNS else metric.replace("_", " ")
 
 
 def plain(text: str) -> str:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from purejaxppo.config import HParams
+from purejaxppo.config import ConfigError, HParams
 from purejaxppo.host.parallel import SEEDS, each_seed
 from purejaxppo.types import Learner, LearnerState, Metrics, PyTree, TrainState
 
@@ -54,16 +54,24 @@ class Member(NamedTuple):
 def member_learner(learner: Learner) -> Learner:
     """The same learner with `Member`s as states, which hold their own hyperparameters."""
 
-    def init(key: Array, hparams: HParams) -> TrainState:
-        state = learner.init(key, hparams)
+    def init(key: Array, hparams: HParams, data: PyTree = ()) -> TrainState:
+        state = learner.init(key, hparams, data)
         numbers = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), hparams)
         zero = jnp.zeros(())
-        member: Any = Member(state.learner, numbers, zero, zero, jnp.zeros((), jnp.int32))
+        member = Member(state.learner, numbers, zero, zero, jnp.zeros((), jnp.int32))
         return TrainState(member, state.actors)
 
-    def update(state: TrainState, _: HParams) -> tuple[TrainState, Metrics]:
-        member: Any = state.learner
-        new, metrics = learner.update(TrainState(member.learner, state.actors), member.hparams)
+    def update(
+        state: TrainState, hparams: HParams, data: PyTree = ()
+    ) -> tuple[TrainState, Metrics]:
+        member: Member = state.learner
+        inner = TrainState(member.learner, state.actors)
+        new, metrics = learner.update(inner, member.hparams, data)
+        if not {"episodes", "episode_return"} <= set(metrics):
+            raise ConfigError(
+                "strategy = pbt ranks members by episode_return, which this task does not have; "
+                "use another strategy"
+            )
         ended = metrics["episodes"].astype(jnp.float32)
         returned = jnp.where(ended > 0, metrics["episode_return"] * ended, 0.0)
         member = Member(
@@ -77,8 +85,7 @@ def member_learner(learner: Learner) -> Learner:
 
 def without_members(states: TrainState) -> TrainState:
     """The same states with plain `LearnerState`s."""
-    member: Any = states.learner
-    return TrainState(member.learner, states.actors)
+    return TrainState(states.learner.learner, states.actors)
 
 
 def train_population(
@@ -89,6 +96,7 @@ def train_population(
     count: Int[Array, ""],
     *,
     capacity: int,
+    data: PyTree = (),
 ) -> tuple[TrainState, Metrics]:
     """Train a device's own members `[S, ...]` for `count` rounds, at most `capacity`, with an
     exchange between all devices every `population.interval` rounds.
@@ -98,7 +106,7 @@ def train_population(
     """
 
     def update(states: TrainState) -> tuple[TrainState, Metrics]:
-        return each_seed(lambda row: learner.update(*row), (states, hparams))
+        return each_seed(lambda row: learner.update(row[0], row[1], data), (states, hparams))
 
     def body(i: Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
         states, rows = carry

@@ -12,17 +12,18 @@ from jax.experimental.compilation_cache import compilation_cache as jax_cache
 from jax.sharding import PartitionSpec
 
 from purejaxppo.config import HParams
-from purejaxppo.evaluation import FINAL_EVALUATION, evaluate, evaluation_keys
+from purejaxppo.evaluation import FINAL_EVALUATION, evaluation_keys
 from purejaxppo.host.configfile import Settings
-from purejaxppo.host.parallel import choose_spread, each_seed
+from purejaxppo.host.loggers import in_order
+from purejaxppo.host.parallel import Spread, choose_spread, each_seed
 from purejaxppo.host.population import (
     Population,
     member_learner,
     train_population,
     without_members,
 )
-from purejaxppo.learner import make_learner
-from purejaxppo.types import Learner, Metrics, TrainState
+from purejaxppo.task import Task
+from purejaxppo.types import Learner, Metrics, PyTree, TrainState
 
 CHUNK_CAPACITY = 1024
 """Updates that one call can do at most."""
@@ -60,6 +61,10 @@ class Program(NamedTuple):
     """States to a single device."""
     device_bytes: int
     """What XLA states a chunk to need on each device: arguments, results and temporaries."""
+    spread: Spread
+    """How the run lies on the devices."""
+    columns: tuple[str, ...]
+    """Names of the metrics, in the order of a table's columns."""
 
 
 class Evaluation:
@@ -69,18 +74,20 @@ class Evaluation:
     by `compile`, or when first called. The episodes depend on the seed and `purpose` alone.
     """
 
-    def __init__(self, settings: Settings, env: Any, env_params: Any):
-        self._settings = settings
+    def __init__(self, settings: Settings, task: Task):
+        self._settings, self._data = settings, task.data
         episodes = settings.run.eval_episodes
 
-        def returns(row: tuple[TrainState, jax.Array, jax.Array]) -> jax.Array:
+        def returns(row: tuple[TrainState, jax.Array, jax.Array], data: PyTree) -> jax.Array:
             state, key, deterministic = row
-            return evaluate(
-                settings.config, state, key, episodes,
-                deterministic=deterministic, env=env, env_params=env_params,
-            )  # fmt: skip
+            more = {"data": data} if jax.tree.leaves(data) else {}
+            return task.evaluate(state, key, episodes, deterministic=deterministic, **more)
 
-        self._jitted = jax.jit(lambda *rows: each_seed(returns, rows))
+        def each(states: TrainState, keys: Any, deterministic: Any, data: PyTree) -> jax.Array:
+            rows = (states, keys, deterministic)
+            return each_seed(lambda row: returns(row, data), rows)
+
+        self._jitted = jax.jit(each)
         self._compiled: Any = None
 
     def compile(self, shapes: TrainState) -> None:
@@ -90,14 +97,14 @@ class Evaluation:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes
         )
         rows = self._rows(False, FINAL_EVALUATION)
-        self._compiled = self._jitted.lower(placed, *rows).compile()
+        self._compiled = self._jitted.lower(placed, *rows, self._data).compile()
 
     def __call__(
         self, states: TrainState, *, deterministic: bool = False, purpose: int = FINAL_EVALUATION
     ) -> np.ndarray:
         """`states[S, ...] -> returns[S, E]`; NaN for an episode that did not end."""
         function = self._compiled or self._jitted
-        return np.asarray(function(states, *self._rows(deterministic, purpose)))
+        return np.asarray(function(states, *self._rows(deterministic, purpose), self._data))
 
     def _rows(self, deterministic: bool, purpose: int) -> tuple[jax.Array, jax.Array]:
         num_seeds, total = self._settings.run.num_seeds, self._settings.num_trainings
@@ -106,29 +113,31 @@ class Evaluation:
 
 
 class Prepared(NamedTuple):
-    """What waves of one kind have in common."""
+    """What a run needs of the compiler."""
 
+    task: Task
     learner: Learner
+    """Of whole runs, whose states checkpoints hold."""
     program: Program
-    evaluation: Callable[[TrainState], np.ndarray]
-    """`states[S, ...] -> returns[S, E]`."""
+    evaluation: Any
+    """`Evaluation`, or `states[S, ...] -> returns[S, E]` of a population."""
+    compile_seconds: float = 0.0
     population: bool = False
     """Whether trainings learn from each other, so that one that failed may learn again."""
 
 
-def prepare(
-    settings: Settings, env: Any, env_params: Any, population: Population | None = None
-) -> Prepared:
+def prepare(settings: Settings, task: Task, population: Population | None = None) -> Prepared:
     """Compile for waves of as many trials as the settings have. Raises `ConfigError` as
     `compile_program` does."""
-    learner = make_learner(settings.config, env, env_params)
-    program = compile_program(settings, env, env_params, population=population)
-    evaluation = Evaluation(settings, env, env_params)
+    learner = task.learner(None)
+    program = compile_program(settings, task, population=population)
+    evaluation = Evaluation(settings, task)
     if population is None:
-        return Prepared(learner, program, evaluation)
+        return Prepared(task, learner, program, evaluation)
     return Prepared(
-        member_learner(learner), program, lambda x: evaluation(without_members(x)), population=True
-    )
+        task, member_learner(learner), program,
+        lambda x: evaluation(without_members(x)), population=True,
+    )  # fmt: skip
 
 
 def stacked_hparams(settings: Settings) -> HParams:
@@ -143,8 +152,7 @@ def stacked_hparams(settings: Settings) -> HParams:
 
 def compile_program(
     settings: Settings,
-    env: Any = None,
-    env_params: Any = None,
+    task: Task,
     *,
     fresh: bool = True,
     population: Population | None = None,
@@ -161,49 +169,58 @@ def compile_program(
     Raises:
         ConfigError: as `choose_spread` does.
     """
-    spread, hparams = choose_spread(settings), stacked_hparams(settings)
-    learner = make_learner(settings.config, env, env_params, axis=spread.axis)
+    spread, hparams, data = choose_spread(settings, task), stacked_hparams(settings), task.data
+    learner = task.learner(spread.axis)
     if population is not None:
         learner = member_learner(learner)
     capacity = min(settings.config.num_updates, CHUNK_CAPACITY)
     root = np.asarray(jax.random.key_data(jax.random.key(settings.run.seed)))
     num_keys = settings.run.num_seeds if population is None else settings.num_trainings
 
-    def init(root: jax.Array, hparams: HParams) -> TrainState:
+    def init(root: jax.Array, hparams: HParams, data: PyTree) -> TrainState:
         keys = jax.random.split(jax.random.wrap_key_data(root), num_keys)
         # The seeds of one trial are those of all others.
         keys = jnp.tile(keys, settings.num_trainings // num_keys)
         begin = spread.over(
-            lambda *rows: each_seed(lambda row: learner.init(*row), rows),
-            (spread.seeds, spread.seeds),
+            lambda keys, hparams, data: each_seed(
+                lambda row: learner.init(row[0], row[1], data), (keys, hparams)
+            ),
+            (spread.seeds, spread.seeds, PartitionSpec()),
             spread.states,
         )
-        return begin(keys, hparams)
+        return begin(keys, hparams, data)
 
-    def chunk(states: TrainState, hparams: HParams, count: jax.Array) -> Any:
+    def chunk(states: TrainState, hparams: HParams, count: jax.Array, data: PyTree) -> Any:
         if population is not None:
-            return train_population(learner, population, states, hparams, count, capacity=capacity)
-        return _chunk(learner, states, hparams, count, capacity)
+            return train_population(
+                learner, population, states, hparams, count, capacity=capacity, data=data
+            )
+        return _chunk(learner, states, hparams, count, capacity=capacity, data=data)
 
-    traced = jax.jit(init).trace(root, hparams)
-    inputs = (spread.states, spread.seeds, PartitionSpec())
+    traced = jax.jit(init).trace(root, hparams, data)
+    inputs = (spread.states, spread.seeds, PartitionSpec(), PartitionSpec())
     over = spread.over(chunk, inputs, (spread.states, spread.rows))
 
-    def chunks(states: TrainState, hparams: HParams, count: jax.Array) -> Any:
-        states, rows = over(states, hparams, count)
+    def chunks(states: TrainState, hparams: HParams, count: jax.Array, data: PyTree) -> Any:
+        states, rows = over(states, hparams, count, data)
         return states, spread.to_all(rows)
 
     shapes = spread.shapes(traced.out_info)
-    compiled = jax.jit(chunks).lower(shapes, hparams, np.int32(1)).compile()
+    traced_chunks = jax.jit(chunks).trace(shapes, hparams, np.int32(1), data)
+    compiled: Any = traced_chunks.lower().compile()
     compiled_init: Any = traced.lower().compile() if fresh else None
     if evaluation is not None:
         evaluation.compile(traced.out_info)
     return Program(
-        lambda hparams: compiled_init(root, hparams),
+        lambda hparams: compiled_init(root, hparams, data),
         # Scattered again: XLA calls an empty array replicated, whatever it was told.
-        lambda states, hparams, count: compiled(spread.scatter(states), hparams, np.int32(count)),
+        lambda states, hparams, count: compiled(
+            spread.scatter(states), hparams, np.int32(count), data
+        ),
         spread.gather,
         _bytes(compiled),
+        spread,
+        in_order(traced_chunks.out_info[1]),
     )
 
 
@@ -214,7 +231,13 @@ def _bytes(compiled: Any) -> int:
 
 
 def _chunk(
-    learner: Learner, states: TrainState, hparams: HParams, count: jax.Array, capacity: int
+    learner: Learner,
+    states: TrainState,
+    hparams: HParams,
+    count: jax.Array,
+    *,
+    capacity: int,
+    data: PyTree,
 ) -> tuple[TrainState, Metrics]:
     """`count` updates, at most `capacity`, of states and hyperparameters `[S, ...]`; one program
     for every count.
@@ -226,12 +249,12 @@ def _chunk(
 
     def train(row: tuple[TrainState, HParams]) -> tuple[TrainState, Metrics]:
         state, hparams = row
-        shapes = jax.eval_shape(update, state, hparams)[1]
+        shapes = jax.eval_shape(update, state, hparams, data)[1]
         rows = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), shapes)
 
         def body(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
             state, rows = carry
-            state, metrics = update(state, hparams)
+            state, metrics = update(state, hparams, data)
             return state, jax.tree.map(lambda all_, row: all_.at[i].set(row), rows, metrics)
 
         return jax.lax.fori_loop(0, count, body, (state, rows))

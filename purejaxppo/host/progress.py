@@ -69,8 +69,8 @@ def describe_run(settings: Settings) -> str:
     asked = f" (total_timesteps = {config.total_timesteps:,} rounded up to whole updates)"
     seeds = f"{count} seed{'s' if count > 1 else ''}"
     return (
-        f"{config.env_id}, {config.objective}, {seeds}: {config.num_updates:,} updates of "
-        f"{config.num_envs} environments x {config.num_steps} steps = {steps:,} environment steps"
+        f"{config.title}, {seeds}: {config.num_updates:,} updates of {config.batch_in_words} = "
+        f"{steps:,} environment steps"
         f"{' per seed' if count > 1 else ''}{asked if steps > config.total_timesteps else ''}"
     )
 

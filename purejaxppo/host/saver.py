@@ -9,7 +9,7 @@ from threading import Lock
 import jax
 import numpy as np
 
-from purejaxppo.host import checkpoint
+from purejaxppo.host import checkpoint, checkpoints
 from purejaxppo.host.checkpoint import Checkpoint, Position
 from purejaxppo.host.configfile import Settings
 from purejaxppo.host.evaluations import DETERMINISTIC, SAMPLED, EvalLog
@@ -203,7 +203,7 @@ class Saver:
         if not is_first():
             return
         try:
-            checkpoint.prune(self._run_dir, newest.position.updates, self._settings.run.keep)
+            checkpoints.prune(self._run_dir, newest.position.updates, self._settings.run.keep)
         except OSError as error:
             raise StorageError(
                 f"checkpoints in {str(self._run_dir)!r}: cannot be removed: {error.strerror}"

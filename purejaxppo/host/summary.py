@@ -14,7 +14,8 @@ import numpy as np
 from purejaxppo.host.checkpoint import Checkpoint, Position
 from purejaxppo.host.configfile import Settings, dump_settings
 from purejaxppo.host.evaluations import evaluation_curve
-from purejaxppo.host.parallel import choose_spread
+from purejaxppo.host.loggers import SECONDS, in_order
+from purejaxppo.host.parallel import Spread
 from purejaxppo.host.plots import learning_curve
 from purejaxppo.host.rundir import (
     CURVE,
@@ -26,8 +27,11 @@ from purejaxppo.host.rundir import (
     write_whole,
 )
 from purejaxppo.host.stats import episode_mean, mean_interval
+from purejaxppo.task import Task
 from purejaxppo.types import TrainState
 
+METRICS_COLUMNS = "metrics_columns"
+"""In the summary of a sweep's wave: the columns of its `metrics.f32`."""
 METRICS_DIGEST = "metrics_sha256"
 """In the summary of a sweep's wave: the SHA-256 of its `metrics.f32`."""
 SETTINGS_DIGEST = "settings_sha256"
@@ -62,8 +66,11 @@ class Best(NamedTuple):
 
 def summarize(
     settings: Settings,
+    task: Task,
+    spread: Spread,
     training: Training,
     final: Final,
+    *,
     compile_seconds: float,
     best: Best | None,
 ) -> dict[str, Any]:
@@ -76,7 +83,7 @@ def summarize(
     done = position.updates * config.batch_size
     total, seconds = done * settings.num_trainings, position.run_seconds
     return {
-        "env_id": config.env_id,
+        "env_id": config.label,
         "num_seeds": settings.run.num_seeds,
         "eval_episodes": final.sampled.shape[1],
         **evaluated,
@@ -92,8 +99,8 @@ def summarize(
         "compile_seconds": round(compile_seconds, 3),
         "run_seconds": round(seconds, 3),
         "steps_per_second": round(total / seconds, 1),
-        **(_digests(settings, position) if settings.trials else {}),
-        "device": _device(settings),
+        **(_of_wave(settings, task, training) if settings.trials else {}),
+        "device": _device(spread),
         "versions": {"python": platform.python_version()}
         | {
             name: version(name)
@@ -107,15 +114,17 @@ def settings_digest(settings: Settings) -> str:
     return hashlib.sha256(dump_settings(settings).encode()).hexdigest()
 
 
-def _digests(settings: Settings, position: Position) -> dict[str, str]:
+def _of_wave(settings: Settings, task: Task, training: Training) -> dict[str, Any]:
     return {
-        METRICS_DIGEST: position.metrics_digest,
+        "curve": task.curve,
+        METRICS_COLUMNS: [name for name in in_order(training.metrics) if name != SECONDS],
+        METRICS_DIGEST: training.position.metrics_digest,
         SETTINGS_DIGEST: settings_digest(settings),
     }
 
 
 def write_results(
-    directory: Path, settings: Settings, training: Training, summary: dict[str, Any]
+    directory: Path, settings: Settings, task: Task, training: Training, summary: dict[str, Any]
 ) -> None:
     """Write the summary, then draw the curve. Raises `StorageError` if the summary cannot be
     written."""
@@ -127,17 +136,17 @@ def write_results(
             f"then: {resume_command(directory)}"
         ) from error
     if not settings.trials:
-        draw_curve(directory, settings, training.metrics["episode_return"])
+        draw_curve(directory, settings, task, training.metrics[task.curve])
 
 
-def draw_curve(directory: Path, settings: Settings, returns: np.ndarray) -> None:
-    """Draw `learning_curve.png` of returns `[S, U]`; warn if that fails, since the numbers are
-    already written."""
-    steps = np.arange(1, returns.shape[1] + 1) * settings.config.batch_size
-    env_id = settings.config.env_id
+def draw_curve(directory: Path, settings: Settings, task: Task, values: np.ndarray) -> None:
+    """Draw `learning_curve.png` of returns, or of the task's other metric, `[S, U]`; warn if that
+    fails, since the numbers are already written."""
+    steps = np.arange(1, values.shape[1] + 1) * settings.config.batch_size
+    env_id = settings.config.label
     try:
         evaluations = evaluation_curve(directory)
-        learning_curve(directory / CURVE, env_id, steps, returns.T, evaluations)
+        learning_curve(directory / CURVE, env_id, steps, values.T, evaluations, metric=task.curve)
     except Exception as error:  # a picture must never cost a run
         warnings.warn(
             f"{str(directory / CURVE)!r}: cannot be drawn: {error}; all numbers were written",
@@ -167,13 +176,13 @@ def _best(best: Best, finished: list[int]) -> dict[str, Any]:
     return entry
 
 
-def _device(settings: Settings) -> dict[str, Any]:
+def _device(spread: Spread) -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "kind": device.device_kind,
         "platform": device.platform,
         "count": jax.device_count(),
-        "used": choose_spread(settings).mesh.size,
+        "used": spread.mesh.size,
         "cpu_count": os.cpu_count(),
     }
 

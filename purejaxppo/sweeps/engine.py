@@ -4,21 +4,20 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 
 from purejaxppo.config import Config, ConfigError, HParams, why_unread
 from purejaxppo.host.configfile import RunSettings, Settings
-from purejaxppo.host.load import check_env
+from purejaxppo.host.load import task_of
 from purejaxppo.host.loggers import binary_metrics
 from purejaxppo.host.parallel import choose_spread, use_all_cores
 from purejaxppo.host.program import enable_compilation_cache
 from purejaxppo.host.run import check_scalars
 from purejaxppo.host.rundir import SWEEP, Held
-from purejaxppo.host.summary import SETTINGS_DIGEST, settings_digest
-from purejaxppo.inputs import check_config
-from purejaxppo.learner import make_learner
+from purejaxppo.host.summary import METRICS_COLUMNS, SETTINGS_DIGEST, settings_digest
+from purejaxppo.objectives.table import objective_of
 from purejaxppo.sweeps import files
 from purejaxppo.sweeps.files import PlannedBatch, PlannedWave, wave_directory
 from purejaxppo.sweeps.onray import OnRay, cluster, leave_memory
@@ -32,11 +31,12 @@ from purejaxppo.sweeps.strategies import Batch, Strategy, Trial, make_strategy
 from purejaxppo.sweeps.trials import alone, last_hparams
 from purejaxppo.sweeps.waves import Job, Local, Work, Workers, trial_rows
 from purejaxppo.sweeps.winner import Winner, best_of, evaluate_again, write_winner
+from purejaxppo.task import PartArguments, Task, as_task, own_class
 from purejaxppo.types import TrainState
 
 
 def sweep(
-    config: Config,
+    config: Config | Task,
     space: Mapping[str, Any],
     *,
     hparams: HParams | None = None,
@@ -61,6 +61,7 @@ def sweep(
     wave_cpus: int = 1,
     wave_gpus: int = 0,
     wave_tpus: int = 0,
+    **parts: Unpack[PartArguments],
 ) -> SweepResult:
     """Train every trial of a space with `num_seeds` seeds, select the best by its mean return in
     the final evaluation, and evaluate it again on fresh episodes.
@@ -95,21 +96,22 @@ def sweep(
         StorageError: as `run`.
         LostError: with engine = ray, if machines are lost too often.
     """
+    task = as_task(
+        config, "sweep", env=env, env_params=env_params, hparams=own_class(hparams), **parts
+    )
     host = RunSettings(
         seed=seed, num_seeds=num_seeds, devices=devices, eval_episodes=eval_episodes,
-        checkpoint_every=checkpoint_every, keep=1,
-        custom_env=env is not None or env_params is not None,
+        checkpoint_every=checkpoint_every, keep=1, passed=task.passed,
     )  # fmt: skip
     search = SweepSettings(
         *space_texts(space), strategy, trials, batch, eta, rungs, interval, memory_gb, engine,
         wave_cpus, wave_gpus, wave_tpus,
     )  # fmt: skip
-    check_config(config, "sweep")
-    settings = Settings(config, HParams() if hparams is None else hparams, host)
+    settings = Settings(task.config, task.hparams if hparams is None else hparams, host)
     definition = Definition(settings, search)
     found = start_sweep(
-        definition, None if run_dir is None else Path(run_dir), progress=progress,
-        compilation_cache=compilation_cache, env=env, env_params=env_params,
+        definition, None if run_dir is None else Path(run_dir), task, progress=progress,
+        compilation_cache=compilation_cache,
     )  # fmt: skip
     assert found is not None
     return found
@@ -118,14 +120,17 @@ def sweep(
 def start_sweep(
     definition: Definition,
     directory: Path | None,
+    task: Task | None = None,
     *,
     dry_run: bool = False,
     progress: bool = True,
     compilation_cache: bool = True,
-    env: Any = None,
-    env_params: Any = None,
 ) -> SweepResult | None:
-    """`sweep`, for a definition as a file gives it; None if it is only planned (`dry_run`)."""
+    """`sweep`, for a definition as a file gives it; None if it is only planned (`dry_run`).
+
+    Args:
+        task: None makes the one that the config describes.
+    """
     if not definition.sweep.space.names:
         raise ConfigError("the sweep changes nothing: give a grid, or something to sample")
     check_scalars(definition.settings.hparams, "sweep")
@@ -141,7 +146,8 @@ def start_sweep(
         )
     use_all_cores()
     leave_memory(definition.sweep)
-    _check_first_batch(definition, env, env_params)
+    task = task_of(definition.settings, None, {}) if task is None else task
+    _check_first_batch(definition, task)
     if compilation_cache:
         enable_compilation_cache()
     with ExitStack() as stack:
@@ -149,22 +155,28 @@ def start_sweep(
         held = None
         if directory is not None and not dry_run:
             held = stack.enter_context(files.new_sweep(directory, definition))
-        work = Work(definition, None if dry_run else directory, env, env_params)
+        work = Work(definition, None if dry_run else directory, task)
         engine = _Engine(work, SweepProgress(definition, progress), held)
         return engine.plan_only() if dry_run else engine.run()
 
 
 def resume_sweep(
     run_dir: str | Path,
+    task: Task | None = None,
     *,
     progress: bool = True,
     compilation_cache: bool = True,
     env: Any = None,
     env_params: Any = None,
+    **parts: Unpack[PartArguments],
 ) -> SweepResult:
-    """Go on with a sweep that was stopped or killed. Waves that are finished are not repeated, and
-    the one under way goes on from its newest checkpoint; the results are those of an undisturbed
-    sweep, bit for bit where trials do not depend on each other.
+    """Resume a sweep that was stopped or killed. Finished waves are not repeated, and the current
+    one continues from its newest checkpoint; the results are those of an undisturbed sweep, bit for
+    bit if trials do not depend on each other.
+
+    Args:
+        task: the task passed to `sweep`, if one was.
+        env, env_params, parts: those passed to `sweep`, if any were.
 
     Raises:
         ConfigError: if there is no sweep, or another process writes there.
@@ -177,34 +189,36 @@ def resume_sweep(
     with files.old_sweep(directory) as held, ExitStack() as stack:
         definition = load_definition(directory / SWEEP)
         leave_memory(definition.sweep)
-        check_env(definition.settings, env, env_params)
+        task = task_of(definition.settings, task, {"env": env, "env_params": env_params, **parts})
         stack.enter_context(cluster(definition.sweep))
         shown = SweepProgress(definition, progress)
-        return _Engine(Work(definition, directory, env, env_params), shown, held).run()
+        return _Engine(Work(definition, directory, task), shown, held).run()
 
 
-def _check_first_batch(definition: Definition, env: Any, env_params: Any) -> None:
+def _check_first_batch(definition: Definition, task: Task) -> None:
     """Every setting of it, before anything is compiled."""
     batch = make_strategy(definition.sweep, definition.settings.run.seed).ask()
     groups = make_groups(definition.settings, batch.trials if batch else [])
     _check_effects(definition, [group.settings.config for group in groups])
     for group in groups:
-        make_learner(group.settings.config, env, env_params)
+        own = task.with_config(group.settings.config)
         if definition.sweep.engine == "local":
-            choose_spread(group.waves(filled(len(group.members), group.settings))[0].settings)
+            wave = group.waves(filled(len(group.members), group.settings))[0]
+            choose_spread(wave.settings, own)
 
 
-def _check_effects(definition: Definition, configs: list[Config]) -> None:
-    """Each number that is swept has to matter to some trial."""
-    steered = definition.sweep.strategy == "pbt" and (
-        definition.settings.config.objective == "ppo_kl_adaptive"
-    )
+def _check_effects(definition: Definition, configs: list[Any]) -> None:
+    """Each hyperparameter that is swept has to matter to some trial."""
+    configs = [config for config in configs if isinstance(config, Config)]
     for name in definition.sweep.space.names:
         if name not in HParams.__dataclass_fields__:
             continue
         reasons = [why_unread(config, name) for config in configs]
-        if steered and name == "kl_beta":
-            reasons = ["objective = ppo_kl_adaptive, after the first update"]
+        controller = objective_of(definition.settings.config).kl if configs else None
+        once = controller is not None and name in controller.read_once
+        if definition.sweep.strategy == "pbt" and once:
+            objective = definition.settings.config.objective
+            reasons = [f"objective = {objective}, after the first update"]
         if reasons and all(reasons):
             raise ConfigError(
                 f"{name} is swept, and has no effect with {reasons[0]}; leave it out, or choose "
@@ -383,7 +397,7 @@ class _Engine:
         own = alone(wave.settings, hparams, settings.run.num_seeds)
         with self.shown.evaluating():
             returns = evaluate_again(
-                own, self._states(best.trial.number), self.work.env, self.work.env_params
+                own, self._states(best.trial.number), self.work.task.with_config(own.config)
             )
         return Winner(best, [other.trial.number for other in equals[1:]], own, returns)
 
@@ -400,6 +414,7 @@ class _Engine:
         for job in self.jobs:
             wave = wave_directory(directory, job.index)
             content = files.binary_content(wave, self.summaries[job.index])
-            metrics = binary_metrics(content, job.wave.settings.num_trainings)
+            columns = self.summaries[job.index][METRICS_COLUMNS]
+            metrics = binary_metrics(content, columns, job.wave.settings.num_trainings)
             parts.append(curve_columns(metrics, job.planned.numbers, seeds, job.planned.first))
         return parts

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from purejaxppo.config import ConfigError
-from purejaxppo.host.loggers import COLUMNS
+from purejaxppo.host.loggers import in_order
 from purejaxppo.host.rundir import (
     BINARY_METRICS,
     CONFIG,
@@ -292,8 +292,11 @@ def curves_content(parts: Sequence[dict[str, np.ndarray]]) -> bytes:
     """`curves.npz`: a column each of `trial`, `seed`, `update` and every metric, a row for each
     update of each training. Metrics of an update that was not kept, since its loss was not finite,
     are NaN, but for the first one where a seed's training ends."""
-    out = io.BytesIO()
-    names = ("trial", "seed", "update", *COLUMNS)
-    columns: dict[str, Any] = {name: np.concatenate([p[name] for p in parts]) for name in names}
+    out, first = io.BytesIO(), ("trial", "seed", "update")
+    names = (*first, *in_order(name for part in parts for name in part if name not in first))
+    columns: dict[str, Any] = {
+        name: np.concatenate([p.get(name, np.full(len(p["trial"]), np.nan)) for p in parts])
+        for name in names
+    }
     np.savez_compressed(out, **columns)
     return out.getvalue()

@@ -8,7 +8,7 @@ import numpy as np
 
 from purejaxppo.config import Config, ConfigError, HParams
 from purejaxppo.host.configfile import Settings, toml
-from purejaxppo.host.loggers import COLUMNS, HostMetrics
+from purejaxppo.host.loggers import HostMetrics
 from purejaxppo.sweeps.settings import Definition
 from purejaxppo.sweeps.space import apply
 from purejaxppo.sweeps.strategies import Trial
@@ -134,11 +134,11 @@ def curve_columns(
     """The metrics `[U, S]` of a wave that began after `first` updates, as columns with a row per
     training and update; without the trials that only fill it up."""
     kept = len(numbers) * seeds
-    length = len(metrics["env_steps"])
+    length = len(next(iter(metrics.values())))
     trial = np.repeat(np.asarray(numbers, np.int32), seeds * length)
     seed = np.tile(np.repeat(np.arange(seeds, dtype=np.int32), length), len(numbers))
     update = np.tile(np.arange(first + 1, first + length + 1, dtype=np.int32), kept)
-    columns = {name: metrics[name][:, :kept].T.reshape(-1) for name in COLUMNS}
+    columns = {name: metrics[name][:, :kept].T.reshape(-1) for name in metrics}
     return {"trial": trial, "seed": seed, "update": update} | columns
 
 

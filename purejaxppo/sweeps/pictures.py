@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from purejaxppo.host.plots import band_label, bare_axes, plain, smooth
+from purejaxppo.host.plots import band_label, bare_axes, metric_label, plain, smooth
 from purejaxppo.host.stats import (
     bootstrap_interval,
     bootstrap_mean_interval,
@@ -45,7 +45,7 @@ def learning_curves(results: Results) -> Any:
         grey.set_label("other trials")
     if band is not None:
         axes.fill_between([], [], color="0.5", alpha=0.3, label=band_label(results.num_seeds))
-    bare_axes(axes, "environment steps (per training)", "return of training episodes")
+    bare_axes(axes, "environment steps (per training)", metric_label(results.curve))
     axes.set_title(f"{plain(results.env_id)}: learning curves")
     axes.set_xlim(0, results.steps.max())
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -197,7 +197,7 @@ def _curve(results: Results, number: int) -> tuple[np.ndarray, np.ndarray]:
     mine = results.curves["trial"] == number
     seeds, updates = results.curves["seed"][mine], results.curves["update"][mine]
     order = np.lexsort((updates, seeds))
-    returns = results.curves["episode_return"][mine][order].reshape(results.num_seeds, -1)
+    returns = results.curves[results.curve][mine][order].reshape(results.num_seeds, -1)
     ends = np.unique(updates)
     total = results.steps[results.numbers.index(number)]
     return ends * (total / ends[-1]), returns.T

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from purejaxppo.config import Config, ConfigError, HParams
+from purejaxppo.config import ConfigError, HParams
 from purejaxppo.host.configfile import Settings
 from purejaxppo.host.memory import free_bytes
 from purejaxppo.host.population import Population
@@ -15,6 +15,7 @@ from purejaxppo.host.program import Prepared, prepare
 from purejaxppo.sweeps.settings import SweepSettings
 from purejaxppo.sweeps.space import Range, apply
 from purejaxppo.sweeps.strategies import Trial, describe
+from purejaxppo.task import Task
 
 SHARE_OF_MEMORY = 0.5
 """Of what is free: evaluations and checkpoints keep states of their own."""
@@ -72,10 +73,10 @@ def make_groups(settings: Settings, trials: Sequence[Trial]) -> list[Group]:
 class Programs:
     """Compiles what waves need, once, and cuts waves to the memory there is."""
 
-    def __init__(self, sweep: SweepSettings, env: Any, env_params: Any):
-        self._sweep, self._env, self._env_params = sweep, env, env_params
+    def __init__(self, sweep: SweepSettings, task: Task):
+        self._sweep, self._task = sweep, task
         self._max_bytes = int(sweep.memory_gb * 1e9)
-        self._compiled: dict[tuple[Config, int, tuple[bool, ...]], Prepared] = {}
+        self._compiled: dict[tuple[Any, int, tuple[bool, ...]], Prepared] = {}
 
     def of(self, settings: Settings) -> Prepared:
         """For waves of as many trials as these."""
@@ -83,7 +84,8 @@ class Programs:
         key = (settings.config, len(settings.trials), absent)
         if key not in self._compiled:
             population = population_of(settings, self._sweep)
-            self._compiled[key] = prepare(settings, self._env, self._env_params, population)
+            task = self._task.with_config(settings.config)
+            self._compiled[key] = prepare(settings, task, population)
         return self._compiled[key]
 
     def cut(

@@ -29,7 +29,7 @@ class SweepProgress:
         config, seeds = self._settings.config, self._settings.run.num_seeds
         steps = "" if share == 1 else f" up to {share:.3g} of the training"
         self._console.print(
-            f"{config.env_id}: {_count(trials, 'trial')} x {_count(seeds, 'seed')} = "
+            f"{config.label}: {_count(trials, 'trial')} x {_count(seeds, 'seed')} = "
             f"{_count(trials * seeds, 'training')}{steps}"
         )
         for number, (group, waves, size) in enumerate(groups, 1):

@@ -118,8 +118,8 @@ def _facts(results: Results) -> dict[str, str]:
     steps = sorted({int(steps) for steps in results.steps})
     lengths = f"{steps[-1]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
     facts = {
-        "environment": settings.config.env_id,
-        "objective": settings.config.objective,
+        "environment": settings.config.label,
+        "objective": getattr(settings.config, "objective", "-"),
         "strategy": results.definition.sweep.strategy,
         "trials": f"{count:,}",
         "seeds": f"{results.num_seeds:,} per trial",

@@ -33,6 +33,8 @@ class Results:
     curves: dict[str, np.ndarray]
     winner: dict[str, Any] | None
     """Content of `winner.json`; None if every trial failed."""
+    curve: str
+    """The metric of the learning curves."""
     versions: dict[str, str]
     """Versions of the packages with which the first wave was trained."""
 
@@ -43,7 +45,7 @@ class Results:
 
     @property
     def env_id(self) -> str:
-        return self.definition.settings.config.env_id
+        return self.definition.settings.config.label
 
     @property
     def num_seeds(self) -> int:
@@ -79,6 +81,7 @@ def _read(directory: Path) -> Results:
     score = np.where(np.isfinite(returns.mean(axis=1)), returns.mean(axis=1), -np.inf)
     order = np.lexsort((-score, -steps))
     firsts = [rows[i * seeds] for i in order]
+    first = files.wave_outcome(wave_directory(directory, 0)) or {}
     with np.load(io.BytesIO(columns), allow_pickle=False) as curves:
         return Results(
             definition=definition,
@@ -88,5 +91,6 @@ def _read(directory: Path) -> Results:
             steps=steps[order],
             curves=dict(curves),
             winner=files.read_winner(directory),
-            versions=(files.wave_outcome(wave_directory(directory, 0)) or {}).get("versions", {}),
+            curve=first.get("curve", "episode_return"),
+            versions=first.get("versions", {}),
         )

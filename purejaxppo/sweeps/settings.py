@@ -98,7 +98,7 @@ def _check_population(space: Space, trials: int) -> None:
         )
 
 
-RUN_ONLY = ("tensorboard", "wandb", "eval_every", "eval_unit", "checkpoint_unit")
+RUN_ONLY = ("tensorboard", "wandb", "loggers", "eval_every", "eval_unit", "checkpoint_unit")
 """Settings of runs that a sweep does not have."""
 
 

@@ -11,11 +11,33 @@ from typing import Any, Literal
 import numpy as np
 
 from purejaxppo.checks import nearest
-from purejaxppo.config import Config, ConfigError, HParams
+from purejaxppo.config import ConfigError, HParams, TaskConfig
 from purejaxppo.host.configfile import toml
 
-_CONFIG = {f.name: f for f in dataclasses.fields(Config) if f.name not in ("env_id", "env_params")}
-_HPARAMS = {f.name: f for f in dataclasses.fields(HParams)}
+_NOT_SWEPT = ("env_id", "env_params")
+
+
+def _fields_of(kind: type) -> dict[str, Any]:
+    """Names and types of the fields of a settings class and of all its subclasses."""
+    found = {}
+    for sub in kind.__subclasses__():
+        found |= _fields_of(sub)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        found |= {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+    return {name: hint for name, hint in found.items() if name not in _NOT_SWEPT}
+
+
+def _static() -> dict[str, Any]:
+    """Settings that are compiled into a program, of any task."""
+    return _fields_of(TaskConfig)
+
+
+def _traced() -> dict[str, Any]:
+    """Hyperparameters, of any task."""
+    return _fields_of(HParams)
+
+
 Values = dict[str, Any]
 """Of one trial, by the names of their settings."""
 
@@ -158,10 +180,19 @@ def parse_values(name: str, text: str) -> tuple[Any, ...]:
         return tuple(_word(name, part.strip()) for part in text.split(","))
 
 
-def apply(values: Values, config: Config, hparams: HParams) -> tuple[Config, HParams]:
+def apply(values: Values, config: Any, hparams: HParams) -> tuple[Any, HParams]:
     """The settings of a trial. Raises `ConfigError` if a value cannot work."""
-    static = {name: value for name, value in values.items() if name in _CONFIG}
-    traced = {name: value for name, value in values.items() if name in _HPARAMS}
+    own = (
+        {f.name for f in dataclasses.fields(config)},
+        {f.name for f in dataclasses.fields(hparams)},
+    )
+    for name in values:
+        if name not in own[0] | own[1]:
+            raise ConfigError(
+                f"{name}: no such setting of {type(config).__name__} or {type(hparams).__name__}"
+            )
+    static = {name: value for name, value in values.items() if name in own[0]}
+    traced = {name: value for name, value in values.items() if name in own[1]}
     return dataclasses.replace(config, **static), dataclasses.replace(hparams, **traced)
 
 
@@ -176,10 +207,8 @@ def _word(name: str, text: str) -> Any:
     try:
         return _tuples(tomllib.loads(f"x = {text}")["x"])
     except tomllib.TOMLDecodeError:
-        optional = name in _HPARAMS and type(None) in typing.get_args(
-            typing.get_type_hints(HParams)[name]
-        )
-        if name in _CONFIG and text.lower() in ("true", "false"):
+        optional = type(None) in typing.get_args(_traced().get(name))
+        if name in _static() and text.lower() in ("true", "false"):
             return text.lower() == "true"
         return None if text.lower() == "none" and optional else text
 
@@ -214,18 +243,18 @@ def _canonical(name: str) -> str:
     """The field that a name, `learning_rate`, `learning-rate` or `hparams.learning_rate`, means."""
     table, _, field = name.rpartition(".")
     field = field.replace("-", "_")
-    known = {"": _CONFIG | _HPARAMS, "hparams": _HPARAMS}.get(table, {})
+    known = {"": _static() | _traced(), "hparams": _traced()}.get(table, {})
     if field in known:
         return field
     if field == "env_id":
         raise ConfigError("env_id: returns of different environments do not compare; sweep each")
-    near = nearest(field, [*_CONFIG, *_HPARAMS], 0.5)
+    near = nearest(field, [*_static(), *_traced()], 0.5)
     hint = f"did you mean {near}?" if near else "`purejaxppo train --help` lists them"
     raise ConfigError(f"{name}: no such setting to sweep; {hint}")
 
 
 def _check_traced(name: str, wanted: Range | Choice) -> None:
-    if name in _CONFIG and isinstance(wanted, Range):
+    if name in _static() and isinstance(wanted, Range):
         raise ConfigError(
             f"{name} = {wanted}: each value of {name} is compiled anew, so it takes a list of "
             "values, in the grid or by choice, not a range"

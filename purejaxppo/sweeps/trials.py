@@ -2,26 +2,29 @@
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from purejaxppo.config import Config, ConfigError, HParams
+from purejaxppo.config import ConfigError, HParams
 from purejaxppo.host import checkpoint
 from purejaxppo.host.checkpoint import Position
 from purejaxppo.host.configfile import RunSettings, Settings, dump_settings
-from purejaxppo.host.load import Loaded, check_env
-from purejaxppo.host.loggers import CsvLogger, HostMetrics, binary_metrics
+from purejaxppo.host.load import Loaded, task_of
+from purejaxppo.host.loggers import SECONDS, CsvLogger, HostMetrics, binary_metrics, in_order
 from purejaxppo.host.rundir import CONFIG, SWEEP, StorageError, locked, write_whole
+from purejaxppo.host.summary import METRICS_COLUMNS
 from purejaxppo.inputs import whole_number
-from purejaxppo.learner import env_steps
+from purejaxppo.metrics import env_steps
 from purejaxppo.sweeps import files
 from purejaxppo.sweeps.files import wave_directory
 from purejaxppo.sweeps.settings import SweepSettings, load_definition
 from purejaxppo.sweeps.waves import Work, trial_rows, wave_states
+from purejaxppo.task import PartArguments, Task
 from purejaxppo.types import TrainState
 
 TRIALS = "trials"
@@ -32,9 +35,11 @@ def load_trial(
     sweep_dir: str | Path,
     trial: Literal["best"] | int = "best",
     seed: int | None = None,
+    task: Task | None = None,
     *,
     env: Any = None,
     env_params: Any = None,
+    **parts: Unpack[PartArguments],
 ) -> Loaded:
     """Load the settings and trained states of a trial of a finished sweep.
 
@@ -43,14 +48,15 @@ def load_trial(
     Args:
         trial: its number, or the best.
         seed: one seed, counted from 0; None gives all, leaves `[S, ...]`.
-        env: the object passed to `sweep`, if one was.
-        env_params: its parameters, if they were passed to `sweep`.
+        task: the task passed to `sweep`, if one was.
+        env, env_params, parts: those passed to `sweep`, if any were.
 
     Raises:
         ConfigError: if the sweep is not finished, or has no such trial or seed, or its loss turned
             non-finite, or the environment is another.
     """
-    source = _open(Path(sweep_dir), trial, seed, env, env_params)
+    given = {"env": env, "env_params": env_params, **parts}
+    source = _open(Path(sweep_dir), trial, seed, lambda x: task_of(x, task, given))
     states = source.states
     if seed is not None:
         states = jax.tree.map(lambda x: x[0], states)
@@ -61,9 +67,11 @@ def extract_trial(
     sweep_dir: str | Path,
     trial: Literal["best"] | int = "best",
     seed: int | None = None,
+    task: Task | None = None,
     *,
     env: Any = None,
     env_params: Any = None,
+    **parts: Unpack[PartArguments],
 ) -> Path:
     """Make a run directory of a trial of a finished sweep, for `resume`, `load`, `eval` and
     `export`: `SWEEP_DIR/trials/NNNN`, or `NNNN-seed-K` for one seed.
@@ -72,7 +80,7 @@ def extract_trial(
     settings does, bit for bit on CPU. A directory that exists already is left as it is.
 
     Args:
-        trial, seed, env, env_params: as in `load_trial`.
+        trial, seed, task, env, env_params, parts: as in `load_trial`.
 
     Returns:
         the run directory.
@@ -89,7 +97,8 @@ def extract_trial(
         target = directory / TRIALS / name
         if target.exists():
             return target
-        source = _open(directory, number, seed, env, env_params)
+        given = {"env": env, "env_params": env_params, **parts}
+        source = _open(directory, number, seed, lambda x: task_of(x, task, given))
         part = target.with_name(f"{name}.part")
         try:
             shutil.rmtree(part, ignore_errors=True)
@@ -131,7 +140,7 @@ def alone(wave: Settings, hparams: HParams, num_seeds: int) -> Settings:
     own = RunSettings(
         seed=run.seed, num_seeds=num_seeds, devices=num_seeds * each if each > 1 else whole,
         eval_episodes=run.eval_episodes, checkpoint_every=run.checkpoint_every,
-        custom_env=run.custom_env,
+        passed=run.passed,
     )  # fmt: skip
     return Settings(wave.config, hparams, own)
 
@@ -149,18 +158,18 @@ def last_hparams(
 
 
 def _open(
-    directory: Path, trial: str | int, seed: int | None, env: Any, env_params: Any
+    directory: Path, trial: str | int, seed: int | None, make: Callable[[Settings], Task]
 ) -> _Source:
     """Read a trial. Raises `ConfigError` as `load_trial`."""
     files.check_finished(directory)
     definition = load_definition(directory / SWEEP)
     number, num_seeds = _number(directory, trial), definition.settings.run.num_seeds
-    check_env(definition.settings, env, env_params)
+    task = make(definition.settings)
     if seed is not None and whole_number("seed", seed, 0) >= num_seeds:
         raise ConfigError(f"seed = {seed}: the trials have seeds 0 to {num_seeds - 1}")
     seeds = np.arange(num_seeds) if seed is None else np.array([seed])
     legs = _legs(directory, number, seeds, num_seeds)
-    found, states = wave_states(Work(definition, directory, env, env_params), legs[-1].wave)
+    found, states = wave_states(Work(definition, directory, task), legs[-1].wave)
     for k, column in zip(seeds, legs[-1].columns, strict=True):
         if column in found.position.failed:
             raise ConfigError(
@@ -211,26 +220,31 @@ def _write_run(sweep_dir: Path, source: _Source, target: Path) -> None:
         summary = files.wave_outcome(wave)
         if summary is None:
             raise files.damaged_wave(wave, "is not as it was written")
-        metrics = binary_metrics(files.binary_content(wave, summary), leg.num_trainings)
+        content, columns = files.binary_content(wave, summary), summary[METRICS_COLUMNS]
+        metrics = binary_metrics(content, columns, leg.num_trainings)
         parts.append({name: column[:, leg.columns] for name, column in metrics.items()})
         seconds += summary["run_seconds"] * len(leg.columns) / leg.num_trainings
         returns = np.asarray(summary["eval_return_per_seed"], float)[leg.columns]
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    kept = np.isfinite(joined["env_steps"])
+    kept = np.any([~np.isnan(column) for column in joined.values()], axis=0)
     write_whole(target / CONFIG, dump_settings(settings))
-    logger = CsvLogger(target)
+    logger = CsvLogger(target, in_order(joined))
     logger.write(1, _as_logged(joined, kept, settings.config), kept)
     size, digest = logger.sync()
     logger.close()
-    position = Position(source.updates, size, digest, seconds)
+    position = Position(source.updates, size, digest, in_order(joined), seconds)
     saved = checkpoint.save(target, position, settings, source.states)
     checkpoint.record_evaluation(saved, float(returns.mean()))
 
 
-def _as_logged(metrics: HostMetrics, kept: np.ndarray, config: Config) -> HostMetrics:
+def _as_logged(metrics: HostMetrics, kept: np.ndarray, config: Any) -> HostMetrics:
     """Metrics `[U, S]` with counts as integers, as the learner gives them: 32-bit floats, which
-    waves log, hold integers up to 2^24 only."""
+    waves log, hold integers up to 2^24 only. The seconds of single rows are not known."""
     updates = np.arange(1, len(kept) + 1, dtype=np.int32)[:, None]
-    steps = np.broadcast_to(np.asarray(env_steps(config, jnp.asarray(updates))), kept.shape)
-    episodes = np.where(kept, metrics["episodes"], 0).astype(np.int64)
-    return metrics | {"env_steps": steps, "episodes": episodes}
+    counts: HostMetrics = {}
+    if "env_steps" in metrics:
+        steps = np.asarray(env_steps(config, jnp.asarray(updates)))
+        counts["env_steps"] = np.broadcast_to(steps, kept.shape)
+    if "episodes" in metrics:
+        counts["episodes"] = np.where(kept, metrics["episodes"], 0).astype(np.int64)
+    return metrics | counts | {SECONDS: np.full(kept.shape, np.nan)}

@@ -9,27 +9,26 @@ import jax
 import jax.numpy as jnp
 
 from purejaxppo.config import ConfigError
-from purejaxppo.host import checkpoint
+from purejaxppo.host import checkpoints
 from purejaxppo.host.checkpoint import Checkpoint
 from purejaxppo.host.load import restore_states
 from purejaxppo.host.population import Member, member_learner, without_members
 from purejaxppo.host.run import Leg, run_wave
 from purejaxppo.host.rundir import BINARY_METRICS, SUMMARY
-from purejaxppo.learner import make_learner
 from purejaxppo.sweeps.files import PlannedWave, damaged_wave, wave_directory, wave_outcome
 from purejaxppo.sweeps.plan import Group, Programs, Wave
 from purejaxppo.sweeps.progress import SweepProgress
 from purejaxppo.sweeps.settings import Definition
+from purejaxppo.task import Task
 from purejaxppo.types import TrainState
 
 
 class Work(NamedTuple):
-    """What a sweep does, in which environment, and where it writes."""
+    """What a sweep does, with which task, and where it writes."""
 
     definition: Definition
     directory: Path | None
-    env: Any
-    env_params: Any
+    task: Task
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,14 @@ def wave_states(work: Work, index: int) -> tuple[Checkpoint, TrainState]:
             )
 
     try:
-        found, _ = checkpoint.find(wave, check=check)
+        found, _ = checkpoints.find(wave, check=check)
     except ConfigError as error:
         raise damaged_wave(wave, str(error)) from error
-    learner = make_learner(found.settings.config, work.env, work.env_params)
+    task = work.task.with_config(found.settings.config)
+    learner = task.learner(None)
     if work.definition.sweep.strategy == "pbt":
         learner = member_learner(learner)
-    return found, restore_states(found, learner)
+    return found, restore_states(found, learner, task)
 
 
 def trial_rows(states: TrainState, position: int, num_seeds: int) -> TrainState:
@@ -96,7 +96,7 @@ class Local:
 
     def __init__(self, work: Work, shown: SweepProgress):
         self._work, self._shown = work, shown
-        self._programs = Programs(work.definition.sweep, work.env, work.env_params)
+        self._programs = Programs(work.definition.sweep, work.task)
         self._kept: dict[int, TrainState] = {}
 
     def cut(
@@ -124,7 +124,6 @@ class Local:
             where.parent.mkdir(exist_ok=True)
         found = run_wave(
             settings, where, prepared, leg, self._shown.wave(job.index, job.planned, job.wave),
-            env=self._work.env, env_params=self._work.env_params,
         )  # fmt: skip
         if where is None:
             self._kept[job.index] = found.states

@@ -16,6 +16,7 @@ from purejaxppo.host.stats import FEW_SEEDS, episode_mean, mean_interval
 from purejaxppo.sweeps import files
 from purejaxppo.sweeps.outcomes import Outcome, ranked
 from purejaxppo.sweeps.settings import Definition
+from purejaxppo.task import Task
 from purejaxppo.types import TrainState
 
 FRESH_EPISODES = 1024
@@ -61,13 +62,13 @@ def best_of(outcomes: Mapping[int, Outcome], definition: Definition) -> list[Out
     return [outcome for outcome in whole if outcome.score == whole[0].score]
 
 
-def evaluate_again(settings: Settings, states: TrainState, env: Any, env_params: Any) -> np.ndarray:
+def evaluate_again(settings: Settings, states: TrainState, task: Task) -> np.ndarray:
     """Returns `[S, E]` of states `[S, ...]` on fresh episodes: the return that selected the best of
     many trials is optimistic, since it is the largest of as many noisy means."""
     run = settings.run
     episodes = max(run.eval_episodes, -(-FRESH_EPISODES // run.num_seeds))
     longer = dataclasses.replace(settings, run=dataclasses.replace(run, eval_episodes=episodes))
-    return Evaluation(longer, env, env_params)(states, purpose=FRESH_EVALUATION)
+    return Evaluation(longer, task)(states, purpose=FRESH_EVALUATION)
 
 
 def write_winner(directory: Path, winner: Winner | None) -> dict[str, bytes]:

@@ -24,22 +24,18 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from commands import evaluated, logged
+from kept import keep_programs
+from regression import LineConfig, line_task
 
 import purejaxppo as ppo
-from purejaxppo.host import run
-from purejaxppo.host.configfile import dump_settings
 from purejaxppo.host.rundir import StorageError
-from purejaxppo.sweeps import plan, report, winner
+from purejaxppo.sweeps import report
 from purejaxppo.sweeps.engine import resume_sweep
 
-CONFIG = ppo.Config(
-    total_timesteps=4 * 16, num_envs=2, num_steps=8, num_minibatches=1, update_epochs=1,
-    hidden_sizes=(4,),
-)  # fmt: skip
+TASK = line_task(LineConfig(total_timesteps=4 * 8))
+"""A task that compiles in no time: what is tested here is the host."""
+HPARAMS = ppo.HParams(learning_rate=0.3)
 KINDS = {"once": 1, "lasting": 2}
-
-
-_kept: dict[Any, Any] = {}
 
 
 def speed_up(replace: Callable[[Any, str, Any], None]) -> None:
@@ -49,21 +45,7 @@ def speed_up(replace: Callable[[Any, str, Any], None]) -> None:
     Args:
         replace: `setattr`, or a test's.
     """
-    compile_run, prepare, kind = run._compile, plan.prepare, winner.Evaluation
-
-    def keep(name: str, settings: Any, make: Callable[[], Any]) -> Any:
-        key = (name, dump_settings(settings))
-        if key not in _kept:
-            _kept[key] = make()
-        return _kept[key]
-
-    def compiled(session: Any) -> Any:
-        name = f"run {session.start.states is None}"
-        return keep(name, session.settings, lambda: compile_run(session))
-
-    replace(run, "_compile", lambda x: compile_run(x) if x.prepared else compiled(x))
-    replace(plan, "prepare", lambda x, *rest: keep("wave", x, lambda: prepare(x, *rest)))
-    replace(winner, "Evaluation", lambda x, *rest: keep("winner", x, lambda: kind(x, *rest)))
+    keep_programs(replace)
     small = {"picture": ("Picture", lambda _: Figure(figsize=(0.2, 0.2)), "")}
     replace(report, "_pictures", lambda _: small)
 
@@ -71,13 +53,13 @@ def speed_up(replace: Callable[[Any, str, Any], None]) -> None:
 def begin(what: str, directory: Path) -> None:
     if what == "run":
         ppo.run(
-            CONFIG, run_dir=directory, eval_episodes=2, checkpoint_every=2, keep=1,
+            TASK, HPARAMS, run_dir=directory, eval_episodes=2, checkpoint_every=2, keep=1,
             checkpoint_unit="updates", progress=False,
         )  # fmt: skip
     else:
         ppo.sweep(
-            CONFIG, {"num_steps": [8, 16]}, run_dir=directory, eval_episodes=2, progress=False,
-            checkpoint_every=1e-9,
+            TASK, {"rows": [8, 4]}, hparams=HPARAMS, run_dir=directory, eval_episodes=2,
+            progress=False, checkpoint_every=1e-9,
         )  # fmt: skip
 
 
@@ -87,15 +69,15 @@ def go_on(what: str, directory: Path) -> None:
         shutil.rmtree(directory, ignore_errors=True)
         begin(what, directory)
     elif what == "run":
-        ppo.resume(directory, progress=False)
+        ppo.resume(directory, TASK, progress=False)
     else:
-        resume_sweep(directory, progress=False)
+        resume_sweep(directory, TASK, progress=False)
 
 
 def outcome(what: str, directory: Path) -> dict[str, Any]:
     """Everything that a user reads, without dates and durations."""
     if what == "run":
-        state = ppo.load(directory, seed=None).state
+        state = ppo.load(directory, TASK, seed=None).state
         summary = json.loads((directory / "summary.json").read_text())
         names = ("eval_return_per_seed", "failed_seeds", "env_steps", "best_checkpoint")
         leaves = [

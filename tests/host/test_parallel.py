@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 
 import purejaxppo as ppo
-from purejaxppo.config import EPISODIC
-from purejaxppo.host import run as run_module
+from purejaxppo.host import conduct
 from purejaxppo.host.configfile import RunSettings, Settings, load_settings
-from purejaxppo.host.parallel import choose_spread, why_not_divided, with_devices
+from purejaxppo.host.parallel import choose_spread, with_devices
 from purejaxppo.host.program import Evaluation, compile_program, stacked_hparams
 from purejaxppo.types import TrainState
 
@@ -39,7 +38,7 @@ def trained(config: ppo.Config, devices: int, num_seeds: int = 1) -> tuple[Train
     run = RunSettings(devices=devices, num_seeds=num_seeds)
     hparams = ppo.HParams(learning_rate=1e-2)
     settings = Settings(config, hparams, run)
-    program, numbers = compile_program(settings), stacked_hparams(settings)
+    program, numbers = compile_program(settings, ppo.make_task(config)), stacked_hparams(settings)
     states, rows = program.chunk(program.begin(numbers), numbers, config.num_updates)
     return program.gather(states), rows
 
@@ -73,7 +72,7 @@ def test_a_training_learns_the_same_over_1_2_and_4_devices(settings: dict[str, A
     differ in the first digits."""
     config = dataclasses.replace(WHOLE, **settings)
     alone, rows = trained(config, 1)
-    if config.objective not in EPISODIC:  # the first statistics are one rollout's
+    if not config.whole_episodes:  # the first statistics are one rollout's
         assert alone.learner.obs_stats.total == (config.num_updates + 1) * config.batch_size
     for devices in (4,) if settings else (2, 4):
         states, spread_rows = trained(config, devices)
@@ -160,7 +159,8 @@ def test_every_core_is_a_device_unless_told_otherwise(told: dict[str, str], expe
     ],
 )
 def test_how_many_devices_are_used(run: dict[str, int], used: int):
-    assert choose_spread(Settings(WHOLE, run=RunSettings(**run))).mesh.size == used
+    settings = Settings(WHOLE, run=RunSettings(**run))
+    assert choose_spread(settings, ppo.make_task(WHOLE)).mesh.size == used
 
 
 @pytest.mark.parametrize(
@@ -179,13 +179,14 @@ def test_how_many_devices_are_used(run: dict[str, int], used: int):
 )
 def test_a_single_run_uses_the_cores_that_pay(changes: dict[str, Any], devices: int):
     settings = Settings(ppo.Config(**changes))
-    assert with_devices(settings).run.devices == devices
+    task = ppo.make_task(settings.config)
+    assert with_devices(settings, task).run.devices == devices
     for chosen in (1, 2):
         run = RunSettings(devices=chosen)
-        if why_not_divided(settings.config, chosen) is None:
-            assert with_devices(Settings(settings.config, run=run)).run.devices == chosen
+        if task.why_not_divided(chosen) is None:
+            assert with_devices(Settings(settings.config, run=run), task).run.devices == chosen
     several = Settings(settings.config, run=RunSettings(num_seeds=2))
-    assert with_devices(several).run.devices == 0
+    assert with_devices(several, task).run.devices == 0
 
 
 @pytest.mark.slow
@@ -232,7 +233,7 @@ def test_nothing_is_trained_beside_an_evaluation_if_devices_wait_for_each_other(
 ):
     """XLA aborts a run on CPU if one of its devices misses a thread for 40 seconds."""
     evaluating, during, patience = threading.Event(), [], 60.0 if devices == 1 else 2.0
-    evaluate, compiled = Evaluation.__call__, run_module.compile_program
+    evaluate, compiled = Evaluation.__call__, conduct.compile_program
 
     def noted(self: Evaluation, *args: Any, **options: Any) -> np.ndarray:
         evaluating.set()
@@ -250,7 +251,7 @@ def test_nothing_is_trained_beside_an_evaluation_if_devices_wait_for_each_other(
         return program._replace(chunk=chunk)
 
     monkeypatch.setattr(Evaluation, "__call__", noted)
-    monkeypatch.setattr(run_module, "compile_program", watched)
+    monkeypatch.setattr(conduct, "compile_program", watched)
     ppo.run(
         dataclasses.replace(WHOLE, total_timesteps=2 * 8 * 16), run_dir=tmp_path / "run",
         devices=devices, checkpoint_every=1, checkpoint_unit="updates", eval_episodes=1,
@@ -263,7 +264,7 @@ def test_nothing_is_trained_beside_an_evaluation_if_devices_wait_for_each_other(
 def test_a_stop_before_the_first_update_saves_one(
     devices: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    compiled = run_module.compile_program
+    compiled = conduct.compile_program
 
     def stopped(*args: Any, **options: Any) -> Any:
         program = compiled(*args, **options)
@@ -274,7 +275,7 @@ def test_a_stop_before_the_first_update_saves_one(
 
         return program._replace(begin=begin)
 
-    monkeypatch.setattr(run_module, "compile_program", stopped)
+    monkeypatch.setattr(conduct, "compile_program", stopped)
     with pytest.raises(KeyboardInterrupt):
         ppo.run(WHOLE, run_dir=tmp_path / "run", devices=devices, progress=False)
     assert int(ppo.load(tmp_path / "run").state.learner.updates) == 1

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from commands import evaluated, logged
-from envs import ConstantChain, RandomWalk
+from toy_envs import ConstantChain, RandomWalk
 
 import purejaxppo as ppo
 from purejaxppo.cli import main

@@ -2,7 +2,6 @@
 
 import signal
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ from commands import Process, assert_same_end, rows
 
 import purejaxppo as ppo
 from purejaxppo.cli import main
-from purejaxppo.host import checkpoint
+from purejaxppo.host import checkpoints, loop
 from purejaxppo.host.processes import Processes, joined
 from purejaxppo.host.signals import StopRequest
 
@@ -65,7 +64,7 @@ def test_two_processes_are_one_with_two_devices_also_after_one_was_killed(
     both = start_two("train", *LONG.split(), "--run-dir", run, "--checkpoint-every=0.3")
     if killed:
         first, second = both
-        first.until(lambda: checkpoint.has_any(run))
+        first.until(lambda: checkpoints.has_any(run))
         second.popen.send_signal(signal.SIGKILL)
         began = time.monotonic()
         assert first.end() == 1
@@ -89,7 +88,7 @@ def test_a_signal_to_one_process_stops_both(start_two: Any, tmp_path: Path):
     second.popen.send_signal(signal.SIGTERM)
     assert (first.end(), second.end()) == (143, 143), first.text() + second.text()
     assert "stopped; to resume: purejaxppo resume" in first.text()
-    assert checkpoint.find(run)[0].position.updates == rows(run)
+    assert checkpoints.find(run)[0].position.updates == rows(run)
 
 
 def test_a_signal_amid_the_agreement_counts_at_the_next(monkeypatch: pytest.MonkeyPatch):
@@ -100,10 +99,9 @@ def test_a_signal_amid_the_agreement_counts_at_the_next(monkeypatch: pytest.Monk
         stop.signum = signal.SIGTERM
         return np.asarray([numbers, [0] * len(numbers)])
 
-    run_module = sys.modules["purejaxppo.host.run"]  # the package's own `run` is the function
-    monkeypatch.setattr(run_module, "agree", agree_late)
-    assert not run_module._agreed(stop)
-    assert run_module._agreed(stop)
+    monkeypatch.setattr(loop, "agree", agree_late)
+    assert not loop.agreed(stop)
+    assert loop.agreed(stop)
 
 
 @pytest.mark.parametrize(

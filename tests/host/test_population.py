@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from envs import RandomWalk
 from jax.sharding import Mesh
+from toy_envs import RandomWalk
 
 import purejaxppo as ppo
 from purejaxppo.cli import main
-from purejaxppo.host import checkpoint
+from purejaxppo.host import checkpoints
 from purejaxppo.host.parallel import ENVS, SEEDS, Spread
 from purejaxppo.host.population import (
     FACTORS,
@@ -223,14 +223,14 @@ def test_a_resumed_population_knows_who_has_failed(
         if done in (1, 3):
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr("purejaxppo.host.run.CHUNK_SECONDS", 1e-9)
+    monkeypatch.setattr("purejaxppo.host.loop.CHUNK_SECONDS", 1e-9)
     monkeypatch.setattr("purejaxppo.sweeps.progress.WaveProgress.update", stop)
     with pytest.raises(SystemExit):
         train_failing(str(directory), devices=1)
-    seen.append(checkpoint.find(directory / "waves/0000")[0].position)
+    seen.append(checkpoints.find(directory / "waves/0000")[0].position)
     with pytest.raises(SystemExit):
         ppo.resume_sweep(directory, progress=False, env=RandomWalk())
-    seen.append(checkpoint.find(directory / "waves/0000")[0].position)
+    seen.append(checkpoints.find(directory / "waves/0000")[0].position)
     ppo.resume_sweep(directory, progress=False, env=RandomWalk())
     assert [(x.updates, x.failed) for x in seen] == [(1, {0: 1, 7: 1}), (3, {0: 1})]
     assert (directory / "results.csv").read_text() == (failing / "results.csv").read_text()

@@ -23,7 +23,7 @@ from faults import scenario  # isort: skip
 import purejaxppo as ppo
 from purejaxppo.cli import main
 from purejaxppo.config import Config, ConfigError, HParams
-from purejaxppo.host import checkpoint
+from purejaxppo.host import checkpoint, checkpoints
 from purejaxppo.host.configfile import RunSettings, Settings, dump_settings, load_settings
 from purejaxppo.host.rundir import RunWarning, sealed, unsealed
 from purejaxppo.host.summary import METRICS_DIGEST
@@ -59,7 +59,7 @@ def files(path: Path) -> list[Path]:
 
 def assert_skipped(run: Path, name: str, words: str) -> None:
     """That the one before it is taken, and the damaged one named."""
-    found, skipped = checkpoint.find(run)
+    found, skipped = checkpoints.find(run)
     assert found.position.updates == 4
     assert len(skipped) == 1
     assert name in skipped[0]
@@ -85,7 +85,7 @@ def test_a_flipped_bit_anywhere_is_seen(copy: Path, of_the_manifest: int | None)
             flip(path, at)
             assert_skipped(copy, "000000006", "" if path.name == "manifest.json" else path.name)
             path.write_bytes(content)
-    assert checkpoint.find(copy)[0].position.updates == 6
+    assert checkpoints.find(copy)[0].position.updates == 6
 
 
 def test_a_missing_file_is_named(copy: Path):
@@ -102,7 +102,7 @@ def test_an_empty_folder_is_skipped_and_training_goes_on_before_it(copy: Path, o
     assert_skipped(copy, "000000006", "manifest.json cannot be read: No such file")
     with pytest.warns(RunWarning, match=r"skipped .*000000006: manifest.json cannot be read"):
         ppo.resume(copy, progress=False)
-    assert checkpoint.find(copy)[0].position.updates == 6
+    assert checkpoints.find(copy)[0].position.updates == 6
     assert logged(copy) == logged(original)
 
 
@@ -211,7 +211,7 @@ def test_no_code_is_run_from_a_checkpoint(copy: Path, monkeypatch: Any, seen: li
 
     jax.eval_shape(init)
     assert jax.tree.structure(jax.eval_shape(init)) == jax.tree.structure(states)
-    checkpoint.restore(checkpoint.find(copy)[0], init)
+    checkpoint.restore(checkpoints.find(copy)[0], init)
     seen.clear()
     path = folder(copy, 6)
     for name in ("state.pkl", "state/extra.pickle", "__init__.py"):
@@ -222,7 +222,7 @@ def test_no_code_is_run_from_a_checkpoint(copy: Path, monkeypatch: Any, seen: li
             target.write_bytes(pickle.dumps(Payload()))
         rewrite(path, {"files": checkpoint._digests(path)})
         with suppress(ConfigError):
-            checkpoint.restore(checkpoint.find(copy)[0], init)
+            checkpoint.restore(checkpoints.find(copy)[0], init)
         target.write_bytes(content)
     assert seen == []
     assert not (copy / "pwned").exists()

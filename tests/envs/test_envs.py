@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from envs import ConstantChain, Params, RandomWalk
 from gymnax.environments import spaces
+from toy_envs import ConstantChain, Params, RandomWalk
 
 import purejaxppo as ppo
 from purejaxppo.cli import main

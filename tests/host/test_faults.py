@@ -16,7 +16,7 @@ import pytest
 from commands import PATIENCE, Process, assert_same_end, rows
 
 import purejaxppo as ppo
-from purejaxppo.host import checkpoint
+from purejaxppo.host import checkpoints
 
 pytestmark = pytest.mark.usefixtures("one_cache")
 
@@ -127,7 +127,7 @@ def test_killed_after_a_checkpoint(
     arguments = [*settings, "--checkpoint-unit=updates"]
     alone, run = undisturbed(*arguments), tmp_path / "r"
     process = start("train", "--run-dir", run, *arguments)
-    process.until(lambda: checkpoint.has_any(run))
+    process.until(lambda: checkpoints.has_any(run))
     process.popen.send_signal(signal.SIGKILL)
     assert process.end() == -signal.SIGKILL
     process = start("resume", run)
@@ -172,7 +172,7 @@ def stop_and_resume(start: Any, folder: Path, moment: str, signum: int) -> Path:
     assert process.end() == 128 + signum, process.text()
     assert f"stopped; to resume: purejaxppo resume '{run}'" in process.text()
     if moment != "compiling":
-        found, skipped = checkpoint.find(run)
+        found, skipped = checkpoints.find(run)
         assert found.position.updates == rows(run) > 0
         assert not skipped
     process = start("resume", run.relative_to(folder))
@@ -205,18 +205,18 @@ def test_a_stop_waits_for_no_evaluation_of_a_checkpoint(start: Any, tmp_path: Pa
     """Beside which training goes on, or which it waits for if its devices wait for each other."""
     run, often = tmp_path / "r", ["--checkpoint-every=0.1", f"--devices={devices}"]
     process = start("train", "--run-dir", run, *often, *LONG[:1], *EVALUATED)
-    process.until(lambda: checkpoint.has_any(run))
+    process.until(lambda: checkpoints.has_any(run))
     time.sleep(1.0)
     process.popen.send_signal(signal.SIGTERM)
     assert process.end() == 143
-    assert checkpoint.find(run)[0].position.updates == rows(run)
+    assert checkpoints.find(run)[0].position.updates == rows(run)
 
 
 @pytest.mark.faults
 def test_a_stop_waits_for_no_evaluation_at_the_end(start: Any, tmp_path: Path):
     run = tmp_path / "r"
     process = start("train", "--run-dir", run, "--total-timesteps=8192", *EVALUATED)
-    process.until(lambda: checkpoint.has_any(run))
+    process.until(lambda: checkpoints.has_any(run))
     time.sleep(1.0)
     process.popen.send_signal(signal.SIGINT)
     assert process.end() == 130
@@ -276,14 +276,14 @@ def limit_files(process: Process, size: int = resource.RLIM_INFINITY) -> None:
 def test_a_full_disk_costs_no_earlier_checkpoint_and_training_goes_on(start: Any, tmp_path: Path):
     run = tmp_path / "r"
     process = start("train", "--run-dir", run, *LONG, *WIDE)
-    first = process.until(lambda: checkpoint.has_any(run) and checkpoint.find(run)[0])
+    first = process.until(lambda: checkpoints.has_any(run) and checkpoints.find(run)[0])
     limit_files(process, 200_000)
     process.until(lambda: "training goes on, and earlier checkpoints" in process.err.read_text())
     assert re.search(r"cannot be written: .*File too large", process.text())
-    last, _ = checkpoint.find(run)
+    last, _ = checkpoints.find(run)
     assert last.position.updates >= first.position.updates
     limit_files(process)
-    process.until(lambda: checkpoint.find(run)[0].position.updates > last.position.updates)
+    process.until(lambda: checkpoints.find(run)[0].position.updates > last.position.updates)
     process.popen.send_signal(signal.SIGTERM)
     assert process.end() == 143
 
@@ -301,7 +301,7 @@ def test_a_run_ended_by_a_full_disk_goes_on_once_there_is_space(
     assert process.end() == 1
     said = "" if what == "checkpoint" else "metrics"
     assert f"{said} cannot be written: " in process.text()
-    assert not checkpoint.unfinished(run)
+    assert not checkpoints.unfinished(run)
     assert f"free space, then: purejaxppo resume {run}" in process.text()
     assert start("resume", run).end() == 0
     assert_same_end(undisturbed(*arguments), run)
@@ -312,14 +312,14 @@ def test_a_checkpoint_folder_that_cannot_be_made_ends_in_a_message(start: Any, t
     run = tmp_path / "r"
     prefix = POWERLESS if os.geteuid() == 0 else ()
     process = start("train", "--run-dir", run, *LONG, "--checkpoint-every=0.5", prefix=prefix)
-    process.until(lambda: checkpoint.has_any(run))
+    process.until(lambda: checkpoints.has_any(run))
     (run / "checkpoints").chmod(0o555)
     process.until(lambda: "training goes on" in process.err.read_text())
     process.popen.send_signal(signal.SIGTERM)
     assert process.end() == 1
     assert "cannot be written: " in process.text()
     (run / "checkpoints").chmod(0o755)
-    assert checkpoint.find(run)[0].position.updates > 0
+    assert checkpoints.find(run)[0].position.updates > 0
 
 
 @pytest.mark.faults

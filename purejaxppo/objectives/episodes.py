@@ -12,47 +12,52 @@ from purejaxppo.collect import first_steps
 from purejaxppo.collectives import all_sum
 from purejaxppo.config import Config, ConfigError, HParams
 from purejaxppo.envs.base import is_discrete
+from purejaxppo.objectives.base import Objective
 from purejaxppo.types import (
+    Actor,
     ActorState,
     Advantage,
-    Collect,
     Environment,
     LearnerState,
     Network,
     Policy,
+    PyTree,
     Rollout,
 )
 
 Steps = Float[Array, "T N"]
 
 
-def collect_episodes(
-    config: Config, env: Environment, network: Network, collect: Collect
-) -> Collect:
-    """`collect` for rollouts that begin with new episodes, whose mask is 1 for whole ones.
+def whole_episode_actor(
+    config: Config, objective: Objective, env: Environment, network: Network, actor: Actor
+) -> Actor:
+    """`actor` with rollouts that start with new episodes, whose mask is 1 for whole ones.
 
     Raises:
-        ConfigError: if none may fit into a rollout, or the baseline cannot be had here.
+        ConfigError: if no episode is sure to fit into a rollout, or the baseline cannot be computed
+            for these observations.
     """
     limit = env.max_episode_steps
     if limit is not None and not isinstance(limit, Tracer) and config.num_steps < limit:
         raise ConfigError(
-            f"num_steps = {config.num_steps}: objective = {config.objective} counts whole "
-            f"episodes, and {config.env_id} states a limit of {limit} steps; choose at least as "
-            "many, or objective = a2c, whose critic stands for what is cut off"
+            f"num_steps = {config.num_steps}: objective = {objective.name} counts whole episodes, "
+            f"and {config.env_id} has a time limit of {limit} steps; use at least that many, or "
+            "objective = a2c, which bootstraps from its critic"
         )
-    if config.needs_outputs and not is_discrete(env.observation_space):
+    if objective.needs_policy_outputs and not is_discrete(env.observation_space):
         raise ConfigError(
             f"baseline = optimal: is one number per observation, and those of {config.env_id} are "
             f"{env.observation_space}, not Discrete; choose value or mean"
         )
 
-    def anew(learner: LearnerState, actors: ActorState) -> tuple[ActorState, Rollout, Array]:
+    def collect(
+        learner: LearnerState, actors: ActorState, hparams: Any, data: PyTree
+    ) -> tuple[ActorState, Rollout]:
         actors = first_steps(env, network, actors.keys)
-        actors, rollout, raw_obs = collect(learner, actors)
-        return actors, rollout._replace(mask=whole_episodes(rollout, limit)), raw_obs
+        actors, rollout = actor.collect(learner, actors, hparams, data)
+        return actors, rollout._replace(mask=whole_episodes(rollout, limit))
 
-    return anew
+    return Actor(actor.init, collect)
 
 
 def steps_into_episode(rollout: Rollout) -> Int[Array, "T N"]:
@@ -94,16 +99,21 @@ def reward_to_go(rollout: Rollout, gamma: Any) -> Steps:
 
 
 def make_episode_advantage(
-    config: Config, policy: Policy, observation_space: Any, axis: str | None = None
+    config: Config,
+    objective: Objective,
+    policy: Policy,
+    observation_space: Any,
+    axis: str | None = None,
 ) -> Advantage:
-    """What `reinforce` and `reinforce_baseline` weigh actions by: returns less a baseline.
+    """What the REINFORCE objectives weight actions by: returns minus a baseline.
 
     The gradient of E[sum_t gamma^t r_t] is E[sum_t gamma^t grad log pi(a_t|s_t) (G_t - b(s_t))]
     with the reward-to-go G_t (Williams 1992; Sutton et al. 1999), for any b that does not depend on
     a_t. Without `causality`, gamma^t G_t gives way to G_0, which only adds variance; without
     `discount_weight` gamma^t is left out.
     """
-    baseline = _make_baseline(config, policy, observation_space, axis)
+    kind = config.baseline if "baseline" in objective.reads else "none"
+    baseline = _make_baseline(kind, policy, observation_space, axis)
 
     def advantage(rollout: Rollout, hparams: HParams) -> tuple[Steps, Steps]:
         to_go, elapsed = reward_to_go(rollout, hparams.gamma), steps_into_episode(rollout)
@@ -123,9 +133,7 @@ Baseline = Callable[[Rollout, Steps, Steps], Array | float]
 """`(rollout, returns, weight of each step) -> baseline`."""
 
 
-def _make_baseline(
-    config: Config, policy: Policy, observation_space: Any, axis: str | None
-) -> Baseline:
+def _make_baseline(kind: str, policy: Policy, observation_space: Any, axis: str | None) -> Baseline:
     def mean(rollout: Rollout, total: Steps, weight: Steps) -> Array:
         """Of the other environments, since an episode's own return depends on its actions."""
         sums = jnp.sum(total * rollout.mask, axis=0), jnp.sum(rollout.mask, axis=0)
@@ -144,7 +152,7 @@ def _make_baseline(
         "value": lambda rollout, total, weight: rollout.value,
         "optimal": optimal,
     }
-    return baselines["none" if config.objective == "reinforce" else config.baseline]
+    return baselines[kind]
 
 
 def of_others(values: Float[Array, "*batch N"], axis: str | None) -> Float[Array, "*batch N"]:
@@ -181,7 +189,7 @@ def optimal_baseline(
     def log_prob(outputs: Array) -> Array:
         return jnp.sum(jnp.asarray(policy.distribution(outputs).log_prob(rollout.action)))
 
-    squares = jnp.sum(jnp.square(jax.grad(log_prob)(rollout.outputs)), axis=-1)
+    squares = jnp.sum(jnp.square(jax.grad(log_prob)(rollout.policy_outputs)), axis=-1)
     squares = squares * jnp.square(weight) * rollout.mask
     num_envs = total.shape[1]
     cells = rollout.obs * num_envs + jnp.arange(num_envs)

@@ -21,7 +21,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 import purejaxppo as ppo
 from purejaxppo.cli import main
 from purejaxppo.host.configfile import RunSettings, Settings
-from purejaxppo.host.loggers import COLUMNS
 from purejaxppo.host.plots import learning_curve
 from purejaxppo.host.rundir import sealed
 from purejaxppo.host.stats import (
@@ -40,6 +39,7 @@ from purejaxppo.sweeps.strategies import all_trials
 
 RETURNS = {0: [1.0, 2.0, 3.0], 1: [5.0, 4.0, 9.0], 2: [np.nan, 7.0, 7.0], 3: [0.0, 0.5, 1.0]}
 UPDATES = 4
+COLUMNS = ("env_steps", "episode_return", "policy_loss")
 PICTURES = ["learning_curves", "final_return", "parallel_coordinates", "robustness"]
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from commands import logged
-from envs import RandomWalk
+from toy_envs import RandomWalk
 
 import purejaxppo as ppo
 from purejaxppo.cli import main

@@ -18,13 +18,13 @@ import jax
 import numpy as np
 import pytest
 from commands import Process, assert_same_end, logged, rows, some, some_or_all
-from envs import RandomWalk
+from toy_envs import RandomWalk
 
 from faults import scenario  # isort: skip
 
 import purejaxppo as ppo
 from purejaxppo.cli import main
-from purejaxppo.host import checkpoint, rundir
+from purejaxppo.host import checkpoint, checkpoints, rundir
 from purejaxppo.host.configfile import dump_settings
 from purejaxppo.host.evaluations import EvalLog, evaluation_curve
 from purejaxppo.host.load import find_states
@@ -273,7 +273,7 @@ def test_of_two_processes_that_resume_a_sweep_one_wins(tmp_path: Path, one_cache
         "--eval-episodes=2", "--hidden-sizes=8",
     ]  # fmt: skip
     process = Process(tmp_path, "sweep", "--run-dir", directory, *arguments)
-    process.until(lambda: checkpoint.has_any(directory / "waves/0000"))
+    process.until(lambda: checkpoints.has_any(directory / "waves/0000"))
     process.popen.kill()
     process.end()
     processes = []
@@ -320,8 +320,8 @@ def test_an_older_checkpoint_does_not_stand_for_a_wave_that_is_finished(
     """One may be left if it was read while it should have been removed."""
     shutil.rmtree(sweep_copy / "waves/0000")
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "prune", lambda *_: None)
-        patch.setattr("purejaxppo.host.run._Loop._what_is_due", lambda *_: 1)
+        patch.setattr(checkpoints, "prune", lambda *_: None)
+        patch.setattr("purejaxppo.host.loop.Loop._what_is_due", lambda *_: 1)
         resume_sweep(sweep_copy, progress=False)
     older, *_, last = sorted((sweep_copy / "waves/0000/checkpoints").iterdir())
     assert older != last
@@ -363,7 +363,7 @@ def test_a_run_is_read_while_it_trains(tmp_path: Path, one_cache: None):
         "--checkpoint-every=1", "--checkpoint-unit=updates", "--keep=1", "--hidden-sizes=8",
     )  # fmt: skip
     try:
-        process.until(lambda: checkpoint.has_any(run))
+        process.until(lambda: checkpoints.has_any(run))
         for k in range(20):
             assert ppo.load(run).state.learner.updates > 0
             assert main(["eval", str(run), "--episodes=1"]) == 0
@@ -378,7 +378,7 @@ def test_checkpoints_are_on_the_disk_before_older_ones_are_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     synced: set[str] = set()
-    fsync, prune = os.fsync, checkpoint.prune
+    fsync, prune = os.fsync, checkpoints.prune
 
     def noted(handle: int) -> None:
         synced.add(str(Path(f"/proc/self/fd/{handle}").readlink()).replace(".saving", ""))
@@ -391,7 +391,7 @@ def test_checkpoints_are_on_the_disk_before_older_ones_are_removed(
         prune(run_dir, newest, keep)
 
     monkeypatch.setattr(os, "fsync", noted)
-    monkeypatch.setattr(checkpoint, "prune", checked)
+    monkeypatch.setattr(checkpoints, "prune", checked)
     ppo.run(CONFIG, run_dir=tmp_path / "run", **EVERY_2 | {"keep": 1})
 
 
@@ -401,7 +401,7 @@ def test_a_damaged_checkpoint_is_not_kept_as_the_best(run_copy: Path):
     for folder, value in zip(folders, (2.0, 3.0, 1.0), strict=True):
         checkpoint.record_evaluation(checkpoint.read(folder), value)
     flip(next(p for p in folders[1].rglob("*") if p.parent.name == "d"), 9)
-    checkpoint.prune(run_copy, newest=6, keep=1)
+    checkpoints.prune(run_copy, newest=6, keep=1)
     assert sorted((run_copy / "checkpoints").iterdir()) == [folders[0], folders[2]]
 
 
@@ -435,20 +435,20 @@ def test_a_directory_that_vanishes_while_it_is_locked_is_noticed(
 
 def test_a_checkpoint_that_is_read_is_not_removed(run_copy: Path):
     oldest = run_copy / "checkpoints/000000002"
-    with checkpoint.pinned(oldest) as there:
+    with checkpoints.pinned(oldest) as there:
         assert there
-        checkpoint.prune(run_copy, newest=6, keep=1)
+        checkpoints.prune(run_copy, newest=6, keep=1)
         assert oldest.exists()
-    checkpoint.prune(run_copy, newest=6, keep=1)
+    checkpoints.prune(run_copy, newest=6, keep=1)
     assert not oldest.exists()
-    with checkpoint.pinned(oldest) as there:
+    with checkpoints.pinned(oldest) as there:
         assert not there
 
 
 def test_a_run_that_removes_checkpoints_can_be_read_all_the_while(run_copy: Path, tmp_path: Path):
     """As a run with `keep = 1` that saves as fast as it can."""
     source = Path(shutil.copytree(run_copy / "checkpoints/000000006", tmp_path / "source"))
-    checkpoint.prune(run_copy, newest=6, keep=1)
+    checkpoints.prune(run_copy, newest=6, keep=1)
     stop = threading.Event()
 
     def write() -> None:
@@ -458,13 +458,13 @@ def test_a_run_that_removes_checkpoints_can_be_read_all_the_while(run_copy: Path
             part = run_copy / "checkpoints" / f"{number:09d}.saving"
             shutil.copytree(source, part)
             part.rename(part.with_suffix(""))
-            checkpoint.prune(run_copy, newest=number, keep=1)
+            checkpoints.prune(run_copy, newest=number, keep=1)
 
     writer = threading.Thread(target=write)
     writer.start()
     try:
         for _ in range(20):
-            find_states(run_copy, "newest", lambda x: ppo.make_learner(x.config))
+            find_states(run_copy, "newest", lambda x: ppo.make_task(x.config))
     finally:
         stop.set()
         writer.join()
@@ -551,15 +551,17 @@ def test_names_are_neither_mathematics_nor_markup(tmp_path: Path, recwarn: pytes
 def test_a_training_that_does_not_fit_is_refused_before_it_is_compiled(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr("purejaxppo.host.run.compile_program", None)
+    monkeypatch.setattr("purejaxppo.host.conduct.compile_program", None)
     config = ppo.Config(num_envs=2_000_000_000, num_steps=1, num_minibatches=1)
-    with pytest.raises(ppo.ConfigError, match=r"= 2000000000, .*at least .* GB .* are free"):
+    with pytest.raises(
+        ppo.ConfigError, match=r"^2000000000 environments .*at least .* GB .* are free"
+    ):
         ppo.run(config, progress=False)
 
 
 def test_a_program_that_does_not_fit_is_not_begun(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("purejaxppo.host.memory.free_bytes", lambda *_: 10_000)
-    monkeypatch.setattr("purejaxppo.host.run.check_memory", lambda *_: None)
+    monkeypatch.setattr("purejaxppo.host.conduct.check_memory", lambda *_: None)
     with pytest.raises(ppo.ConfigError, match=r"training needs .* GB of memory on each device"):
         ppo.run(CONFIG, progress=False)
 
@@ -568,7 +570,7 @@ def test_memory_that_xla_cannot_get_is_one_message(tmp_path: Path, monkeypatch: 
     def exhausted(*_: Any) -> None:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
 
-    monkeypatch.setattr("purejaxppo.host.run._Loop.train", exhausted)
+    monkeypatch.setattr("purejaxppo.host.loop.Loop.train", exhausted)
     run = tmp_path / "run"
     with pytest.raises(
         ppo.ConfigError, match=r"training needs more \(.*\) of memory on each device"
@@ -623,11 +625,13 @@ def test_a_best_checkpoint_that_is_of_no_use_ends_no_run(run_copy: Path, change:
     if change == "foreign":
         found = checkpoint.read(best)
         other = dataclasses.replace(found.settings.run, seed=1)
-        manifest = checkpoint._manifest(best) | {
+        manifest = checkpoint.manifest_of(best) | {
             "settings": dump_settings(dataclasses.replace(found.settings, run=other))
         }
         checkpoint._write_manifest(best, manifest)
-    checkpoint.record_evaluation(checkpoint._checkpoint(best, checkpoint._manifest(best)), 999.0)
+    checkpoint.record_evaluation(
+        checkpoint.checkpoint_of(best, checkpoint.manifest_of(best)), 999.0
+    )
     if change == "damaged":
         flip(next(p for p in best.rglob("*") if p.parent.name == "d"), 9)
     with pytest.warns(RunWarning, match="skipped .*000000004"):

@@ -345,7 +345,7 @@ def test_a_run_on_an_environment_object_is_not_taken_for_another(tmp_path: Path,
     limit = gymnax.make("CartPole-v1")[1].replace(max_steps_in_episode=7)
     ppo.run(config, env_params=limit, run_dir=tmp_path / "r", eval_episodes=2, progress=False)
     for argv in (["eval", str(tmp_path / "r")], ["train", str(tmp_path / "r/config.toml")]):
-        assert "were passed from Python" in failed_with_2(argv, capsys)
+        assert "passed from Python" in failed_with_2(argv, capsys)
 
 
 def test_eval_names_seeds_that_failed_and_leaves_them_out(tmp_path: Path, capsys: Any):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from envs import RandomWalk
+from toy_envs import RandomWalk
 
 import purejaxppo as ppo
 from purejaxppo.cli import main
@@ -119,7 +119,7 @@ def test_an_interrupted_sweep_goes_on_as_if_nothing_had_happened(
         return prepared_run(settings, where, prepared._replace(program=program), *rest, **more)
 
     monkeypatch.setattr("purejaxppo.sweeps.waves.run_wave", run_wave)
-    monkeypatch.setattr(run_module, "CHUNK_SECONDS", 1e-9)
+    monkeypatch.setattr("purejaxppo.host.loop.CHUNK_SECONDS", 1e-9)
     directory = tmp_path / "s"
     with pytest.raises(SystemExit if stopped else Killed):
         sweep({"learning_rate": RATES}, directory, checkpoint_every=1e-9, memory_gb=2e-5)
@@ -177,7 +177,10 @@ def test_waves_are_filled_up_to_what_devices_can_share(
     run = RunSettings(num_seeds=seeds, devices=devices)
     settings = Settings(CONFIG, run=run)
     assert filled(count, settings) == size
-    spread = choose_spread(dataclasses.replace(settings, trials=(ppo.HParams(),) * size))
+    spread = choose_spread(
+        dataclasses.replace(settings, trials=(ppo.HParams(),) * size),
+        ppo.make_task(CONFIG, env=RandomWalk()),
+    )
     assert spread.mesh.size == (devices or (4 if size * seeds % 4 == 0 else 3))
 
 
@@ -287,7 +290,7 @@ def test_optuna_goes_where_returns_are_high_and_on_where_it_was():
             "--num-minibatches 1",
             "vf_coef is swept, and has no effect with objective = reinforce, which learns no value",
         ),
-        ("--sample gae_lambda=uniform:0,1 --advantage td0", "has no effect with estimator = td0"),
+        ("--sample gae_lambda=uniform:0,1 --advantage td0", "has no effect with advantage = td0"),
         ("--grid gamma=0.9 --eta 2", "eta = 2: has no effect with strategy = random"),
         ("--grid gamma=0.9 --wave-gpus 1", "leave it out, or choose engine = ray"),
         ("--grid env_id=A,B", "env_id: returns of different environments do not compare"),

@@ -16,24 +16,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from purejaxppo.config import Config, HParams
 from purejaxppo.improve import (
-    Batch,
     at_this_update,
     kl_from_rollout,
-    make_batch,
     make_descent,
     over_all,
     policy_terms,
 )
 from purejaxppo.losses import standardize, value_loss
-from purejaxppo.types import (
-    Improve,
-    LearnerState,
-    Metrics,
-    Network,
-    Policy,
-    PyTree,
-    Rollout,
-)
+from purejaxppo.objectives.base import Objective
+from purejaxppo.optimizer import ADAM, Optimizer
+from purejaxppo.types import Batch, Improve, LearnerState, Metrics, Network, Policy, PyTree
 
 Vector = Float[Array, " params"]
 
@@ -47,8 +39,16 @@ class Search(NamedTuple):
     metrics: Metrics
 
 
-def make_trpo(config: Config, network: Network, policy: Policy, axis: str | None = None) -> Improve:
-    """One natural gradient step of the policy, and `update_epochs` passes of the critic.
+def make_trpo(
+    config: Config,
+    objective: Objective,
+    network: Network,
+    policy: Policy,
+    *,
+    optimizer: Optimizer = ADAM,
+    axis: str | None = None,
+) -> Improve:
+    """One natural gradient step of the policy, and `update_epochs` epochs of the critic.
 
         maximise E[r A] + ent_coef H  subject to  E[KL(pi_old, pi)] <= delta
 
@@ -58,27 +58,30 @@ def make_trpo(config: Config, network: Network, policy: Policy, axis: str | None
     after `line_search_steps`: then the policy stays as it is, and `line_search_failed` is 1.
     """
     no_advantages = dataclasses.replace(config, advantage_normalization="none")
-    fit_critic = make_descent(no_advantages, network, partial(critic_loss, network), axis)
+    loss_of_critic = partial(critic_loss, network)
+    fit_critic = make_descent(
+        no_advantages, network, loss_of_critic, optimizer, can_stop=False, axis=axis
+    )
 
     def improve(
-        learner: LearnerState, rollout: Rollout, advantage: Array, target: Array, hparams: HParams
+        learner: LearnerState, batch: Batch, hparams: HParams, data: PyTree = ()
     ) -> tuple[LearnerState, Metrics]:
         hparams, learning_rate = at_this_update(config, learner, hparams)
         if config.advantage_normalization != "none":
-            advantage = standardize(advantage, rollout.mask, axis)
-        batch = make_batch(rollout, advantage, target)
+            batch = batch._replace(advantage=standardize(batch.advantage, batch.weight, axis))
         flat, unravel = ravel_pytree(learner.params)
 
         def terms(flat: Vector, part: Batch, count: Array) -> Metrics:
-            _, outputs, _ = network.apply(unravel(flat), part.carry, part.obs, part.start)
-            values = policy_terms(config, policy, outputs, part, hparams)
-            return {name: jnp.sum(x * part.mask) / count for name, x in values.items()}
+            old = part.rollout
+            _, outputs, _ = network.apply(unravel(flat), old.carry, old.obs, old.start)
+            values = policy_terms(objective, policy, outputs, part, hparams)
+            return {name: jnp.sum(x * part.weight) / count for name, x in values.items()}
 
         def kl(flat: Vector, part: Batch, count: Array) -> Array:
             return kl_from_rollout(network, policy, unravel(flat), part, count)
 
         def measure(flat: Vector) -> Metrics:
-            return over_all(config, network, batch, axis, partial(terms, flat))
+            return over_all(network, batch, axis, partial(terms, flat))
 
         def loss(flat: Vector, part: Batch, count: Array) -> Array:
             return _loss(terms(flat, part, count), hparams)
@@ -87,12 +90,13 @@ def make_trpo(config: Config, network: Network, policy: Policy, axis: str | None
             def of_part(*part: Any) -> Vector:
                 return second_derivative(lambda x: kl(x, *part), flat, vector)
 
-            return over_all(config, network, batch, axis, of_part) + hparams.cg_damping * vector
+            return over_all(network, batch, axis, of_part) + hparams.cg_damping * vector
 
-        gradient = over_all(config, network, batch, axis, lambda *x: jax.grad(loss)(flat, *x))
+        gradient = over_all(network, batch, axis, lambda *x: jax.grad(loss)(flat, *x))
         step = natural_step(fisher, -gradient, hparams.trpo_delta, config.cg_iterations)
         found = search_along(config, measure, flat, step, hparams)
-        learner, critic = fit_critic(learner._replace(params=unravel(found.flat)), batch, hparams)
+        moved = learner._replace(params=unravel(found.flat))
+        learner, critic = fit_critic(moved, batch, hparams, data)
         metrics = found.metrics | {
             "value_loss": critic["value_loss"],
             "grad_norm": jnp.linalg.norm(gradient),
@@ -104,13 +108,14 @@ def make_trpo(config: Config, network: Network, policy: Policy, axis: str | None
     return improve
 
 
-def critic_loss(
-    network: Network, params: PyTree, batch: Batch, hparams: HParams, count: Array
+def critic_loss(  # noqa: PLR0917 (a `Loss`)
+    network: Network, params: PyTree, batch: Batch, hparams: HParams, count: Array, data: PyTree
 ) -> tuple[Float[Array, ""], Metrics]:
-    """vf_coef * value loss, as an `improve.Loss`."""
-    _, _, value = network.apply(params, batch.carry, batch.obs, batch.start)
-    errors = value_loss(value, batch.value, batch.target, hparams.vf_clip_eps)
-    mean = jnp.sum(errors * batch.mask) / count
+    """vf_coef * value loss, as a `Loss`."""
+    old = batch.rollout
+    _, _, value = network.apply(params, old.carry, old.obs, old.start)
+    errors = value_loss(value, old.value, batch.target, hparams.vf_clip_eps)
+    mean = jnp.sum(errors * batch.weight) / count
     return hparams.vf_coef * mean, {"value_loss": mean}
 
 

@@ -15,17 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import evaluated, logged
-from envs import Params, RandomWalk
 from flax import struct
+from toy_envs import Params, RandomWalk
 
 import purejaxppo as ppo
-from purejaxppo.host import checkpoint
+from purejaxppo.host import checkpoint, checkpoints, loop
 from purejaxppo.host.configfile import RunSettings, load_settings
 from purejaxppo.host.rundir import RunWarning
 from purejaxppo.host.saver import Saver
 from purejaxppo.host.signals import StopRequest
 
-run_module = importlib.import_module("purejaxppo.host.run")
+conduct = importlib.import_module("purejaxppo.host.conduct")
 LENGTH = 12
 CONFIG = ppo.Config(
     env_id="RandomWalk", total_timesteps=LENGTH * 32, num_steps=8, hidden_sizes=(8,),
@@ -81,7 +81,7 @@ def cut(directory: Path, updates: int) -> None:
 def summary(directory: Path) -> dict[str, Any]:
     """Without what no two runs share."""
     held = json.loads((directory / "summary.json").read_text())
-    times = ("compile_seconds", "run_seconds", "steps_per_second")
+    times = ("compile_seconds", "run_seconds", "steps_per_second", "digest")
     return {name: value for name, value in held.items() if name not in times}
 
 
@@ -261,7 +261,7 @@ def test_what_was_not_evaluated_for_a_kill_is_evaluated_after_it(tmp_path: Path)
 
 def test_stopping_again_and_again_leaves_no_more_than_are_kept(tmp_path: Path, whole: Any):
     result, directory = whole
-    found, _ = checkpoint.find(directory)
+    found, _ = checkpoints.find(directory)
     settings = dataclasses.replace(found.settings, run=RunSettings(num_seeds=3, keep=2))
     for updates in range(1, 6):
         saver = Saver(
@@ -281,15 +281,15 @@ def test_checkpoints_are_whole_whichever_seeds_failed(tmp_path: Path):
         CONFIG, ppo.HParams(learning_rate=1e30), num_seeds=11, run_dir=tmp_path, env=RandomWalk(),
         eval_episodes=1, progress=False,
     )  # fmt: skip
-    found, _ = checkpoint.find(tmp_path)
+    found, _ = checkpoints.find(tmp_path)
     assert sorted(found.position.failed) == list(range(11))
 
 
 def test_the_newest_checkpoint_is_never_removed(tmp_path: Path, whole: Any):
     shutil.copytree(whole[1], tmp_path, dirs_exist_ok=True)
-    newest, _ = checkpoint.find(tmp_path)
+    newest, _ = checkpoints.find(tmp_path)
     (newest.path / "manifest.json").write_text("{}")
-    checkpoint.prune(tmp_path, newest.position.updates, 1)
+    checkpoints.prune(tmp_path, newest.position.updates, 1)
     assert newest.path.exists()
 
 
@@ -297,7 +297,7 @@ def test_names_are_ordered_as_numbers(tmp_path: Path):
     for name in ("999999999", "1000000000", "000000005", "x", "5.saving"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     with pytest.raises(ppo.ConfigError, match="there: 5, 999999999, 1000000000"):
-        checkpoint.find(tmp_path)
+        checkpoints.find(tmp_path)
 
 
 class Odd(RandomWalk):
@@ -368,7 +368,7 @@ class Wide(RandomWalk):
 
 def test_an_environment_object_has_to_be_given_again(copy: Path):
     for function in (ppo.resume, ppo.load):
-        with pytest.raises(ppo.ConfigError, match="have to be passed again"):
+        with pytest.raises(ppo.ConfigError, match="must be passed again"):
             function(copy)
 
 
@@ -413,7 +413,7 @@ def test_a_finished_run_without_checkpoints_is_not_begun_again(copy: Path):
 def test_an_environment_object_is_refused_where_a_name_was_used(tmp_path: Path):
     config = ppo.Config(total_timesteps=64, num_steps=8, hidden_sizes=(8,))
     run(tmp_path / "a", config=config, env=None)
-    with pytest.raises(ppo.ConfigError, match="the run was on CartPole-v1 by its name"):
+    with pytest.raises(ppo.ConfigError, match="was not passed to the run, which is of CartPole-v1"):
         resume(tmp_path / "a")
 
 
@@ -456,10 +456,10 @@ jax.config.update("jax_num_cpu_devices", 4)
 import numpy as np, purejaxppo as ppo
 from pathlib import Path
 from purejaxppo.host import checkpoint
-from purejaxppo.learner import make_learner
 from purejaxppo.host.load import restore_states
-found, _ = checkpoint.find(Path(sys.argv[1]))
-states = restore_states(found, make_learner(found.settings.config))
+found, _ = checkpoints.find(Path(sys.argv[1]))
+task = ppo.make_task(found.settings.config)
+states = restore_states(found, task.learner(None), task)
 assert len(jax.devices()) == 4
 mesh = jax.make_mesh((4,), ("seeds",), axis_types=(jax.sharding.AxisType.Auto,))
 spread = jax.device_put(states, jax.NamedSharding(mesh, jax.P("seeds")))
@@ -496,7 +496,7 @@ def test_a_chunk_takes_half_a_second_or_is_one_update(
 ):
     """Where each update takes so many seconds, and ten times as many in the first call."""
     clock, counts = Clock(), []
-    compile_program = run_module.compile_program
+    compile_program = conduct.compile_program
 
     def slow(*arguments: Any, **more: Any) -> Any:
         program = compile_program(*arguments, **more)
@@ -508,11 +508,12 @@ def test_a_chunk_takes_half_a_second_or_is_one_update(
 
         return program._replace(chunk=chunk)
 
-    monkeypatch.setattr(run_module, "compile_program", slow)
-    monkeypatch.setattr(run_module, "time", clock)
+    monkeypatch.setattr(conduct, "compile_program", slow)
+    for module in (conduct, loop):
+        monkeypatch.setattr(module, "time", clock)
     config = dataclasses.replace(CONFIG, total_timesteps=300 * 32)
     ppo.run(config, env=RandomWalk(), eval_episodes=1, progress=False)
     assert sum(counts) == config.num_updates
     assert counts[0] == 1
-    assert all(count * seconds <= run_module.CHUNK_SECONDS or count == 1 for count in counts)
+    assert all(count * seconds <= loop.CHUNK_SECONDS or count == 1 for count in counts)
     assert len(counts) <= 3 + config.num_updates * max(seconds / 0.25, 1 / 1024)

@@ -1,0 +1,272 @@
+"""One run in this process: compile, train, evaluate, write."""
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+import numpy as np
+
+from purejaxppo.config import ConfigError
+from purejaxppo.evaluation import FRESH_EVALUATION
+from purejaxppo.host.checkpoint import (
+    check_same_run,
+)
+from purejaxppo.host.checkpoints import ranked_by_return
+from purejaxppo.host.configfile import RunSettings
+from purejaxppo.host.evaluations import evaluation_curve
+from purejaxppo.host.load import find_with_warnings, restore_states
+from purejaxppo.host.loggers import (
+    BinaryLogger,
+    CsvLogger,
+    Logger,
+    RowLogger,
+    TensorBoardLogger,
+    UserLogger,
+    WandbLogger,
+    close_all,
+)
+from purejaxppo.host.loop import Callback, Loop, agreed
+from purejaxppo.host.memory import check_memory, check_program, memory_in_words
+from purejaxppo.host.parallel import choose_spread, describe_devices
+from purejaxppo.host.processes import is_first
+from purejaxppo.host.program import (
+    Evaluation,
+    Prepared,
+    compile_program,
+    enable_compilation_cache,
+)
+from purejaxppo.host.progress import Progress
+from purejaxppo.host.rundir import (
+    RunWarning,
+    resume_command,
+)
+from purejaxppo.host.saver import Saver
+from purejaxppo.host.session import Session, cannot_log
+from purejaxppo.host.signals import StopRequest, stop_requests
+from purejaxppo.host.summary import Best, Final, Training, summarize, write_results
+from purejaxppo.references import called, resolve
+from purejaxppo.types import TrainState
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `run` gives back."""
+
+    states: TrainState
+    """Leaves `[S, ...]`; of a seed that failed, its last good state."""
+    metrics: dict[str, np.ndarray]
+    """`[S, U]`; NaN after a seed has failed."""
+    returns: np.ndarray
+    """`[S, eval_episodes]` returns of the final evaluation with sampled actions, NaN for an episode
+    that did not end; `[S, 0]` if nothing was evaluated (a run that was finished already, or any
+    process but the first)."""
+    returns_deterministic: np.ndarray
+    """The same with the policy's most likely actions."""
+    summary: dict[str, Any]
+    """The content of `summary.json`."""
+    failed: dict[int, int]
+    """Seeds whose loss turned non-finite, and the update at which it did."""
+
+
+class Extras(NamedTuple):
+    """What a run is given from Python beside its settings and its task."""
+
+    loggers: Sequence[Logger] = ()
+    callback: Callback | None = None
+    compilation_cache: bool = True
+    progress: bool = True
+
+
+def conduct(session: Session, prepare: Callable[[], Prepared], extras: Extras) -> Result:
+    """Compile, train, evaluate, write."""
+    settings, directory, start = session.settings, session.directory, session.start
+    if extras.compilation_cache:
+        enable_compilation_cache()
+    shown = session.progress
+    with ExitStack() as stack, memory_in_words(settings):
+        stop = stack.enter_context(stop_requests())
+        own = [*extras.loggers, *_named_loggers(settings.run, directory)]
+        stack.callback(shown.close)
+        spread = choose_spread(settings, session.task)
+        shown.starting(start.checkpoint, start.again, describe_devices(settings, spread))
+        prepared = prepare()
+        loggers = _open_loggers(session, prepared.program.columns, own)
+        stack.callback(close_all, loggers)
+        saver = None
+        if directory is not None:
+            later = None if settings.trials else prepared.evaluation
+            saver = Saver(directory, settings, later, start.checkpoint, stop, held=session.held)
+            stack.callback(saver.close)
+        if agreed(stop):
+            _exit_after_save(stop, shown, directory)
+        shown.training(prepared.compile_seconds)
+        loop = Loop(session, prepared, loggers, saver, stop, extras.callback)
+        training = loop.train()
+        shown.close()
+        saved = None if saver is None else saver.finish(training.position, loop.states)
+        if stop:
+            _exit_after_save(stop, shown, directory)
+        with shown.working("evaluating"):
+            final = _evaluate_at_end(session, prepared.evaluation, training.states, stop)
+            if final is None:
+                _exit_after_save(stop, shown, directory)
+            best = None
+            if saver is not None and saved is not None and is_first():
+                saver.record(saved, final.sampled, final.deterministic)
+                best = _best_checkpoint(session, prepared, training, stop)
+        if stop:
+            _exit_after_save(stop, shown, directory)
+    summary = summarize(
+        settings,
+        session.task,
+        spread,
+        training,
+        final,
+        compile_seconds=prepared.compile_seconds,
+        best=best,
+    )
+    _warn_of_unfinished(summary, final)
+    if directory is not None and session.held is not None:
+        session.held.check()
+        write_results(directory, settings, session.task, training, summary)
+    shown.finished(summary, directory)
+    return Result(
+        training.states, training.metrics, final.sampled,
+        np.zeros_like(final.sampled[:, :0]) if final.deterministic is None else final.deterministic,
+        summary, training.position.failed,
+    )  # fmt: skip
+
+
+def _warn_of_unfinished(summary: dict[str, Any], final: Final) -> None:
+    unfinished = summary["unfinished_eval_episodes"]
+    if unfinished:
+        warnings.warn(
+            f"{unfinished} of {final.sampled.size} evaluation episodes did not end within the "
+            "environment's time limit, or 10,000 steps if it states none, and are left out of the "
+            "means; give the environment a time limit (max_steps_in_episode)",
+            RunWarning,
+            stacklevel=3,
+        )
+
+
+def compile_run(session: Session) -> Prepared:
+    """Compile the programs of a run."""
+    settings, task = session.settings, session.task
+    began = time.perf_counter()
+    check_memory(settings, task)
+    evaluation = Evaluation(settings, task)
+    with session.progress.working("compiling"):
+        program = compile_program(
+            settings, task, fresh=session.start.states is None,
+            evaluation=evaluation if is_first() else None,
+        )  # fmt: skip
+    check_program(settings, program)
+    seconds = time.perf_counter() - began
+    return Prepared(task, task.learner(None), program, evaluation, seconds)
+
+
+def _evaluate_at_end(
+    session: Session, evaluation: Any, states: TrainState, stop: StopRequest
+) -> Final | None:
+    """None if asked to stop before it was done."""
+    if not is_first():
+        return Final(np.zeros((session.settings.num_trainings, 0)), None)
+    sampled = _unless_stopped(stop, partial(evaluation, states))
+    if sampled is None or session.settings.trials:
+        return sampled if sampled is None else Final(sampled, None)
+    deterministic = _unless_stopped(stop, partial(evaluation, states, deterministic=True))
+    return None if deterministic is None else Final(sampled, deterministic)
+
+
+def _best_checkpoint(
+    session: Session, prepared: Prepared, training: Training, stop: StopRequest
+) -> Best | None:
+    """The best checkpoint, and its returns over fresh episodes if it was chosen among several: the
+    highest of several estimates is too high."""
+    directory = session.directory
+    if directory is None or session.settings.trials:
+        return None
+    if not ranked_by_return(directory):
+        return None
+    try:
+        found = find_with_warnings(directory, "best", lambda x: check_same_run(x, session.settings))
+    except ConfigError as error:
+        warnings.warn(f"no best checkpoint is reported: {error}", RunWarning, stacklevel=3)
+        return None
+    if len(evaluation_curve(directory)[0]) == 1:
+        return Best(found, None)
+    same = found.position.updates == training.position.updates
+    if not same and jax.process_count() > 1:  # reading a checkpoint takes all processes
+        return Best(found, None)
+    states = training.states
+    if not same:
+        states = restore_states(found, prepared.learner, session.task)
+    fresh = partial(prepared.evaluation, states, purpose=FRESH_EVALUATION)
+    return Best(found, _unless_stopped(stop, fresh))
+
+
+def _unless_stopped(stop: StopRequest, evaluation: Callable[[], np.ndarray]) -> np.ndarray | None:
+    """The evaluation's returns; None at once if asked to stop, since Python hears of signals only
+    between calls into compiled code."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="evaluate")
+    future = pool.submit(evaluation)
+    pool.shutdown(wait=False)
+    while not future.done():
+        if stop:
+            return None
+        wait([future], timeout=0.05)
+    return future.result()
+
+
+def _exit_after_save(stop: StopRequest, shown: Progress, directory: Path | None) -> NoReturn:
+    shown.stopped(directory and resume_command(directory))
+    stop.leave()
+
+
+def _open_loggers(
+    session: Session, columns: Sequence[str], own: Sequence[Logger]
+) -> list[RowLogger]:
+    directory, settings, start = session.directory, session.settings, session.start
+    loggers: list[RowLogger] = [UserLogger(logger) for logger in own if is_first()]
+    if start.checkpoint is not None and start.position.columns != tuple(columns):
+        raise ConfigError(
+            f"{str(directory)!r}: was logged with the metrics {', '.join(start.position.columns)}, "
+            f"and an update now has {', '.join(columns)}; use the parts that the run began with"
+        )
+    if directory is None or session.held is None:
+        return loggers
+    session.held.check()
+    try:
+        kind = BinaryLogger if settings.trials else CsvLogger
+        loggers.insert(0, kind(directory, columns, start.position.metrics_bytes))
+        if settings.run.tensorboard:
+            done = start.position.updates * settings.config.batch_size
+            hide_after = done if start.again else None
+            loggers.append(TensorBoardLogger(directory, settings.run.num_seeds, hide_after))
+        if settings.run.wandb:
+            loggers.append(WandbLogger(directory, vars(settings.config) | vars(settings.hparams)))
+    except OSError as error:
+        raise cannot_log(directory, error) from error
+    return loggers
+
+
+def _named_loggers(settings: RunSettings, directory: Path | None) -> list[Logger]:
+    """Loggers that the settings name. Raises `ConfigError` if one is none."""
+    found = []
+    for reference in settings.loggers if is_first() else ():
+        logger = resolve("loggers", reference)
+        if isinstance(logger, type) or not hasattr(logger, "write"):
+            logger = called("loggers", logger, directory)
+        if not (hasattr(logger, "write") and hasattr(logger, "close")):
+            raise ConfigError(
+                f"loggers = {reference!r}: is no logger; it needs write and close, see ppo.Logger"
+            )
+        found.append(logger)
+    return found

@@ -1,0 +1,221 @@
+"""Chunks of updates, and what is done between them."""
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from purejaxppo.host.checkpoint import Checkpoint, Position
+from purejaxppo.host.loggers import SECONDS, AppendedLogger, HostMetrics, RowLogger
+from purejaxppo.host.parallel import needs_all_threads
+from purejaxppo.host.processes import agree
+from purejaxppo.host.program import CHUNK_CAPACITY, Prepared, stacked_hparams
+from purejaxppo.host.rundir import RunWarning
+from purejaxppo.host.saver import Saver
+from purejaxppo.host.session import Session, cannot_log
+from purejaxppo.host.signals import StopRequest
+from purejaxppo.host.summary import Training
+from purejaxppo.types import MUST_BE_FINITE, TrainState
+
+CHUNK_SECONDS = 0.5
+_NOTHING, _SAVE, _SAVE_AND_EVALUATE = range(3)
+
+Callback = Callable[[int, HostMetrics, TrainState], bool | None]
+"""`(updates done, metrics[u, S] of the last u updates, states[S, ...]) -> whether to stop`."""
+
+
+@dataclass
+class Loop:
+    """Trains a session's states."""
+
+    session: Session
+    prepared: Prepared
+    loggers: Sequence[RowLogger]
+    saver: Saver | None
+    stop: StopRequest
+    callback: Callback | None = None
+
+    def __post_init__(self) -> None:
+        start = self.session.start
+        self.done, self.failed = start.position.updates, dict(start.position.failed)
+        self.parts = [] if start.metrics is None else [start.metrics]
+
+    def train(self) -> Training:
+        """To the end, until no seed is left that goes well, or until asked to stop; one chunk at
+        least, if there is anything left to do."""
+        start, num_updates = self.session.start, self.session.last
+        self.last_save = self.last_evaluation = time.perf_counter()
+        self.began = self.last_save - start.position.run_seconds
+        hparams = stacked_hparams(self.session.settings)
+        states = start.states if start.states is not None else self.prepared.program.begin(hparams)
+        found = start.checkpoint
+        if found is not None and found.eval_return is None and self.done < num_updates:
+            self._make_up_for(found, states)
+        count, alone = 1, needs_all_threads(self.prepared.program.spread)
+        while self.done < num_updates and self._alive().any():
+            if alone and self.parts and self._stopped_while_evaluating():
+                break
+            count = min(count, num_updates - self.done, CHUNK_CAPACITY, self._until_due())
+            first = self.done == start.position.updates
+            began = time.perf_counter()
+            states, rows = self.prepared.program.chunk(states, hparams, count)
+            metrics = {name: np.asarray(values)[:count] for name, values in rows.items()}
+            seconds = time.perf_counter() - began
+            self._take(metrics)
+            fitting = max(1, int(count * CHUNK_SECONDS / seconds))
+            count = min(fitting, 2) if first else fitting  # the first call has one-off overhead
+            # Clocks and signals are each process's own, and none may do what the others do not.
+            count, due = map(int, agree(count, self._what_is_due())[0])
+            if agreed(self.stop):
+                break
+            if due:
+                self._save(states, evaluate=due == _SAVE_AND_EVALUATE)
+            if self._asked_to_end(states):
+                break
+        names = [*self.prepared.program.columns, SECONDS]
+        names = [name for name in names if all(name in part for part in self.parts)]
+        joined = {
+            n: np.concatenate([part[n] for part in self.parts]).T for n in names if self.parts
+        }
+        whole = self.prepared.program.gather(states)
+        self.states = states if jax.process_count() > 1 else whole
+        """To be saved: with several processes, each one's part."""
+        return Training(whole, joined, self._position())
+
+    def _stopped_while_evaluating(self) -> bool:
+        """Wait for a checkpoint's evaluation; return True if a stop was requested meanwhile."""
+        if self.saver is not None:
+            self.saver.wait()
+        return agreed(self.stop)
+
+    def _asked_to_end(self, states: TrainState) -> bool:
+        """Whether the callback ends the run here."""
+        if self.callback is None:
+            return False
+        whole = self.prepared.program.gather(states)
+        return bool(agree(int(bool(self.callback(self.done, self.parts[-1], whole)))).any())
+
+    def _alive(self) -> np.ndarray:
+        alive = np.ones(self.session.settings.num_trainings, bool)
+        alive[list(self.failed)] = False
+        return alive
+
+    def _take(self, metrics: HostMetrics) -> None:
+        """Check, log and show the metrics `[u, S]` of the updates that follow."""
+        if self.prepared.population:
+            written = self._take_population(metrics)
+        else:
+            written, bad = _finite_rows(metrics, self._alive())
+            for seed, row in bad.items():
+                self.failed[seed] = self.done + row + 1
+                self.session.progress.failed(seed, self.failed[seed])
+        seconds = time.perf_counter() - self.began
+        metrics[SECONDS] = np.full(written.shape, round(seconds, 3))
+        self.parts.append({k: np.where(written, v, np.nan) for k, v in metrics.items()})
+        try:
+            for logger in self.loggers:
+                logger.write(self.done + 1, metrics, written)
+        except OSError as error:
+            raise cannot_log(self.session.directory, error) from error
+        if (warning := self.session.task.warning(metrics)) is not None:
+            warnings.warn(warning, RunWarning, stacklevel=2)
+        self.done += len(written)
+        self.session.progress.update(self.done, self.parts[-1][self.session.task.curve])
+
+    def _take_population(self, metrics: HostMetrics) -> np.ndarray:
+        """Which rows `[u, S]` are of updates that were kept. A member of a population counts as
+        failed only until an exchange replaces it."""
+        kept = _kept_rows(metrics)
+        before = np.vstack([self._alive(), kept])[:-1]
+        for row, seed in zip(*np.nonzero(before & ~kept), strict=True):
+            self.failed[int(seed)] = self.done + int(row) + 1
+            self.session.progress.failed(int(seed), self.failed[int(seed)])
+        self.failed = {seed: update for seed, update in self.failed.items() if not kept[-1, seed]}
+        return kept
+
+    def _until_due(self) -> int:
+        """Updates left to the next checkpoint or evaluation that is due at a number of updates."""
+        run = self.session.settings.run
+        left = [CHUNK_CAPACITY]
+        for every, unit in (
+            (run.checkpoint_every, run.checkpoint_unit), (run.eval_every, run.eval_unit)
+        ):  # fmt: skip
+            if unit == "updates" and math.isfinite(every):
+                left.append(int(every - self.done % every))
+        return min(left)
+
+    def _make_up_for(self, found: Checkpoint, states: TrainState) -> None:
+        """Evaluate the checkpoint that training continues from, if a kill prevented that."""
+        run = self.session.settings.run
+        regular = math.isfinite(run.eval_every) and run.eval_unit == "updates"
+        if self.saver is not None and (not regular or self.done % run.eval_every == 0):
+            self.saver.evaluate(found, states)
+
+    def _what_is_due(self) -> int:
+        """Nothing, a checkpoint, or one that is evaluated. At the end both are done anyway."""
+        saver = self.saver
+        if saver is None:
+            return _NOTHING
+        saver.report()
+        if self.done == self.session.last:
+            return _NOTHING
+        run, now = self.session.settings.run, time.perf_counter()
+
+        def due(every: float, unit: str, last: float) -> bool:
+            if unit == "updates":
+                return self.done % every == 0
+            return not saver.busy and now - last >= every
+
+        if due(run.eval_every, run.eval_unit, self.last_evaluation):
+            return _SAVE_AND_EVALUATE
+        if not due(run.checkpoint_every, run.checkpoint_unit, self.last_save):
+            return _NOTHING
+        return _SAVE if math.isfinite(run.eval_every) else _SAVE_AND_EVALUATE
+
+    def _save(self, states: TrainState, evaluate: bool) -> None:
+        whole = self.prepared.program.gather(states)
+        if self.saver is not None:
+            several = jax.process_count() > 1
+            self.saver.start(self._position(), states if several else whole, whole, evaluate)
+        self.last_save = time.perf_counter()
+        if evaluate:
+            self.last_evaluation = self.last_save
+
+    def _position(self) -> Position:
+        start = self.session.start.position
+        seconds = time.perf_counter() - self.began
+        rows = next((x for x in self.loggers if isinstance(x, AppendedLogger)), None)
+        try:
+            size, digest = rows.sync() if rows else (0, "")
+        except OSError as error:
+            raise cannot_log(self.session.directory, error) from error
+        columns = self.prepared.program.columns
+        return Position(
+            self.done, size, digest, columns, seconds, dict(self.failed), start.extended
+        )
+
+
+def agreed(stop: StopRequest) -> bool:
+    """Whether any process was asked to stop; then each of them takes it as asked of itself. A
+    signal during this exchange, of which the others do not know, counts at the next."""
+    asked = int(agree(stop.signum or 0).max())
+    stop.signum = stop.signum or asked or None
+    return bool(asked)
+
+
+def _finite_rows(metrics: HostMetrics, alive: np.ndarray) -> tuple[np.ndarray, dict[int, int]]:
+    """Which rows `[u, S]` belong to a training that goes well, its first bad one included, and
+    the first bad row of each seed that has one."""
+    finite = _kept_rows(metrics)
+    good_before = np.cumsum(~finite, axis=0) - ~finite == 0
+    bad = {int(s): int(np.argmin(finite[:, s])) for s in np.flatnonzero(alive & ~finite.all(0))}
+    return good_before & alive, bad
+
+
+def _kept_rows(metrics: HostMetrics) -> np.ndarray:
+    """Which rows `[u, S]` are of updates that the learner kept."""
+    return np.all([np.isfinite(x) for name, x in metrics.items() if name in MUST_BE_FINITE], axis=0)

@@ -1,0 +1,45 @@
+"""Action masks: a leaf of the observation that says which actions are allowed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from purejaxppo.config import ConfigError
+from purejaxppo.types import Network, Policy, PyTree
+
+ACTION_MASK = "action_mask"
+"""The leaf of an observation that holds the allowed actions."""
+
+
+def honour_mask(network: Network, policy: Policy) -> Network:
+    """`network` with outputs of actions that are not allowed at the lowest number: they are never
+    sampled, and have no part in log-probabilities, entropies, modes and KL divergences. The network
+    reads the rest of the observation.
+
+    Raises:
+        ConfigError: for continuous actions.
+    """
+    if policy.num_free:
+        raise ConfigError(
+            f"{ACTION_MASK}: masks discrete actions, and these are continuous; leave it out of the "
+            "observation"
+        )
+
+    def apply(params: PyTree, carry: PyTree, obs: PyTree, start: Array) -> Any:
+        carry, outputs, value = network.apply(params, carry, without_mask(obs), start)
+        allowed = jnp.asarray(obs[ACTION_MASK], bool)
+        return carry, jnp.where(allowed, outputs, jnp.finfo(outputs.dtype).min), value
+
+    return network._replace(apply=apply)
+
+
+def is_masked(obs: PyTree) -> bool:
+    return isinstance(obs, Mapping) and ACTION_MASK in obs
+
+
+def without_mask(obs: PyTree) -> PyTree:
+    """The rest of an observation, or of a space; itself if it is a single one."""
+    rest = {name: x for name, x in obs.items() if name != ACTION_MASK}
+    return next(iter(rest.values())) if len(rest) == 1 else rest

@@ -1,0 +1,156 @@
+"""Checks of parts that users pass: shapes and types alone, by `jax.eval_shape`."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from purejaxppo.checks import is_reference
+from purejaxppo.config import Chosen, Config, ConfigError, HParams
+from purejaxppo.losses import Terms
+from purejaxppo.references import called, first_line, resolve
+from purejaxppo.types import Actor, Learner, Network, PyTree, Rollout
+
+_OF_THE_NETWORK = (
+    "encoder", "memory", "hidden_sizes", "memory_size", "activation", "shared_trunk",
+    "log_std_init",
+)  # fmt: skip
+
+
+def one_of(name: str, config: Config, given: dict[str, Any], default: str) -> Any:
+    """The part that was passed, or that the config names by reference; None if neither.
+
+    Raises:
+        ConfigError: if both are given, or the reference cannot be imported.
+    """
+    setting = getattr(config, name)
+    if name not in given:
+        return resolve(name, setting) if is_reference(setting) else None
+    if setting != default and not isinstance(setting, Chosen):
+        raise ConfigError(
+            f"{name} = {setting!r} in Config, and {name} is passed as an argument too; leave one "
+            "of the two out"
+        )
+    return given[name]
+
+
+def check_no_effect(part: str, config: Config) -> None:
+    """Raise `ConfigError` if a setting of the default network is given beside your own."""
+    for f in dataclasses.fields(Config):
+        value = getattr(config, f.name)
+        if f.name in _OF_THE_NETWORK and value != f.default:
+            raise ConfigError(
+                f"{f.name} = {value}: has no effect with a {part} of your own; leave it out"
+            )
+
+
+def check_optimizer(optimizer: Any, network: Network, hparams: HParams) -> None:
+    """Raise `ConfigError` if it makes no optax transformation, or changes shapes."""
+    transform = called("optimizer", optimizer, hparams)
+    if not isinstance(transform, optax.GradientTransformation):
+        raise ConfigError(
+            f"optimizer: returned {type(transform).__name__}; it must be a function hparams -> "
+            "optax transformation, as in lambda h: optax.adamw(h.learning_rate)"
+        )
+    params = jax.eval_shape(network.init, jax.random.key(0))
+
+    def changes(params: PyTree) -> PyTree:
+        return transform.update(params, transform.init(params), params)[0]
+
+    found = _traced("optimizer", changes, params)
+    if jax.tree.structure(found) != jax.tree.structure(params):
+        raise ConfigError(
+            f"optimizer: returned a tree of {jax.tree.structure(found)}, and the parameters are "
+            f"{jax.tree.structure(params)}; return one change per parameter"
+        )
+    for (path, wanted), leaf in zip(
+        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(found), strict=True
+    ):
+        if leaf.shape != wanted.shape:
+            raise ConfigError(
+                f"optimizer: its change of {jax.tree_util.keystr(path)} has the shape "
+                f"{leaf.shape}, and the parameter {wanted.shape}"
+            )
+
+
+def as_actor(actor: Any) -> Actor:
+    """Raises `ConfigError` if it is no `Actor`."""
+    if not isinstance(actor, Actor):
+        raise ConfigError(
+            f"collect: returned {type(actor).__name__}; it must be a function Parts -> "
+            "ppo.Actor(init, collect)"
+        )
+    return actor
+
+
+def check_update(parts: Any, learner: Learner, passed: tuple[str, ...], hparams: HParams) -> None:
+    """Trace one update with the parts that are not our own, step by step, so that the first part
+    that does not fit is named. Computes nothing.
+
+    Raises:
+        ConfigError: with the expected and the actual shapes.
+    """
+    referenced = [x for x in ("objective", "advantage") if is_reference(getattr(parts.config, x))]
+    own = {*passed, *referenced}
+    if not own & {"objective", "advantage", "collect"}:
+        return
+    steps = (parts.config.num_steps, parts.config.num_envs)
+    if "objective" in own:
+        _check_loss(parts.objective.loss, hparams)
+    state = _traced("collect", learner.init, jax.random.key(0), hparams)
+    found = _traced(
+        "collect", lambda s: parts.actor.collect(s.learner, s.actors, hparams, ()), state
+    )
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Rollout)):
+        raise ConfigError(
+            f"collect: returned {type(found).__name__}; it must return (actors, ppo.Rollout)"
+        )
+    rollout = found[1]
+    for name in ("reward", "value", "next_value", "log_prob", "mask"):
+        if (found := np.shape(getattr(rollout, name))) != steps:
+            raise ConfigError(
+                f"collect: returned {name} of shape {found}; it must be [num_steps, num_envs] = "
+                f"{steps}"
+            )
+    estimated = _traced("advantage", lambda r: parts.advantage(r, hparams), rollout)
+    count = len(estimated) if isinstance(estimated, tuple) else 1
+    shapes = [np.shape(x) for x in estimated] if isinstance(estimated, tuple) else []
+    if count not in (2, 3) or any(shape != steps for shape in shapes):
+        raise ConfigError(
+            f"advantage: returned {count} value{'s' if count > 1 else ''} of shapes {shapes}; it "
+            f"must return (advantage, target) or (advantage, target, weight), each [num_steps, "
+            f"num_envs] = {steps}"
+        )
+    _traced("objective", lambda s: learner.update(s, hparams), state)
+
+
+def _check_loss(loss: Callable[..., Any], hparams: HParams) -> None:
+    samples = jax.ShapeDtypeStruct((3, 5), jnp.float32)
+    found = _traced("objective", lambda *x: loss(Terms(*x), hparams), *[samples] * 4)
+    if jax.tree.structure(found) != jax.tree.structure(0) or found.shape != samples.shape:
+        shapes = jax.tree.map(lambda x: x.shape, found)
+        raise ConfigError(
+            f"objective: the loss returned {shapes} for terms of shape {samples.shape}; it must "
+            "return one number per sample"
+        )
+
+
+def _traced(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Shapes of the results. Raises `ConfigError` if JAX cannot trace it."""
+    try:
+        return jax.eval_shape(function, *arguments)
+    except ConfigError:
+        raise
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+        raise ConfigError(
+            f"{name}: cannot be compiled, since Python or NumPy reads the value of an array: "
+            f"{first_line(error)}"
+        ) from error
+    except Exception as error:  # whatever a user's function raises
+        raise ConfigError(
+            f"{name}: cannot be traced: {type(error).__name__}: {first_line(error)}"
+        ) from error

@@ -1,0 +1,369 @@
+"""`Task`: what is trained, as one value; and `make_task`, which builds it from a config and parts.
+
+Everything is built here and nowhere else. The host, sweeps and checkpoints know tasks alone.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, TypedDict
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from purejaxppo import part_checks
+from purejaxppo.advantages import make_advantage
+from purejaxppo.agent import Agent, agent_of
+from purejaxppo.collect import make_actor
+from purejaxppo.config import Config, ConfigError, HParams
+from purejaxppo.distributions import make_policy
+from purejaxppo.envs import make_environment
+from purejaxppo.envs.base import check_contract, is_box
+from purejaxppo.evaluation import episode_returns
+from purejaxppo.improve import make_improve, make_loss
+from purejaxppo.inputs import check_config
+from purejaxppo.learner import make_learner
+from purejaxppo.networks import make_network
+from purejaxppo.normalize import init_stats
+from purejaxppo.objectives.base import Objective
+from purejaxppo.objectives.episodes import make_episode_advantage, whole_episode_actor
+from purejaxppo.objectives.table import OBJECTIVES, check_objective, objective_of
+from purejaxppo.optimizer import ADAM, Optimizer
+from purejaxppo.types import (
+    Actor,
+    Advantage,
+    Environment,
+    Improve,
+    Learner,
+    LearnerState,
+    Loss,
+    Network,
+    Policy,
+    PyTree,
+    TrainState,
+)
+from purejaxppo.user_networks import network_of_module
+
+
+class Parts(NamedTuple):
+    """What one update is made of."""
+
+    config: Config
+    objective: Objective
+    env: Environment
+    policy: Policy
+    network: Network
+    optimizer: Optimizer
+    actor: Actor
+    """`actor.collect(learner, actors, hparams, data) -> (actors, rollout)`."""
+    advantage: Advantage
+    """`(rollout, hparams) -> (advantage[T, N], target[T, N])`, and perhaps a weight."""
+    loss: Loss
+    """`(params, batch, hparams, count, data) -> (loss, metrics)`."""
+    improve: Improve
+    axis: str | None
+    """The mesh axis over which environments are spread, if they are."""
+
+
+class PartArguments(TypedDict, total=False):
+    """The parts that every entry point takes beside `env` and `env_params`; None means "as the
+    config says"."""
+
+    network: Any
+    """A Flax module `obs[B, ...] -> (policy_outputs[B, P], value[B])`, or a function that makes one
+    for a number of outputs P. A recurrent module is `(carry, obs[B, ...]) -> (carry,
+    (policy_outputs[B, P], value[B]))` and has a method `initial_carry(n)`."""
+    objective: Any
+    """An `Objective`, or a policy loss `(Terms, hparams) -> loss[T, B]`, which takes the place of
+    `ppo_clip`'s."""
+    advantage: Any
+    """`(rollout, hparams) -> (advantage[T, N], target[T, N])`, or with a third array: the weight of
+    each sample."""
+    optimizer: Any
+    """`hparams -> optax transformation`, in place of gradient clipping and Adam. It receives the
+    hyperparameters with their schedules applied."""
+    collect: Any
+    """`Parts -> Actor`, in place of the parts' own `actor`."""
+
+
+class PartsAndHParams(PartArguments, total=False):
+    """The same for functions that take no hyperparameters otherwise."""
+
+    hparams: Any
+    """Default hyperparameters: an instance of your own class, if a part reads fields that `HParams`
+    does not have."""
+
+
+NAMES = ("env", "env_params", *PartArguments.__annotations__)
+"""Of all parts."""
+
+
+def _no_difference(devices: int) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained: how to start, update, evaluate and act.
+
+    `make_task` makes one for reinforcement learning. Any other training is a task too: give it a
+    config (a frozen dataclass with `total_timesteps`, `num_updates`, `batch_size`, `label` and
+    `batch_in_words`), a learner and an evaluation.
+    """
+
+    config: Any
+    learner: Callable[[str | None], Learner]
+    """The learner, by the mesh axis over which its actors are spread (None: they are whole)."""
+    evaluate: Callable[..., Array]
+    """`(state, key, num_episodes, deterministic=False, data=()) -> returns[num_episodes]`."""
+    with_config: Callable[[Any], "Task"]
+    """The same task with another config."""
+    make_agent: Callable[[TrainState, str], Agent] | None = None
+    """`(state, name of the caller for errors) -> Agent`; None if nothing acts."""
+    hparams: Any = dataclasses.field(default_factory=HParams)
+    """Default hyperparameters."""
+    parts: Callable[[str | None], Parts] | None = None
+    """What one update is made of, by the mesh axis."""
+    passed: tuple[str, ...] = ("task",)
+    """Names of what was passed from Python, so that no file can bring it back."""
+    curve: str = "episode_return"
+    """The metric that progress and the learning curve show."""
+    data: PyTree = ()
+    """What is neither learned, differentiated nor saved."""
+    why_not_divided: Callable[[int], str | None] = _no_difference
+    """Why one run cannot be spread over a number of devices, or None if it can."""
+    costs: Callable[[], tuple[float, int]] | None = None
+    """Operations of the network for one sample, and its number of parameters; to choose a number
+    of CPU cores for a single run. None: one core."""
+    warning: Callable[[Any], str | None] = _no_difference
+    """What to warn of, from the metrics `[u, S]` of some updates."""
+
+    def __reduce__(self) -> Any:
+        """Pickled as the call that makes it: its functions cannot be."""
+        return _of_config, (self.with_config, self.config)
+
+    def agent(self, state: TrainState, function: str = "make_agent") -> Agent:
+        """The agent of a trained state of one seed. Raises `ConfigError` if nothing acts."""
+        if self.make_agent is None:
+            raise ConfigError(f"{function}: {self.config.label} has no policy that acts")
+        return self.make_agent(state, function)
+
+
+def _of_config(with_config: Callable[[Any], Task], config: Any) -> Task:
+    return with_config(config)
+
+
+def make_task(config: Config, **given: Any) -> Task:
+    """The task that a config describes, with parts in place of those it names.
+
+        task = ppo.make_task(ppo.Config(), network=MyNet(), optimizer=lambda h: optax.lion(1e-4))
+        state, metrics = jax.jit(ppo.make_train(task))(key, ppo.HParams())
+
+    Args:
+        given: parts by name. `env` is an object with gymnax 1.x's interface, `env_params` its
+            parameters; for the others see `PartsAndHParams`. None means "as the config says".
+
+    Raises:
+        ConfigError: if a part cannot work, with the shapes that were expected and found; nothing is
+            computed for that.
+    """
+    check_config(config, "make_task")
+    given = _known(given)
+    passed = tuple(name for name in NAMES if name in given)
+    objective = _objective(config, given)
+    check_objective(config, objective)
+    env = make_environment(config, given.get("env"), given.get("env_params"))
+    policy = make_policy(config, env.action_space)
+    network = _network(config, env, policy, given)
+    check_contract(env, policy)
+    if (reason := _why_not_divided(config, network, 1)) is not None:
+        raise ConfigError(reason)
+    hparams = given.get("hparams", HParams())
+    optimizer = _optimizer(config, network, given, hparams)
+    estimate = _advantage(config, given)
+
+    def parts(axis: str | None = None) -> Parts:
+        keep = objective.needs_policy_outputs
+        actor = make_actor(config, env, network, policy, keep_outputs=keep, axis=axis)
+        advantage = estimate or make_advantage(config)
+        if objective.whole_episodes:
+            actor = whole_episode_actor(config, objective, env, network, actor)
+            space = env.observation_space
+            own = make_episode_advantage(config, objective, policy, space, axis)
+            advantage = estimate or own
+        improve = objective.step or make_improve
+        made = Parts(
+            config, objective, env, policy, network, optimizer, actor, advantage,
+            make_loss(objective, network, policy),
+            improve(config, objective, network, policy, optimizer=optimizer, axis=axis), axis,
+        )  # fmt: skip
+        if "collect" in given:
+            made = made._replace(actor=part_checks.as_actor(given["collect"](made)))
+        return made
+
+    first = parts(None)
+    learner = partial(_learner, parts)
+    part_checks.check_update(first, learner(None), passed, hparams)
+    return Task(
+        config=config,
+        learner=learner,
+        evaluate=partial(_evaluate, first),
+        make_agent=lambda state, function: agent_of(env, policy, network, state, function),
+        with_config=partial(_remade, given),
+        parts=parts,
+        hparams=hparams,
+        passed=passed,
+        why_not_divided=partial(_why_not_divided, config, network),
+        costs=partial(_costs, env, network),
+        warning=partial(_no_episode, config, objective),
+    )
+
+
+def _remade(given: dict[str, Any], config: Config) -> Task:
+    return make_task(config, **given)
+
+
+def as_task(config: Any, function: str, **given: Any) -> Task:
+    """The task of an entry point's first argument, a `Config` or a `Task`.
+
+    Raises:
+        ConfigError: as `make_task`, or if parts are given beside a task.
+    """
+    given = _known(given)
+    if isinstance(config, Task):
+        given.pop("hparams", None)
+        if given:
+            raise ConfigError(
+                f"{', '.join(given)}: {function} is given a Task, whose parts are fixed; give them "
+                "to make_task"
+            )
+        return config
+    check_config(config, function)
+    return make_task(config, **given)
+
+
+def own_class(hparams: Any) -> Any:
+    """Hyperparameters if they are of a user's own class, so that parts are checked with them."""
+    own = isinstance(hparams, HParams) and type(hparams) is not HParams
+    return hparams if own else None
+
+
+def _known(given: dict[str, Any]) -> dict[str, Any]:
+    for name in given:
+        if name not in (*NAMES, "hparams"):
+            raise TypeError(f"{name!r} is no part; the parts are {', '.join(NAMES)}")
+    return {name: part for name, part in given.items() if part is not None}
+
+
+def _learner(parts: Callable[[str | None], Parts], axis: str | None) -> Learner:
+    made = parts(axis)
+    return make_learner(
+        made.config,
+        actor=made.actor,
+        advantage=made.advantage,
+        improve=made.improve,
+        init_learner=partial(init_learner, made),
+        axis=axis,
+    )
+
+
+def init_learner(parts: Parts, key: Key[Array, ""], hparams: HParams) -> LearnerState:
+    """What is learned, before the first update."""
+    config, objective, env = parts.config, parts.objective, parts.env
+    normalizes = config.normalize_obs and is_box(env.observation_space)
+    params = jax.tree.map(jnp.asarray, parts.network.init(key))  # constants of a module too
+    return LearnerState(
+        key=key,
+        params=params,
+        opt_state=parts.optimizer.init(hparams, params),
+        obs_stats=init_stats(tuple(env.observation_space.shape)) if normalizes else (),
+        reward_stats=init_stats(()) if config.normalize_reward else (),
+        updates=jnp.zeros((), jnp.int32),
+        objective_state=() if objective.kl is None else objective.kl.init(hparams),
+    )
+
+
+def _evaluate(parts: Parts, state: TrainState, key: Any, num_episodes: int, **more: Any) -> Array:
+    agent = agent_of(parts.env, parts.policy, parts.network, state, "evaluate")
+    return episode_returns(parts.env, agent, key, num_episodes, **more)
+
+
+def _objective(config: Config, given: dict[str, Any]) -> Objective:
+    part = part_checks.one_of("objective", config, given, "ppo_clip")
+    if part is None:
+        return objective_of(config)
+    if isinstance(part, Objective):
+        return part.of(config)
+    if not callable(part):
+        raise ConfigError(
+            f"objective is of type {type(part).__name__}: must be an Objective, or a policy loss "
+            "(terms, hparams) -> loss"
+        )
+    name = getattr(part, "__name__", "objective")
+    return dataclasses.replace(OBJECTIVES["ppo_clip"], name=name, loss=part)
+
+
+def _network(config: Config, env: Environment, policy: Policy, given: dict[str, Any]) -> Network:
+    part = part_checks.one_of("network", config, given, "auto")
+    if part is None:
+        return make_network(config, env.observation_space, policy)
+    part_checks.check_no_effect("network", config)
+    _, obs = jax.eval_shape(lambda: env.reset(jax.random.split(jax.random.key(0), 1)))
+    return network_of_module(part, obs, policy)
+
+
+def _optimizer(
+    config: Config, network: Network, given: dict[str, Any], hparams: HParams
+) -> Optimizer:
+    part = part_checks.one_of("optimizer", config, given, "adam")
+    if part is None:
+        return ADAM
+    part_checks.check_optimizer(part, network, hparams)
+    return Optimizer(lambda hparams, params: part(hparams), as_vector=False)
+
+
+def _advantage(config: Config, given: dict[str, Any]) -> Advantage | None:
+    return part_checks.one_of("advantage", config, given, "auto")
+
+
+def _why_not_divided(config: Config, network: Network, devices: int) -> str | None:
+    if config.num_envs % devices:
+        return (
+            f"num_envs = {config.num_envs} is not divisible by devices = {devices}; use a multiple"
+        )
+    own = config.num_envs // devices
+    samples = own if network.sequential else own * config.num_steps
+    if samples % config.num_minibatches:
+        return (
+            f"each of devices = {devices} has {samples} samples (whole sequences with a memory), "
+            f"not divisible by num_minibatches = {config.num_minibatches}; use fewer of either"
+        )
+    return None
+
+
+def _costs(env: Environment, network: Network) -> tuple[float, int]:
+    """Floating-point operations of the network for one observation, by XLA's count, and its number
+    of parameters."""
+    rows = 64
+
+    def arguments(key: jax.Array) -> Any:
+        _, obs = env.reset(jax.random.split(key, rows))
+        obs = jax.tree.map(lambda x: x[None], obs)
+        start = jnp.ones((1, rows), bool)
+        return network.init(key), network.initial_carry(rows), obs, start
+
+    shapes = jax.eval_shape(arguments, jax.random.key(0))
+    counted: Any = jax.jit(network.apply).lower(*shapes).cost_analysis()
+    return counted["flops"] / rows, sum(x.size for x in jax.tree.leaves(shapes[0]))
+
+
+def _no_episode(config: Config, objective: Objective, metrics: Any) -> str | None:
+    if not objective.whole_episodes or metrics["episodes"].any():
+        return None
+    return (
+        f"no episode finished within num_steps = {config.num_steps} in these updates, and "
+        f"objective = {objective.name} learns from finished episodes only; increase num_steps, or "
+        "use objective = a2c"
+    )

@@ -1,0 +1,87 @@
+"""Programs that a worker compiles once, for all of its tests with the same settings."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from purejaxppo.host import conduct, run
+from purejaxppo.host.configfile import Settings, dump_settings
+from purejaxppo.host.session import Session
+from purejaxppo.sweeps import plan, winner
+from purejaxppo.task import Task
+
+_kept: dict[Any, Any] = {}
+_COMPILE, _COMPILE_PROGRAM = jax.stages.Lowered.compile, conduct.compile_program
+
+
+def keep_programs(replace: Callable[[Any, str, Any], None]) -> None:
+    """Have `run`, `resume` and `sweep` compile each program once.
+
+    Args:
+        replace: `setattr`, or a test's.
+    """
+    compile_run, prepare, kind = run.compile_run, plan.prepare, winner.Evaluation
+
+    def compiled(session: Session) -> Any:
+        begins = session.start.states is None
+        name = f"run {begins and 'begins'}"
+        return _keep(name, session.settings, session.task, lambda: compile_run(session))
+
+    def prepared(settings: Settings, task: Task, population: Any = None) -> Any:
+        name = f"wave {population}"
+        return _keep(name, settings, task, lambda: prepare(settings, task, population))
+
+    def evaluation(settings: Settings, task: Task) -> Any:
+        return _keep("winner", settings, task, lambda: kind(settings, task))
+
+    replace(run, "compile_run", compiled)
+    replace(plan, "prepare", prepared)
+    replace(winner, "Evaluation", evaluation)
+
+
+def _keep(name: str, settings: Settings, task: Task, make: Callable[[], Any]) -> Any:
+    patched = (
+        jax.stages.Lowered.compile is not _COMPILE
+        or conduct.compile_program is not _COMPILE_PROGRAM
+    )
+    given = _parts(task)
+    if patched or given is None:
+        return make()
+    # These are not compiled in.
+    host = dataclasses.replace(
+        settings.run, checkpoint_every=1.0, checkpoint_unit="seconds", eval_every=float("inf"),
+        eval_unit="updates", keep=1, tensorboard=False,
+    )  # fmt: skip
+    hparams = settings.trials[0] if settings.trials else settings.hparams
+    unlike = dataclasses.replace(settings, run=host, hparams=_absent(hparams), trials=())
+    key = (name, dump_settings(unlike), len(settings.trials), given)
+    if key not in _kept:
+        _kept[key] = make()
+    return _kept[key]
+
+
+def _absent(hparams: Any) -> Any:
+    """The default of each hyperparameter but for those that are None, or are not."""
+    default = type(hparams)()
+    changes = {
+        f.name: None if getattr(hparams, f.name) is None else 2.0
+        for f in dataclasses.fields(hparams)
+        if (getattr(hparams, f.name) is None) != (getattr(default, f.name) is None)
+    }
+    return dataclasses.replace(default, **changes)
+
+
+def _parts(task: Task) -> Any:
+    """The parts that were passed, if objects of the same class and attributes are alike."""
+    if not hasattr(task.with_config, "args"):
+        return (task.with_config,)
+    found = []
+    for name, part in task.with_config.args[0].items():
+        if name == "hparams":
+            continue
+        if name not in ("env", "env_params"):
+            return None
+        found.append((name, type(part), repr(getattr(part, "__dict__", part))))
+    return tuple(found)
