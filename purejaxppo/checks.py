@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import operator
 import re
 import sys
 import types
@@ -123,13 +124,17 @@ def _plain(value: Any, hint: Any) -> Any:
     if isinstance(value, list):
         return tuple(value)
     if hint is int:
-        return value if isinstance(value, int) else int(value)
+        return int(value) if isinstance(value, np.integer) else value
     if isinstance(value, int) and hint not in (bool, str):
         return float(value) if abs(value) <= FLOAT_MAX else math.inf * (1 if value > 0 else -1)
     return value
 
 
 def _check_type(name: str, value: Any, hint: Any, default: Any) -> None:
+    if typing.get_origin(hint) is typing.Union:
+        hint = functools.reduce(operator.or_, typing.get_args(hint))
+    if hint not in (bool, str, int, float) and not choices_of(hint) and not typing.get_args(hint):
+        hint = hint if isinstance(hint, type) and issubclass(hint, Mapping) else Any
     if hint is Any:  # a hyperparameter of a user's own class, or its number under a trace
         hint = float
     if hint is float or (isinstance(hint, types.UnionType) and float in hint.__args__):
@@ -147,8 +152,9 @@ def _check_type(name: str, value: Any, hint: Any, default: Any) -> None:
         fits, kind = isinstance(value, hint), "a table"
     else:
         whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        fits = whole if hint is int else type(value) is hint
+        fits = whole or _is_array(value) if hint is int else type(value) is hint
         kind = {int: "a whole number", bool: "true or false", str: "a text"}[hint]
+        kind += " or auto" if default == "auto" else ""
     if not fits:
         raise ConfigError(f"{name} = {value!r}: must be {kind}; the default is {default!r}")
 
@@ -174,6 +180,10 @@ def in_words(hint: Any) -> str:
 def is_reference(text: str) -> bool:
     """Whether a setting is a Python object's name, `package.module:name`."""
     return _REFERENCE.fullmatch(text) is not None
+
+
+def _is_array(value: Any) -> bool:
+    return is_traced(value) or (hasattr(value, "dtype") and hasattr(value, "shape"))
 
 
 def _is_number(value: Any) -> bool:

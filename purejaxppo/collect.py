@@ -89,7 +89,7 @@ def make_actor(
         done = result.terminated | result.truncated
         start = jnp.concatenate([actors.start[None], done[:-1]])
 
-        def replay(steps: tuple[Array, ...]) -> tuple[Array, Array, Any]:
+        def replay(steps: tuple[Any, ...]) -> tuple[Array, Array, Any]:
             obs, start, action = steps
             _, outputs, value = network.apply(learner.params, actors.carry, obs, start)
             log_prob = jnp.asarray(policy.distribution(outputs).log_prob(action))

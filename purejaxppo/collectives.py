@@ -40,4 +40,4 @@ def own_rows(tree: PyTree, axis: str | None) -> PyTree:
 def masked_mean(values: Array, mask: Array, axis: str | None = None) -> Array:
     """Mean over the samples, of all devices, whose `mask` is 1; 0 where there is none."""
     total, count = all_sum((jnp.sum(values * mask), jnp.sum(mask)), axis)
-    return total / jnp.maximum(count, 1.0)
+    return total / jnp.where(count > 0, count, 1.0)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from purejaxppo.checks import FLOAT_MAX, ConfigError, EnvParams, check_fields, is_reference
 from purejaxppo.combinations import check_combinations
+from purejaxppo.objectives.base import Objective
 from purejaxppo.objectives.table import DEFAULTS, READ_BY_SOME, objective_of
 
 if TYPE_CHECKING:
@@ -196,6 +197,13 @@ class Config(TaskConfig):
                 f"most {MAX_WIDTH}; use for example [64, 64], or [] for a linear network"
             )
         check_combinations(self)
+
+    def with_defaults_of(self, objective: Objective) -> "Config":
+        """What is left at auto as the defaults of an objective passed from Python."""
+        chosen = {**DEFAULTS, **objective.defaults}
+        left = {n: v for n, v in chosen.items() if isinstance(getattr(self, n), Chosen)}
+        changed = {n: v for n, v in left.items() if getattr(self, n) != v}
+        return dataclasses.replace(self, **changed) if changed else self
 
     def _choose(self) -> None:
         """Set what is left at auto to the objective's defaults."""

@@ -49,7 +49,7 @@ def checked(learner: Learner, task: Task, spread: bool = False) -> Learner:
     made: list[TrainState] = []
     """The shapes of this learner's states, once `init` was traced."""
 
-    def init(key: KeyLike, hparams: HParams, data: PyTree = ()) -> TrainState:
+    def init(key: KeyLike, hparams: HParams, data: PyTree = task.data) -> TrainState:
         key = as_key(key, "init", "use jax.vmap(learner.init, (0, None))(keys, hparams)")
         hint = "use jax.vmap(learner.init, (None, ppo.vmap_axes(hparams)))(key, hparams)"
         check_hparams(hparams, "init", hint)
@@ -58,7 +58,7 @@ def checked(learner: Learner, task: Task, spread: bool = False) -> Learner:
         return state
 
     def update(
-        state: TrainState, hparams: HParams, data: PyTree = ()
+        state: TrainState, hparams: HParams, data: PyTree = task.data
     ) -> tuple[TrainState, Metrics]:
         check_state(state, "update", "use jax.vmap(learner.update, (0, None))(states, hparams)")
         hint = "use jax.vmap(learner.update, (0, ppo.vmap_axes(hparams)))(states, hparams)"
@@ -102,7 +102,7 @@ def make_train(
         hint = "use jax.vmap(train, (None, ppo.vmap_axes(hparams)))(key, hparams)"
         check_hparams(hparams, "train", hint)
         state = learner.init(key, hparams, task.data)
-        return train_chunk(learner, state, hparams, task.config.num_updates, task.data)
+        return train_chunk(learner, state, hparams, task.config.num_updates)
 
     return train
 
@@ -161,5 +161,6 @@ def evaluate(
             or `key` is not one key.
     """
     task = as_task(config, "evaluate", env=env, env_params=env_params, **parts)
-    more = {} if max_steps is None else {"max_steps": max_steps}
+    more: dict[str, Any] = {} if max_steps is None else {"max_steps": max_steps}
+    more |= {"data": task.data} if jax.tree.leaves(task.data) else {}
     return task.evaluate(state, key, num_episodes, deterministic=deterministic, **more)

@@ -118,7 +118,7 @@ def make_improve(
             hparams = dataclasses.replace(hparams, kl_beta=beta)
         if config.advantage_normalization == "batch":
             batch = batch._replace(advantage=standardize(batch.advantage, batch.weight, axis))
-        if objective.kl is None:  # only the baseline reads them
+        if not objective.needs_kl:  # only a baseline reads them
             batch = batch._replace(rollout=batch.rollout._replace(policy_outputs=()))
         learner, metrics = descend(learner, batch, hparams, data)
         if objective.kl is not None:
@@ -192,7 +192,7 @@ class _Epochs(NamedTuple):
             advantage = jax.vmap(one)(minibatches.advantage, minibatches.weight)
             minibatches = minibatches._replace(advantage=advantage)
         counts = all_sum(jax.vmap(jnp.sum)(minibatches.weight), self.axis)
-        inputs = (minibatches, jnp.maximum(counts, 1.0))
+        inputs = (minibatches, jnp.where(counts > 0, counts, 1.0))
         new, (metrics, norm) = jax.lax.scan(self.minibatch, current, inputs)
         metrics = all_sum(jax.tree.map(jnp.mean, metrics), self.axis)
         metrics["grad_norm"] = jnp.mean(norm)
@@ -228,7 +228,8 @@ def over_all(
 ) -> PyTree:
     """The sum of `function(part, count)` over the parts of a batch `[T, N, ...]` of `count`
     samples, and over the devices that share it."""
-    count = jnp.maximum(all_sum(jnp.sum(batch.weight), axis), 1.0)
+    total = all_sum(jnp.sum(batch.weight), axis)
+    count = jnp.where(total > 0, total, 1.0)
 
     def of_part(rows: Batch) -> PyTree:
         return function(as_sequences(network, rows), count)

@@ -43,3 +43,27 @@ def without_mask(obs: PyTree) -> PyTree:
     """The rest of an observation, or of a space; itself if it is a single one."""
     rest = {name: x for name, x in obs.items() if name != ACTION_MASK}
     return next(iter(rest.values())) if len(rest) == 1 else rest
+
+
+def check_mask(shapes: Any, policy: Policy) -> None:
+    """Check the mask of an observation, whose leaves have these shapes, if there is one.
+
+    Raises:
+        ConfigError: if it has not one flag per policy output, or is not at the top level.
+    """
+    wanted = (policy.num_outputs,)
+    if is_masked(shapes) and shapes[ACTION_MASK] != wanted:
+        raise ConfigError(
+            f"{ACTION_MASK} has the shape {shapes[ACTION_MASK]}: must be {wanted}, one flag per "
+            "action (for several choices side by side, one after the other)"
+        )
+    inner = shapes.values() if isinstance(shapes, Mapping) else ()
+    if any(_has_mask(x) for x in inner):
+        raise ConfigError(
+            f"{ACTION_MASK} lies inside another dictionary: must be a leaf of the observation"
+        )
+
+
+def _has_mask(shapes: Any) -> bool:
+    inner = isinstance(shapes, Mapping) and any(map(_has_mask, shapes.values()))
+    return is_masked(shapes) or inner

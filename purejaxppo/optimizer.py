@@ -9,7 +9,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
-from purejaxppo.config import HParams
+from purejaxppo.config import ConfigError, HParams
 from purejaxppo.types import PyTree
 
 
@@ -60,6 +60,12 @@ def step_sizes(params: PyTree, hparams: HParams) -> PyTree:
     critic_rate = hparams.critic_learning_rate
     if critic_rate is None:
         return jnp.asarray(hparams.learning_rate, jnp.float32)
+
+    if not any(name.startswith("critic") for name in params):
+        raise ConfigError(
+            "critic_learning_rate: has no effect, since the network has no modules whose names "
+            "begin with critic; leave it out"
+        )
 
     def size(path: Any, leaf: Array) -> Array:
         critic = path[0].key.startswith("critic")

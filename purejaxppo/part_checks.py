@@ -11,10 +11,17 @@ import optax
 
 from purejaxppo.checks import is_reference
 from purejaxppo.config import Chosen, Config, ConfigError, HParams
+from purejaxppo.envs.base import parts_of
 from purejaxppo.losses import Terms
+from purejaxppo.objectives.base import Objective
 from purejaxppo.references import called, first_line, resolve
-from purejaxppo.types import Actor, Learner, Network, PyTree, Rollout
+from purejaxppo.types import Actor, Batch, Environment, Learner, Network, PyTree, Rollout
 
+_OWN_METRICS = (
+    "policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "kl", "kl_beta",
+    "grad_norm", "learning_rate", "env_steps", "episodes", "episode_return", "episode_length",
+    "explained_variance", "seconds", "seed", "update",
+)  # fmt: skip
 _OF_THE_NETWORK = (
     "encoder", "memory", "hidden_sizes", "memory_size", "activation", "shared_trunk",
     "log_std_init",
@@ -38,6 +45,12 @@ def one_of(name: str, config: Config, given: dict[str, Any], default: str) -> An
     return given[name]
 
 
+def check_is_function(name: str, part: Any) -> None:
+    """Raise `ConfigError` if a part is no function."""
+    if not callable(part):
+        raise ConfigError(f"{name} is of type {type(part).__name__}: must be a function")
+
+
 def check_no_effect(part: str, config: Config) -> None:
     """Raise `ConfigError` if a setting of the default network is given beside your own."""
     for f in dataclasses.fields(Config):
@@ -50,6 +63,11 @@ def check_no_effect(part: str, config: Config) -> None:
 
 def check_optimizer(optimizer: Any, network: Network, hparams: HParams) -> None:
     """Raise `ConfigError` if it makes no optax transformation, or changes shapes."""
+    if isinstance(optimizer, optax.GradientTransformation):
+        raise ConfigError(
+            "optimizer: is an optax transformation; pass a function of hyperparameters, as in "
+            "lambda h: optax.adam(h.learning_rate)"
+        )
     transform = called("optimizer", optimizer, hparams)
     if not isinstance(transform, optax.GradientTransformation):
         raise ConfigError(
@@ -77,8 +95,35 @@ def check_optimizer(optimizer: Any, network: Network, hparams: HParams) -> None:
             )
 
 
-def as_actor(actor: Any) -> Actor:
-    """Raises `ConfigError` if it is no `Actor`."""
+def check_objective_part(config: Config, objective: Objective, given: dict[str, Any]) -> None:
+    """Raise `ConfigError` if an objective's extra losses, or parts beside it, have no effect."""
+    if objective.step is not None and objective.extra_losses:
+        raise ConfigError(
+            f"objective = {objective.name}: extra_losses have no effect, since its step follows no "
+            "gradient of a loss; use another objective"
+        )
+    for name in objective.extra_losses:
+        if name in _OWN_METRICS:
+            raise ConfigError(f"extra_losses: {name} is the name of a metric; choose another name")
+    if "advantage" in given and config.baseline != "value":
+        raise ConfigError(
+            f"baseline = {config.baseline}: has no effect with an advantage of your own; leave it "
+            "out"
+        )
+
+
+def check_normalized(config: Config, env: Environment) -> None:
+    """Raise `ConfigError` if observations of several arrays are to be normalised."""
+    if config.normalize_obs and isinstance(parts_of(env.observation_space), dict):
+        raise ConfigError(
+            "normalize_obs = true: normalises a single array, and observations are dictionaries; "
+            "normalise them in the environment"
+        )
+
+
+def as_actor(collect: Any, parts: Any) -> Actor:
+    """Raises `ConfigError` if it makes no `Actor`."""
+    actor = called("collect", collect, parts)
     if not isinstance(actor, Actor):
         raise ConfigError(
             f"collect: returned {type(actor).__name__}; it must be a function Parts -> "
@@ -125,7 +170,23 @@ def check_update(parts: Any, learner: Learner, passed: tuple[str, ...], hparams:
             f"must return (advantage, target) or (advantage, target, weight), each [num_steps, "
             f"num_envs] = {steps}"
         )
+    _check_extra_losses(parts, rollout, steps, state.learner.params, hparams)
     _traced("objective", lambda s: learner.update(s, hparams), state)
+
+
+def _check_extra_losses(parts: Any, rollout: Any, steps: Any, params: Any, hparams: Any) -> None:
+    numbers: Any = jax.ShapeDtypeStruct(steps, jnp.float32)
+    batch = Batch(rollout, numbers, numbers, numbers)
+    for name, extra in parts.objective.extra_losses.items():
+        found = _traced(
+            f"extra_losses[{name!r}]", lambda p, b, f=extra: f(p, parts.network, b, hparams),
+            params, batch,
+        )  # fmt: skip
+        if np.shape(found) != steps:
+            raise ConfigError(
+                f"extra_losses[{name!r}]: returned shape {np.shape(found)} for samples of shape "
+                f"{steps}; it must return one number per sample"
+            )
 
 
 def _check_loss(loss: Callable[..., Any], hparams: HParams) -> None:

@@ -16,21 +16,24 @@ from jaxtyping import Array, Key
 from purejaxppo import part_checks
 from purejaxppo.advantages import make_advantage
 from purejaxppo.agent import Agent, agent_of
+from purejaxppo.checks import is_reference
 from purejaxppo.collect import make_actor
 from purejaxppo.config import Config, ConfigError, HParams
 from purejaxppo.distributions import make_policy
 from purejaxppo.envs import make_environment
-from purejaxppo.envs.base import check_contract, is_box
+from purejaxppo.envs.base import check_contract, is_box, obs_shapes
 from purejaxppo.evaluation import episode_returns
 from purejaxppo.improve import make_improve, make_loss
 from purejaxppo.inputs import check_config
 from purejaxppo.learner import make_learner
+from purejaxppo.masks import check_mask
 from purejaxppo.networks import make_network
 from purejaxppo.normalize import init_stats
 from purejaxppo.objectives.base import Objective
 from purejaxppo.objectives.episodes import make_episode_advantage, whole_episode_actor
-from purejaxppo.objectives.table import OBJECTIVES, check_objective, objective_of
+from purejaxppo.objectives.table import check_objective, objective_of
 from purejaxppo.optimizer import ADAM, Optimizer
+from purejaxppo.references import resolve
 from purejaxppo.types import (
     Actor,
     Advantage,
@@ -76,8 +79,8 @@ class PartArguments(TypedDict, total=False):
     for a number of outputs P. A recurrent module is `(carry, obs[B, ...]) -> (carry,
     (policy_outputs[B, P], value[B]))` and has a method `initial_carry(n)`."""
     objective: Any
-    """An `Objective`, or a policy loss `(Terms, hparams) -> loss[T, B]`, which takes the place of
-    `ppo_clip`'s."""
+    """An `Objective`, or a policy loss `(Terms, hparams) -> loss[T, B]` in place of that of
+    `config.objective`."""
     advantage: Any
     """`(rollout, hparams) -> (advantage[T, N], target[T, N])`, or with a third array: the weight of
     each sample."""
@@ -173,11 +176,15 @@ def make_task(config: Config, **given: Any) -> Task:
     given = _known(given)
     passed = tuple(name for name in NAMES if name in given)
     objective = _objective(config, given)
+    config = config.with_defaults_of(objective)
+    part_checks.check_objective_part(config, objective, given)
     check_objective(config, objective)
     env = make_environment(config, given.get("env"), given.get("env_params"))
     policy = make_policy(config, env.action_space)
     network = _network(config, env, policy, given)
     check_contract(env, policy)
+    check_mask(obs_shapes(env.observation_space), policy)
+    part_checks.check_normalized(config, env)
     if (reason := _why_not_divided(config, network, 1)) is not None:
         raise ConfigError(reason)
     hparams = given.get("hparams", HParams())
@@ -185,7 +192,7 @@ def make_task(config: Config, **given: Any) -> Task:
     estimate = _advantage(config, given)
 
     def parts(axis: str | None = None) -> Parts:
-        keep = objective.needs_policy_outputs
+        keep = objective.needs_policy_outputs or objective.needs_kl
         actor = make_actor(config, env, network, policy, keep_outputs=keep, axis=axis)
         advantage = estimate or make_advantage(config)
         if objective.whole_episodes:
@@ -200,7 +207,7 @@ def make_task(config: Config, **given: Any) -> Task:
             improve(config, objective, network, policy, optimizer=optimizer, axis=axis), axis,
         )  # fmt: skip
         if "collect" in given:
-            made = made._replace(actor=part_checks.as_actor(given["collect"](made)))
+            made = made._replace(actor=part_checks.as_actor(given["collect"], made))
         return made
 
     first = parts(None)
@@ -291,7 +298,9 @@ def _evaluate(parts: Parts, state: TrainState, key: Any, num_episodes: int, **mo
 
 
 def _objective(config: Config, given: dict[str, Any]) -> Objective:
-    part = part_checks.one_of("objective", config, given, "ppo_clip")
+    named, part = config.objective, given.get("objective")
+    if part is None and is_reference(named):
+        part = resolve("objective", named)
     if part is None:
         return objective_of(config)
     if isinstance(part, Objective):
@@ -302,7 +311,7 @@ def _objective(config: Config, given: dict[str, Any]) -> Objective:
             "(terms, hparams) -> loss"
         )
     name = getattr(part, "__name__", "objective")
-    return dataclasses.replace(OBJECTIVES["ppo_clip"], name=name, loss=part)
+    return dataclasses.replace(objective_of(config), name=name, loss=part, needs_kl=True)
 
 
 def _network(config: Config, env: Environment, policy: Policy, given: dict[str, Any]) -> Network:
@@ -325,7 +334,10 @@ def _optimizer(
 
 
 def _advantage(config: Config, given: dict[str, Any]) -> Advantage | None:
-    return part_checks.one_of("advantage", config, given, "auto")
+    part: Any = part_checks.one_of("advantage", config, given, "auto")
+    if part is not None:
+        part_checks.check_is_function("advantage", part)
+    return part
 
 
 def _why_not_divided(config: Config, network: Network, devices: int) -> str | None:

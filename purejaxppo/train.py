@@ -14,11 +14,14 @@ Train = Callable[[KeyLike, HParams], tuple[TrainState, Metrics]]
 
 
 def train_chunk(
-    learner: Learner, state: TrainState, hparams: HParams, num_updates: int, data: PyTree = ()
+    learner: Learner, state: TrainState, hparams: HParams, num_updates: int, *data: PyTree
 ) -> tuple[TrainState, Metrics]:
     """Do `num_updates` updates, compiled once per `learner` and number.
 
     Several chunks in a row equal one long chunk, bit for bit.
+
+    Args:
+        data: a learner's `data`, in place of its task's.
 
     Returns:
         the state, and metrics `[num_updates]`.
@@ -37,13 +40,13 @@ def train_chunk(
     hint = f"use jax.vmap({call}, (0, ppo.vmap_axes(hparams)))(states, hparams)"
     check_hparams(hparams, "train_chunk", hint)
     count = whole_number("num_updates", num_updates, 0)
-    return _train_chunk(learner, state, hparams, count, data)
+    return _train_chunk(learner, state, hparams, count, *data)
 
 
 @partial(jax.jit, static_argnums=(0, 3))
 def _train_chunk(
-    learner: Learner, state: TrainState, hparams: HParams, num_updates: int, data: PyTree
+    learner: Learner, state: TrainState, hparams: HParams, num_updates: int, *data: PyTree
 ) -> tuple[TrainState, Metrics]:
     return jax.lax.scan(
-        lambda state, _: learner.update(state, hparams, data), state, length=num_updates
+        lambda state, _: learner.update(state, hparams, *data), state, length=num_updates
     )

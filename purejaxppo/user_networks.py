@@ -56,7 +56,7 @@ def network_of_module(module: Any, obs: PyTree, policy: Policy) -> Network:
         if not sequential:
             flat = jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), obs)
             outputs, value = call(variables, (), flat)
-            return carry, outputs.reshape((*start.shape, -1)), value.reshape(start.shape)
+            return carry, *_floats(outputs.reshape((*start.shape, -1)), value.reshape(start.shape))
 
         def step(carry: PyTree, inputs: tuple[PyTree, Array]) -> tuple[PyTree, Any]:
             obs, start = inputs
@@ -64,7 +64,7 @@ def network_of_module(module: Any, obs: PyTree, policy: Policy) -> Network:
             return call(variables, select_rows(start, fresh, carry), obs)
 
         carry, (outputs, value) = jax.lax.scan(step, carry, (obs, start))
-        return carry, outputs, value
+        return carry, *_floats(outputs, value)
 
     two = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype), rows)
     width = _check_module(
@@ -72,6 +72,11 @@ def network_of_module(module: Any, obs: PyTree, policy: Policy) -> Network:
     )
     network = Network(init, initial_carry, apply, width, sequential)
     return honour_mask(network, policy) if masked else network
+
+
+def _floats(outputs: Array, value: Array) -> tuple[Array, Array]:
+    """In 32 bits, whatever the module computes in."""
+    return outputs.astype(jnp.float32), value.astype(jnp.float32)
 
 
 def _made(function: Any, num_outputs: int) -> nn.Module:
@@ -105,7 +110,7 @@ def _check_module(
         carry = jax.eval_shape(lambda: initial_carry(2))
         found, layers = jax.eval_shape(
             lambda *x: call(*x, capture_intermediates=True, mutable=["intermediates"]),
-            {"params": variables["params"]}, carry, obs,
+            {"params": variables.get("params", {})}, carry, obs,
         )  # fmt: skip
     except ConfigError:
         raise
@@ -115,6 +120,8 @@ def _check_module(
             f"network: cannot be applied to observations of shape {shown}: "
             f"{type(error).__name__}: {reason}"
         ) from error
+    if "params" not in variables:
+        raise ConfigError("network: has no parameters to learn")
     if set(variables) != {"params"}:
         others = ", ".join(sorted(set(variables) - {"params"}))
         raise ConfigError(f"network: has variables in {others}; only parameters are supported")

@@ -1,5 +1,6 @@
 """Parts of one's own, as a user writes them."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -61,3 +62,12 @@ class Written:
 
     def close(self) -> None:
         self.closed = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Decay(ppo.HParams):
+    weight_decay: float = 0.0
+
+
+def decayed(hparams: Any) -> optax.GradientTransformation:
+    return optax.adamw(hparams.learning_rate, weight_decay=hparams.weight_decay)

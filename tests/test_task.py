@@ -521,3 +521,190 @@ def test_every_package_is_part_of_the_wheel():
     package = Path(ppo.__file__).parent
     found = {p.parent.relative_to(package.parent).as_posix() for p in package.rglob("__init__.py")}
     assert {name.replace("/", ".") for name in found} <= listed
+
+
+def test_a_loss_of_ones_own_may_read_the_kl_divergence(tiny: ppo.Config):
+    def penalized(weight: float) -> Any:
+        return lambda terms, h: -jnp.exp(terms.log_ratio) * terms.advantage + weight * terms.kl
+
+    _, free = learned(tiny, objective=penalized(0.0))
+    _, held = learned(tiny, objective=penalized(1e3))
+    assert np.asarray(held["kl"])[-1] < 0.2 * np.asarray(free["kl"])[-1]
+
+
+class Named(nn.Module):
+    """Actor and critic apart."""
+
+    num_outputs: int
+
+    @nn.compact
+    def __call__(self, obs: Any) -> Any:
+        hidden = nn.tanh(nn.Dense(8, name="critic_hidden")(obs))
+        value = nn.Dense(1, name="critic_value")(hidden)[..., 0]
+        return nn.Dense(self.num_outputs, name="actor")(obs), value
+
+
+def test_trpo_keeps_its_policy_whatever_fits_the_critic(tiny: ppo.Config):
+    """The divergence that it reports is that of the policies before and after the whole update."""
+    config = dataclasses.replace(
+        tiny, objective="trpo", hidden_sizes=(64, 64), memory_size=64, num_envs=8
+    )
+    given: dict[str, Any] = {"network": Named, "optimizer": lambda h: optax.adamw(0.1)}
+    task = ppo.make_task(config, env=RandomWalk(), **given)
+    assert task.parts is not None
+    learner, made = ppo.make_learner(task), task.parts(None)
+    state = jax.jit(learner.init)(jax.random.key(0), ppo.HParams())
+    _, rollout = jax.jit(made.actor.collect)(*state, ppo.HParams(), ())
+    after, metrics = jax.jit(learner.update)(state, ppo.HParams())
+    _, outputs, _ = made.network.apply(after.learner.params, (), rollout.obs, rollout.start)
+    before = made.policy.distribution(rollout.policy_outputs)
+    kl = np.mean(np.asarray(before.kl_divergence(made.policy.distribution(outputs))))
+    assert metrics["kl"] == pytest.approx(kl, rel=1e-4)
+    assert kl > 1e-4
+    with pytest.raises(ppo.ConfigError, match="its modules need names that begin with critic"):
+        ppo.make_train(config, RandomWalk(), network=parts.TwoHeads)(
+            jax.random.key(0), ppo.HParams()
+        )
+
+
+def test_a_constant_weight_changes_nothing(tiny: ppo.Config):
+    """However small: means are over the sum of the weights."""
+
+    def weighted(weight: float) -> Any:
+        def estimate(rollout: ppo.Rollout, hparams: ppo.HParams) -> Any:
+            advantage, target = parts.one_step(rollout, hparams)
+            return advantage, target, jnp.full_like(advantage, weight)
+
+        return learned(tiny, advantage=estimate)[1]
+
+    one, small = weighted(1.0), weighted(1e-4)
+    for name in ("value_loss", "policy_loss", "explained_variance"):
+        np.testing.assert_allclose(small[name], one[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_task_without_a_loss_trains_as_long_as_any():
+    plain = line_task()
+
+    def learner(axis: str | None) -> ppo.Learner:
+        inner = plain.learner(axis)
+
+        def update(*given: Any) -> Any:
+            state, metrics = inner.update(*given)
+            return state, {"mse": metrics["loss"]}
+
+        return ppo.Learner(inner.init, update)
+
+    task = dataclasses.replace(plain, learner=learner, curve="mse", with_config=lambda _: task)
+    result = ppo.run(task, HPARAMS, num_seeds=2, eval_episodes=2, progress=False)
+    assert result.metrics["mse"].shape == (2, 20)
+
+
+def test_a_task_brings_its_data_everywhere():
+    learner = ppo.make_learner(line_task())
+    state = learner.init(jax.random.key(0), HPARAMS)
+    state, _ = ppo.train_chunk(learner, state, HPARAMS, 20)
+    np.testing.assert_allclose(state.learner.params[1], 2.0, atol=0.5)
+    assert ppo.evaluate(line_task(), state, jax.random.key(1), 4).shape == (4,)
+
+
+def test_a_passed_objective_brings_its_defaults(tiny: ppo.Config):
+    task = ppo.make_task(ppo.Config(), objective=ppo.OBJECTIVES["a2c"])
+    assert (task.config.num_envs, task.config.update_epochs) == (16, 1)
+    own = dataclasses.replace(ppo.OBJECTIVES["reinforce_baseline"], name="mine")
+    config = ppo.Config(objective="reinforce_baseline", baseline="mean")
+    assert ppo.make_task(config, objective=own).config.num_steps == 1024
+
+
+def test_a_file_with_hyperparameters_of_ones_own_trains_again(tmp_path: Path, capsys: Any):
+    own = parts.Decay(weight_decay=0.5)
+    config = ppo.Config(optimizer="parts:decayed", total_timesteps=512)
+    ppo.run(config, own, run_dir=tmp_path / "a", eval_episodes=2, progress=False)
+    again = ["train", str(tmp_path / "a/config.toml"), "--run-dir", str(tmp_path / "b")]
+    assert main(again) == 0
+    assert_same_end(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_class_inside_a_function_is_refused_before_training(tmp_path: Path):
+    @dataclasses.dataclass(frozen=True)
+    class Local(ppo.HParams):
+        weight_decay: float = 0.0
+
+    with pytest.raises(ppo.ConfigError, match="is defined inside a function"):
+        ppo.run(line_task(), Local(), run_dir=tmp_path / "r", progress=False)
+    assert not (tmp_path / "r/config.toml").exists()
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields(ppo.HParams):
+    count: int = 3
+    maybe: float | None = None
+    array: jax.Array | float = 0.0
+
+
+def test_fields_of_any_type_are_traced():
+    found = jax.jit(lambda h: h.count + h.array)(Fields(array=jnp.float32(2)))
+    assert found == 5
+    assert Fields(count=4).count == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"optimizer": optax.adam(1e-3)}, "pass a function of hyperparameters"),
+        ({"advantage": "gae"}, "advantage is of type str"),
+        ({"collect": 7}, "collect is of type int: must be a function"),
+        (
+            {"objective": dataclasses.replace(
+                ppo.OBJECTIVES["trpo"], extra_losses={"x": lambda *_: 0})},
+            "extra_losses have no effect",
+        ),
+        (
+            {"objective": dataclasses.replace(
+                ppo.OBJECTIVES["ppo_clip"], extra_losses={"entropy": lambda *_: 0})},
+            "extra_losses: entropy is the name of a metric",
+        ),
+        (
+            {"objective": dataclasses.replace(
+                ppo.OBJECTIVES["ppo_clip"], extra_losses={"x": lambda *_: jnp.ones((8, 4, 1))})},
+            r"extra_losses\['x'\]: returned shape \(8, 4, 1\)",
+        ),
+    ],
+)  # fmt: skip
+def test_what_has_no_effect_is_refused(given: Any, message: str, tiny: ppo.Config):
+    with pytest.raises(ppo.ConfigError, match=message):
+        ppo.make_task(tiny, env=RandomWalk(), **given)
+
+
+def test_a_critics_learning_rate_needs_a_critic(tiny: ppo.Config):
+    config = dataclasses.replace(tiny, hidden_sizes=(64, 64), memory_size=64)
+    train = ppo.make_train(config, RandomWalk(), network=parts.TwoHeads)
+    with pytest.raises(ppo.ConfigError, match="critic_learning_rate: has no effect, since"):
+        train(jax.random.key(0), ppo.HParams(critic_learning_rate=1e-3))
+
+
+class Nested(Masked):
+    def _obs(self, obs: jax.Array) -> Any:
+        return {"inner": super()._obs(obs), "other": obs}
+
+    def observation_space(self, params: Any) -> Any:
+        from gymnax.environments import spaces
+
+        inner = super().observation_space(params)
+        return spaces.Dict({"inner": inner, "other": inner.spaces["position"]})
+
+
+def test_masks_elsewhere_and_dictionaries_to_normalise_are_refused(tiny: ppo.Config):
+    config = dataclasses.replace(tiny, hidden_sizes=(64, 64), memory_size=64)
+    with pytest.raises(ppo.ConfigError, match="action_mask lies inside another dictionary"):
+        ppo.make_task(config, env=Nested(), network=First)
+    with pytest.raises(ppo.ConfigError, match="normalises a single array"):
+        ppo.make_task(dataclasses.replace(config, normalize_obs=True), env=Masked())
+
+
+class First(nn.Module):
+    num_outputs: int
+
+    @nn.compact
+    def __call__(self, obs: Any) -> Any:
+        x = nn.Dense(self.num_outputs + 1)(obs["other"])
+        return x[..., :-1], x[..., -1]

@@ -1,5 +1,6 @@
 """What each command does."""
 
+import dataclasses
 import json
 import os
 import time
@@ -32,11 +33,23 @@ class SweepCommand(NamedTuple):
     values: Mapping[str, Any]
 
 
-def settings_from_values(values: Mapping[str, Any]) -> Settings:
-    """Settings by their names, whichever table they belong to."""
+def settings_from_values(values: Mapping[str, Any], base: Settings) -> Settings:
+    """Settings by their names, whichever table they belong to.
+
+    Args:
+        base: the config file's, which may have hyperparameters of a user's own class.
+
+    Raises:
+        ConfigError: if it is of a task that only Python can make.
+    """
+    if type(base.config) is not Config:
+        raise ConfigError(
+            f"types.config = {type(base.config).__name__}: is of a task of your own; train it from "
+            "Python"
+        )
     return Settings(
         Config(**pick(values, Config)),
-        HParams(**pick(values, HParams)),
+        dataclasses.replace(base.hparams, **pick(values, HParams)),
         RunSettings(**pick(values, RunSettings)),
     )
 
@@ -243,9 +256,9 @@ def _trained_in_sweep(command: Eval | Export, what: str) -> _Trained:
     config, _, states = load_trial(command.run_dir, _trial(command.trial), command.seed)
     import jax
 
-    from purejaxppo.task import make_task
+    from purejaxppo.task import make_task, own_class
 
-    task = make_task(config)
+    task = make_task(config, hparams=own_class(settings.hparams))
     if command.seed is None:
         return _Trained(task, states, list(range(settings.run.num_seeds)), [])
     return _Trained(task, jax.tree.map(lambda x: x[None], states), [command.seed], [])

@@ -127,11 +127,11 @@ def _with_settings(name: str, given: Any) -> Any:
     values["env_params"] = {**settings.config.env_params, **given.env_params}
     values["passed"] = settings.run.passed
     if name == "train":
-        return commands.TrainCommand(commands.settings_from_values(values), values)
+        return commands.TrainCommand(commands.settings_from_values(values, settings), values)
     sweep = SweepSettings(**options.pick(values, SweepSettings))
     unused = {name: getattr(settings.run, name) for name in RUN_ONLY}
     of_file = unused | {"keep": 1}  # a sweep keeps one checkpoint of each wave
-    definition = Definition(commands.settings_from_values(values | of_file), sweep)
+    definition = Definition(commands.settings_from_values(values | of_file, settings), sweep)
     return commands.SweepCommand(definition, values)
 
 

@@ -188,9 +188,20 @@ def _types(table: Any, find: Find) -> tuple[Any, Any]:
     return found[0], found[1]
 
 
+def _saved(name: str, value: Any) -> str:
+    """The name of its class. Raises `ConfigError` if it cannot be found by that."""
+    reference = name_of(type(value))
+    if not is_reference(reference):
+        raise ConfigError(
+            f"{name}: the class {reference} is defined inside a function, so a saved run could not "
+            "find it; define it at the top level of a module"
+        )
+    return reference
+
+
 def _dump_types(settings: Settings) -> list[str]:
     pairs = (("config", settings.config, Config), ("hparams", settings.hparams, HParams))
-    own = [f"{name} = {toml(name_of(type(x)))}" for name, x, usual in pairs if type(x) is not usual]
+    own = [f"{name} = {toml(_saved(name, x))}" for name, x, usual in pairs if type(x) is not usual]
     return ["", "[types]", *own] if own else []
 
 

@@ -218,4 +218,7 @@ def _finite_rows(metrics: HostMetrics, alive: np.ndarray) -> tuple[np.ndarray, d
 
 def _kept_rows(metrics: HostMetrics) -> np.ndarray:
     """Which rows `[u, S]` are of updates that the learner kept."""
-    return np.all([np.isfinite(x) for name, x in metrics.items() if name in MUST_BE_FINITE], axis=0)
+    kept = np.ones(next(iter(metrics.values())).shape, bool)
+    for name in MUST_BE_FINITE:
+        kept &= np.isfinite(metrics[name]) if name in metrics else True
+    return kept

@@ -109,6 +109,7 @@ def run(
             `run_dir` already holds a run, is written by another process or cannot be written.
         StorageError: if metrics or the last checkpoint cannot be written (a full disk).
     """
+    _check_extras(loggers, callback)
     task = as_task(
         config, "run", env=env, env_params=env_params, hparams=own_class(hparams), **parts
     )
@@ -150,6 +151,20 @@ def run_settings(
         last = settings.config.num_updates
         session = Session(settings, task, held, directory, Start(Position(0)), last, progress)
         return conduct(session, partial(compile_run, session), extras)
+
+
+def _check_extras(loggers: Any, callback: Any) -> None:
+    for logger in loggers:
+        if not (hasattr(logger, "write") and hasattr(logger, "close")):
+            raise ConfigError(
+                f"loggers: {type(logger).__name__} is no logger; it needs write(update, metrics) "
+                "and close()"
+            )
+    if callback is not None and not callable(callback):
+        raise ConfigError(
+            f"callback is of type {type(callback).__name__}: must be a function (update, metrics, "
+            "states)"
+        )
 
 
 class Leg(NamedTuple):

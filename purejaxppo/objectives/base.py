@@ -44,8 +44,10 @@ class Objective:
     """Of objectives with a KL penalty: the divergence is measured after each update."""
     has_critic: bool = True
     """Whether the value is learned."""
+    needs_kl: bool = False
+    """Whether the loss reads `Terms.kl`, which is 0 otherwise; it is then logged as `kl`."""
     needs_policy_outputs: bool = False
-    """Whether it reads the policy outputs of the rollout (for exact KL divergences)."""
+    """Whether the advantage reads `Rollout.policy_outputs`."""
     whole_episodes: bool = False
     """Whether rollouts start with new episodes and only whole episodes count."""
     several_epochs: bool = True

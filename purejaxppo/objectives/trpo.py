@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
-from purejaxppo.config import Config, HParams
+from purejaxppo.config import Config, ConfigError, HParams
 from purejaxppo.improve import (
     at_this_update,
     kl_from_rollout,
@@ -97,6 +97,7 @@ def make_trpo(
         found = search_along(config, measure, flat, step, hparams)
         moved = learner._replace(params=unravel(found.flat))
         learner, critic = fit_critic(moved, batch, hparams, data)
+        learner = learner._replace(params=critic_of(learner.params, moved.params))
         metrics = found.metrics | {
             "value_loss": critic["value_loss"],
             "grad_norm": jnp.linalg.norm(gradient),
@@ -106,6 +107,21 @@ def make_trpo(
         return learner, metrics
 
     return improve
+
+
+def critic_of(fitted: PyTree, moved: PyTree) -> PyTree:
+    """The critic's own parameters, under names that begin with `critic`, as fitted; the policy's as
+    its step left them.
+
+    Raises:
+        ConfigError: if the critic has none.
+    """
+    if not any(name.startswith("critic") for name in moved):
+        raise ConfigError(
+            "objective = trpo: fits the critic after the policy's step, so its modules need names "
+            f"that begin with critic; the network's are {', '.join(sorted(moved))}"
+        )
+    return {name: (fitted if name.startswith("critic") else moved)[name] for name in moved}
 
 
 def critic_loss(  # noqa: PLR0917 (a `Loss`)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from purejaxppo.config import ConfigError, check_fields
 from purejaxppo.host.configfile import (
+    Find,
     RunSettings,
     Settings,
     build,
@@ -16,6 +17,7 @@ from purejaxppo.host.configfile import (
     settings_from,
     toml,
 )
+from purejaxppo.references import already_imported, resolve
 from purejaxppo.sweeps.space import Range, Space, parse_space
 
 LEAST_POPULATION = 5
@@ -135,12 +137,12 @@ def dump_definition(definition: Definition) -> str:
 
 def load_definition(path: Path) -> Definition:
     """Raises `ConfigError` as `load_settings` does."""
-    return from_file(path, definition_from)
+    return from_file(path, lambda table: definition_from(table, resolve))
 
 
-def definition_from(table: dict[str, Any]) -> Definition:
+def definition_from(table: dict[str, Any], find: Find = already_imported) -> Definition:
     """From a table as `tomllib` reads it. Raises `ConfigError` as `load_settings` does."""
     sweep = table.pop("sweep", {})
     if not isinstance(sweep, dict):
         raise ConfigError(f"sweep = {sweep!r}: must be a table, written as [sweep]")
-    return Definition(settings_from(table), build(SweepSettings, sweep, "sweep."))
+    return Definition(settings_from(table, find), build(SweepSettings, sweep, "sweep."))

@@ -158,7 +158,7 @@ RATES = [1e30, *np.geomspace(1e-3, 1e-1, 6).tolist(), 1e30]
 """Learning rates of 8 members: the first and the last fail in their first update."""
 IN_ANOTHER_PROCESS = """
 import sys
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/host"]
 import conftest
 import test_population
 with test_population.pytest.MonkeyPatch.context() as patch:

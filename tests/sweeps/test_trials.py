@@ -226,7 +226,8 @@ def test_sweep_names_all_settings_and_passes_them_on(monkeypatch: pytest.MonkeyP
         assert given[field.name].default == field.default
         more = {"strategy": needs[field.name]} if field.name in needs else {}
         more |= {"engine": "ray"} if field.name.startswith("wave_") else {}
-        ppo.sweep(CONFIG, {"gamma": ppo.uniform(0, 1)}, **{field.name: others[field.name]}, **more)
+        more |= {"env": RandomWalk(), field.name: others[field.name]}
+        ppo.sweep(CONFIG, {"gamma": ppo.uniform(0, 1)}, **more)
         assert getattr(seen[-1].sweep, field.name) == others[field.name]
 
 
