@@ -1,4 +1,4 @@
-"""Environment -> rollout."""
+"""Collects rollouts from the environments."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +27,7 @@ from purejaxppo.types import (
 
 
 def first_steps(env: Environment, network: Network, keys: Key[Array, " N"]) -> ActorState:
-    """Environments at the start of an episode, each from its own key."""
+    """Reset all environments, each with its own key."""
     keys, reset_keys = split_each(keys)
     env_state, obs = env.reset(reset_keys)
     zeros = jnp.zeros(keys.shape, jnp.float32)
@@ -52,14 +52,15 @@ def make_actor(
     keep_outputs: bool = False,
     axis: str | None = None,
 ) -> Actor:
-    """N environments that act by the learner's policy; over several devices, each its own.
+    """Make the actor that steps N environments with the learner's policy.
 
-    The scan over time holds what each step must wait for: the policy's outputs and the
-    environment. Log-probabilities and values are computed after it, for all steps at once, by the
-    very call that the loss makes. Observations and rewards are as the environment gave them.
+    On several devices, each steps its own environments. The scan over time contains only what
+    depends on the previous step: the policy's outputs and the environment. Log-probabilities and
+    values are computed afterwards for all steps, by the same call as in the loss. Observations and
+    rewards are returned as the environment gave them.
 
     Args:
-        keep_outputs: whether rollouts hold the policy's outputs.
+        keep_outputs: store the policy's outputs in rollouts.
     """
 
     def init(key: Key[Array, ""], hparams: Any, data: PyTree) -> ActorState:
@@ -126,10 +127,10 @@ def _one_step(obs: PyTree) -> PyTree:
 
 
 def _draw(config: Config, policy: Policy, keys: Key[Array, " N"]) -> tuple[Array, Array, Array]:
-    """All random numbers of a rollout, each environment's from its own key.
+    """Draw all random numbers of a rollout, from one key per environment.
 
     Returns:
-        the keys to go on from `[N]`, keys for the environment `[T, N]`, noise `[T, N, ...]`.
+        the keys of the next rollout `[N]`, keys for the environment `[T, N]`, noise `[T, N, ...]`.
     """
     split = jax.vmap(lambda key: jax.random.split(key, 1 + 2 * config.num_steps), out_axes=1)(keys)
     next_keys, rest = split[0], split[1:]
@@ -138,7 +139,7 @@ def _draw(config: Config, policy: Policy, keys: Key[Array, " N"]) -> tuple[Array
 
 
 def _in_parts(function: Callable[[Any], Any], steps: tuple[Any, ...], num_parts: int) -> Any:
-    """`function` of steps `[T, N, ...]`, which gives `[T, N, ...]`; in a program for CPU in equal
+    """Apply `function`, which maps `[T, N, ...]` to `[T, N, ...]`, to `steps`; on CPU, in equal
     parts along time."""
     if num_parts == 1:
         return function(steps)
@@ -154,7 +155,7 @@ def _in_parts(function: Callable[[Any], Any], steps: tuple[Any, ...], num_parts:
 def truncation_value(
     network: Network, learner: LearnerState, carry: Any, result: TimeStep
 ) -> Array:
-    """`[N]` values of `final_obs`, computed only in steps in which some episode is cut off."""
+    """Values `[N]` of `final_obs`, computed only in steps in which an episode is truncated."""
     cut: Bool[Array, " N"] = result.truncated & ~result.terminated
 
     def value() -> Array:

@@ -1,4 +1,4 @@
-"""Combinations of settings that cannot work."""
+"""Checks of settings that cannot be combined."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from purejaxppo.objectives.table import READ_BY_SOME, check_objective, objective
 
 
 def check_combinations(config: Any) -> None:
-    """Raise `ConfigError` if the settings of a `Config` do not fit each other."""
+    """Raise `ConfigError` if the settings of a `Config` contradict each other."""
     _check_read(config)
     _check_sizes(config)
     _check_minibatches(config)
@@ -17,7 +17,7 @@ def check_combinations(config: Any) -> None:
 
 
 def _check_read(config: Any) -> None:
-    """A setting that the objective does not read must have its default."""
+    """Reject a setting that the objective does not read, unless it has its default."""
     if is_reference(config.objective):
         return
     reads = objective_of(config).reads
@@ -32,11 +32,11 @@ def _check_read(config: Any) -> None:
 
 
 def _check_sizes(config: Any) -> None:
-    """Samples of a batch and updates of a training are counted by 32-bit integers."""
+    """Reject sizes that overflow the 32-bit counters of samples per batch and updates per run."""
     if config.batch_size >= 2**31:
         raise ConfigError(
             f"num_envs * num_steps = {config.num_envs} * {config.num_steps} = "
-            f"{config.batch_size}: must be below 2^31; choose fewer of either"
+            f"{config.batch_size}: must be below 2^31; reduce num_envs or num_steps"
         )
     if config.num_updates >= 2**31:
         raise ConfigError(
@@ -47,7 +47,7 @@ def _check_sizes(config: Any) -> None:
 
 
 def _check_standardized(config: Any) -> None:
-    """Advantages must not be standardised over one sample: the result is always 0."""
+    """Reject normalisation of advantages over a single sample: the result is always 0."""
     if config.advantage_normalization == "none":
         return
     if config.batch_size == 1:
@@ -80,6 +80,6 @@ def _check_minibatches(config: Any) -> None:
     divisors = sorted({*small, *(size // d for d in small)})
     near = sorted(sorted(divisors, key=lambda d: abs(d - config.num_minibatches))[:5])
     raise ConfigError(
-        f"{formula} = {values} does not divide into num_minibatches = {config.num_minibatches}; "
+        f"{formula} = {values} is not divisible by num_minibatches = {config.num_minibatches}; "
         f"choose num_minibatches from {', '.join(map(str, near))}"
     )

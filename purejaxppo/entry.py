@@ -21,33 +21,34 @@ def make_learner(
     axis: str | None = None,
     **parts: Unpack[PartsAndHParams],
 ) -> Learner:
-    """The learner of a config or task, with its arguments checked.
+    """Make the learner of a config or task. Its functions check their arguments.
 
-    An update whose loss is not finite leaves the state as it was.
+    An update whose loss is not finite leaves the state unchanged.
 
     Args:
-        env: an object with gymnax 1.x's interface, in place of the one that `config.env_id` names.
+        env: an object with gymnax 1.x's interface, which replaces the one that
+            `config.env_id` names.
         env_params: its parameters; None uses its defaults.
         axis: a mesh axis over which the environments are spread, for use under `jax.shard_map`:
-            each device steps `num_envs / devices` of them and all learn the same.
+            each device steps `num_envs / devices` of them, and all learn the same parameters.
         parts: see `make_task`.
 
     Raises:
         ConfigError: as `make_task`. From `init` and `update`, if they are given a batch of keys or
-            hyperparameters, or a state of several seeds or of a config that makes other shapes.
+            hyperparameters, or a state of several seeds or of a config with different shapes.
     """
     task = as_task(config, "make_learner", env=env, env_params=env_params, **parts)
     return checked(task.learner(axis), task, spread=axis is not None)
 
 
 def checked(learner: Learner, task: Task, spread: bool = False) -> Learner:
-    """A learner whose functions check their arguments.
+    """Wrap a learner so that its functions check their arguments.
 
     Args:
-        spread: whether each device has only its own rows of a state.
+        spread: whether each device holds only its own rows of the state.
     """
     made: list[TrainState] = []
-    """The shapes of this learner's states, once `init` was traced."""
+    """The shapes of this learner's states, once `init` has been traced."""
 
     def init(key: KeyLike, hparams: HParams, data: PyTree = task.data) -> TrainState:
         key = as_key(key, "init", "use jax.vmap(learner.init, (0, None))(keys, hparams)")
@@ -78,7 +79,7 @@ def make_train(
     env_params: Any = None,
     **parts: Unpack[PartsAndHParams],
 ) -> Train:
-    """The whole run of a config or task, as a pure `(key, hparams) -> (state, metrics)`.
+    """Make a pure function `(key, hparams) -> (state, metrics)` that trains from start to end.
 
     It runs `config.num_updates` updates. Metrics are `[U]`. Put it under `jax.jit`, and under
     `jax.vmap` for several keys or hyperparameters (`vmap_axes`):
@@ -86,7 +87,8 @@ def make_train(
         state, metrics = jax.jit(train)(jax.random.key(0), ppo.HParams(learning_rate=1e-3))
 
     Args:
-        env: an object with gymnax 1.x's interface, in place of the one that `config.env_id` names.
+        env: an object with gymnax 1.x's interface, which replaces the one that
+            `config.env_id` names.
         env_params: its parameters; None uses its defaults.
         parts: see `make_task`.
 
@@ -116,14 +118,14 @@ def make_agent(
 ) -> Agent:
     """Make the agent of a trained state of one seed.
 
-    Of a state with a leading axis of seeds, take one: `jax.tree.map(lambda x: x[0], states)`.
+    If the state has a leading axis of seeds, select one: `jax.tree.map(lambda x: x[0], states)`.
 
     Args:
         env, env_params, parts: those passed to training, if any were.
 
     Raises:
-        ConfigError: as `make_task`, or if the state is of several seeds or of a config that makes
-            other shapes.
+        ConfigError: as `make_task`, or if the state is of several seeds or of a config with
+            different shapes.
     """
     task = as_task(config, "make_agent", env=env, env_params=env_params, **parts)
     return task.agent(state, "make_agent")
@@ -141,10 +143,10 @@ def evaluate(
     env_params: Any = None,
     **parts: Unpack[PartsAndHParams],
 ) -> Float[Array, " num_episodes"]:
-    """Run `num_episodes` fresh episodes side by side, and return their undiscounted returns.
+    """Run `num_episodes` new episodes in parallel and return their undiscounted returns.
 
-    The normaliser uses the statistics of `state` and does not change them. A pure function: put it
-    under `jax.jit` to compile once, under `jax.vmap` for many states.
+    The normaliser uses the statistics of `state` and does not change them. The function is pure:
+    use `jax.jit` to compile it once, and `jax.vmap` for many states.
 
     Args:
         state: of one seed.
@@ -157,8 +159,8 @@ def evaluate(
         env, env_params, parts: those passed to training, if any were.
 
     Raises:
-        ConfigError: as `make_agent`, or if `num_episodes` or `max_steps` is no whole number from 1,
-            or `key` is not one key.
+        ConfigError: as `make_agent`, or if `num_episodes` or `max_steps` is not an integer of at
+            least 1, or `key` is not one key.
     """
     task = as_task(config, "evaluate", env=env, env_params=env_params, **parts)
     more: dict[str, Any] = {} if max_steps is None else {"max_steps": max_steps}

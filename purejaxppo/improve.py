@@ -1,4 +1,4 @@
-"""How a batch improves the policy: minibatch epochs of a loss under Adam."""
+"""Improves the policy from a batch: minibatch epochs of gradient steps on a loss."""
 
 import dataclasses
 import math
@@ -22,7 +22,10 @@ from purejaxppo.types import Batch, Improve, LearnerState, Loss, Metrics, Networ
 
 
 def scheduled(schedule: str, updates: Int[Array, ""], num_updates: int) -> Float[Array, ""]:
-    """A hyperparameter's factor: 1 at the first update, 0 after the last and from there on."""
+    """Factor of a scheduled hyperparameter: 1 at the first update, decaying to 0 after the last.
+
+    Always 1 for the schedule `constant`.
+    """
     progress = jnp.minimum(updates.astype(jnp.float32) / num_updates, 1.0)
     if schedule == "linear":
         return 1.0 - progress
@@ -32,9 +35,9 @@ def scheduled(schedule: str, updates: Int[Array, ""], num_updates: int) -> Float
 
 
 def make_loss(objective: Objective, network: Network, policy: Policy) -> Loss:
-    """Policy loss - ent_coef * entropy + vf_coef * value loss, and the objective's extra losses.
+    """Policy loss - ent_coef * entropy + vf_coef * value loss + extra losses of the objective.
 
-    For each sample weighted by `Batch.weight`. An objective without a critic has no value loss.
+    Samples are weighted by `Batch.weight`. An objective without a critic has no value loss.
     """
 
     def loss(
@@ -64,7 +67,7 @@ def policy_terms(
     batch: Batch,
     hparams: HParams,
 ) -> dict[str, Float[Array, "T B"]]:
-    """The objective's terms for a policy's `outputs`, per sample."""
+    """The terms of the loss and the diagnostics for the policy's `outputs`, per sample."""
     old = batch.rollout
     distribution = policy.distribution(outputs)
     log_prob = jnp.asarray(distribution.log_prob(old.action))
@@ -86,7 +89,7 @@ def policy_terms(
 def kl_from_rollout(
     network: Network, policy: Policy, params: PyTree, batch: Batch, count: Array
 ) -> Float[Array, ""]:
-    """Mean of KL(pi_old, pi) over `count` samples."""
+    """Sum of KL(pi_old, pi) over the batch, divided by `count`."""
     old = batch.rollout
     _, outputs, _ = network.apply(params, old.carry, old.obs, old.start)
     before = policy.distribution(old.policy_outputs)
@@ -103,7 +106,8 @@ def make_improve(
     optimizer: Optimizer = ADAM,
     axis: str | None = None,
 ) -> Improve:
-    """`update_epochs` epochs of `num_minibatches` gradient steps each, each in a new order."""
+    """Make the step of `update_epochs` epochs, each of `num_minibatches` gradient steps in a new
+    random order."""
     loss = make_loss(objective, network, policy)
     descend = make_descent(
         config, network, loss, optimizer, can_stop=objective.stops_at_kl, axis=axis
@@ -118,7 +122,7 @@ def make_improve(
             hparams = dataclasses.replace(hparams, kl_beta=beta)
         if config.advantage_normalization == "batch":
             batch = batch._replace(advantage=standardize(batch.advantage, batch.weight, axis))
-        if not objective.needs_kl:  # only a baseline reads them
+        if not objective.needs_kl:  # the loss does not read them; drop them
             batch = batch._replace(rollout=batch.rollout._replace(policy_outputs=()))
         learner, metrics = descend(learner, batch, hparams, data)
         if objective.kl is not None:
@@ -175,16 +179,16 @@ class _Epochs(NamedTuple):
     loss: Loss
     axis: str | None
     stops: bool
-    """Whether `target_kl` ends them early."""
+    """Whether `target_kl` can end the epochs early."""
     transform: optax.GradientTransformation
     unpack: Callable[[PyTree], PyTree]
     rows: Batch
-    """Leaves `[R, ...]`, what is shuffled."""
+    """Leaves `[R, ...]`, to be shuffled."""
     hparams: HParams
     data: PyTree
 
     def epoch(self, carry: Any, key: Key[Array, ""]) -> tuple[Any, tuple[Metrics, Array]]:
-        """All minibatches once. Carries `((parameters, optimiser's state), whether it stopped)`."""
+        """One epoch. Carries `((parameters, optimiser state), whether target_kl stopped it)`."""
         current, stopped = carry
         minibatches = _shuffle(self.rows, own_key(key, self.axis), self.config.num_minibatches)
         if self.config.advantage_normalization == "minibatch":
@@ -226,8 +230,8 @@ def over_all(
     axis: str | None,
     function: Callable[[Batch, Array], PyTree],
 ) -> PyTree:
-    """The sum of `function(part, count)` over the parts of a batch `[T, N, ...]` of `count`
-    samples, and over the devices that share it."""
+    """Sum `function(part, count)` over the parts of a batch `[T, N, ...]` and over the devices that
+    share it; `count` is the number of samples, by weight."""
     total = all_sum(jnp.sum(batch.weight), axis)
     count = jnp.where(total > 0, total, 1.0)
 
@@ -240,7 +244,7 @@ def over_all(
 def at_this_update(
     config: Config, learner: LearnerState, hparams: HParams
 ) -> tuple[HParams, Float[Array, ""]]:
-    """The hyperparameters with their schedules applied, and the actor's learning rate."""
+    """The hyperparameters after schedules are applied, and the policy's learning rate."""
     rate = scheduled(config.lr_schedule, learner.updates, config.num_updates)
     clip = scheduled(config.clip_schedule, learner.updates, config.num_updates)
 
@@ -259,7 +263,7 @@ def at_this_update(
 
 
 def as_rows(network: Network, batch: Batch) -> Batch:
-    """What is shuffled: steps `[T * N, ...]`, or whole sequences `[N, T, ...]` of a sequential
+    """The rows to shuffle: steps `[T * N, ...]`, or whole sequences `[N, T, ...]` for a sequential
     network."""
 
     def rows(x: Array) -> Array:
@@ -269,7 +273,7 @@ def as_rows(network: Network, batch: Batch) -> Batch:
 
 
 def as_sequences(network: Network, rows: Batch) -> Batch:
-    """Rows back to what the network reads: `[1, B, ...]`, or `[T, B, ...]` of a sequential one."""
+    """Rows as the network reads them: `[1, B, ...]`, or `[T, B, ...]` for a sequential one."""
 
     def sequences(x: Array) -> Array:
         return x.swapaxes(0, 1) if network.sequential else x[None]
@@ -278,14 +282,14 @@ def as_sequences(network: Network, rows: Batch) -> Batch:
 
 
 def _but_for_carry(function: Callable[[Array], Array], batch: Batch) -> Batch:
-    """`function` of all leaves except the carry, which has no time axis."""
+    """Apply `function` to all leaves except the carry, which has no time axis."""
     carry = batch.rollout.carry
     changed = jax.tree.map(function, batch._replace(rollout=batch.rollout._replace(carry=())))
     return changed._replace(rollout=changed.rollout._replace(carry=carry))
 
 
 def _shuffle(rows: Batch, key: Key[Array, ""], num_minibatches: int) -> Batch:
-    """`[R, ...]` in a random order, as `[num_minibatches, R / num_minibatches, ...]`."""
+    """Shuffle `[R, ...]` into minibatches `[num_minibatches, R / num_minibatches, ...]`."""
     order = random_order(key, rows.target.shape[0])
 
     def take(x: Array) -> Array:
@@ -295,8 +299,8 @@ def _shuffle(rows: Batch, key: Key[Array, ""], num_minibatches: int) -> Batch:
 
 
 def over_parts(network: Network, rows: Batch, function: Callable[[Batch], PyTree]) -> PyTree:
-    """`function` of rows `[R, ...]`; in a program for CPU the sum of it over equal parts of them
-    that fit into a core's cache. Whole sequences are left in one part."""
+    """Apply `function` to rows `[R, ...]`; on CPU, sum it over equal parts that fit into a core's
+    cache. Whole sequences are not divided."""
     num_rows = rows.target.shape[0]
     num_parts = 1 if network.sequential else parts_in_cache(network, num_rows, num_rows)
     if num_parts == 1:

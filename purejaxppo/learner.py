@@ -1,4 +1,4 @@
-"""The parts as one `Learner(init, update)`."""
+"""Combines the parts into one `Learner(init, update)`."""
 
 from collections.abc import Callable
 
@@ -41,14 +41,14 @@ def make_learner(
     init_learner: Callable[[Key[Array, ""], HParams], LearnerState],
     axis: str | None = None,
 ) -> Learner:
-    """Collect, advantages, improve: one update of a learner that acts.
+    """Make the learner whose update collects a rollout, estimates advantages and improves.
 
-    An update whose loss is not finite leaves the state as it was.
+    An update whose loss is not finite leaves the state unchanged.
 
     Args:
         init_learner: `(key, hparams) -> LearnerState`.
         axis: a mesh axis over which the environments are spread, for use under `jax.shard_map`:
-            each device steps `num_envs / devices` of them and all learn the same.
+            each device steps `num_envs / devices` of them, and all learn the same parameters.
     """
 
     def init(key: Key[Array, ""], hparams: HParams, data: PyTree = ()) -> TrainState:
@@ -85,7 +85,7 @@ def make_learner(
 
 
 def make_batch(rollout: Rollout, estimated: tuple[Array, ...]) -> Batch:
-    """A rollout with what an `Advantage` made of it; its weights count where the mask is 1."""
+    """Make a batch of a rollout and the results of an `Advantage`; the mask multiplies weights."""
     advantage, target, *weight = estimated
     return Batch(rollout, advantage, target, rollout.mask * weight[0] if weight else rollout.mask)
 
@@ -93,11 +93,11 @@ def make_batch(rollout: Rollout, estimated: tuple[Array, ...]) -> Batch:
 def keep_if_finite(
     metrics: Metrics, new: TrainState, old: TrainState
 ) -> tuple[TrainState, Metrics]:
-    """`new`, or `old` if the loss, or anything learned, is not finite; and the metrics.
+    """Return `new`, or `old` if the loss or anything in the learner is not finite; and the metrics.
 
-    From there on the update is repeated with the same result: the state stays the last good one.
-    If not the loss but something learned is not finite (statistics of an infinite observation,
-    say), the loss is reported as NaN.
+    All later updates then repeat with the same result, so the state stays the last good one. If the
+    loss is finite but something in the learner is not (for example, statistics after an infinite
+    observation), `policy_loss` is reported as NaN.
     """
     numbers = [x for x in jax.tree.leaves(new.learner) if jnp.issubdtype(x.dtype, jnp.floating)]
     checked = [metrics[name] for name in MUST_BE_FINITE if name in metrics] + numbers

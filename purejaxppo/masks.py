@@ -1,4 +1,4 @@
-"""Action masks: a leaf of the observation that says which actions are allowed."""
+"""Action masks: an entry of the observation that says which actions are allowed."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,13 +10,13 @@ from purejaxppo.config import ConfigError
 from purejaxppo.types import Network, Policy, PyTree
 
 ACTION_MASK = "action_mask"
-"""The leaf of an observation that holds the allowed actions."""
+"""The entry of an observation that holds one flag per action, true if it is allowed."""
 
 
 def honour_mask(network: Network, policy: Policy) -> Network:
-    """`network` with outputs of actions that are not allowed at the lowest number: they are never
-    sampled, and have no part in log-probabilities, entropies, modes and KL divergences. The network
-    reads the rest of the observation.
+    """`network` with the outputs of forbidden actions set to the lowest float, so that they are
+    never sampled and do not contribute to log-probabilities, entropies, modes and KL divergences.
+    The network reads the rest of the observation.
 
     Raises:
         ConfigError: for continuous actions.
@@ -40,27 +40,28 @@ def is_masked(obs: PyTree) -> bool:
 
 
 def without_mask(obs: PyTree) -> PyTree:
-    """The rest of an observation, or of a space; itself if it is a single one."""
+    """An observation, or a space, without the mask; if one entry remains, that entry itself."""
     rest = {name: x for name, x in obs.items() if name != ACTION_MASK}
     return next(iter(rest.values())) if len(rest) == 1 else rest
 
 
 def check_mask(shapes: Any, policy: Policy) -> None:
-    """Check the mask of an observation, whose leaves have these shapes, if there is one.
+    """Check the mask of an observation, if it has one, given the shapes of its leaves.
 
     Raises:
-        ConfigError: if it has not one flag per policy output, or is not at the top level.
+        ConfigError: if it does not have one flag per policy output, or is not at the top level.
     """
     wanted = (policy.num_outputs,)
     if is_masked(shapes) and shapes[ACTION_MASK] != wanted:
         raise ConfigError(
             f"{ACTION_MASK} has the shape {shapes[ACTION_MASK]}: must be {wanted}, one flag per "
-            "action (for several choices side by side, one after the other)"
+            "action (for multi-discrete actions, the flags of all dimensions concatenated)"
         )
     inner = shapes.values() if isinstance(shapes, Mapping) else ()
     if any(_has_mask(x) for x in inner):
         raise ConfigError(
-            f"{ACTION_MASK} lies inside another dictionary: must be a leaf of the observation"
+            f"{ACTION_MASK} lies inside another dictionary: must be at the top level of the "
+            "observation"
         )
 
 

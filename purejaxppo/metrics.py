@@ -1,4 +1,4 @@
-"""What is reported of an update."""
+"""The metrics of an update."""
 
 from functools import partial
 
@@ -17,12 +17,12 @@ def count_episodes(
     done: Bool[Array, "T N"],
     axis: str | None = None,
 ) -> tuple[ActorState, Metrics]:
-    """Means over the episodes that ended in this rollout, NaN where none did.
+    """Mean return and length of the episodes that ended in this rollout; NaN if none did.
 
-    The steps up to an environment's last `done` belong to finished episodes, together with what
-    was carried into the rollout; those after it are carried on.
+    The steps up to an environment's last `done`, together with the sums carried over from earlier
+    rollouts, belong to finished episodes. The steps after it are carried over to the next rollout.
     """
-    count = partial(jnp.sum, dtype=jnp.int32)  # in 64-bit mode sums of integers are int64
+    count = partial(jnp.sum, dtype=jnp.int32)  # otherwise int64 in 64-bit mode
     under_way = jnp.cumsum(done[::-1], axis=0)[::-1] == 0
     any_done = jnp.any(done, axis=0)
     finished_return = jnp.sum(reward * ~under_way, axis=0) + any_done * actors.episode_return
@@ -41,7 +41,7 @@ def count_episodes(
 
 
 def env_steps(config: Config, updates: Array) -> Array:
-    """Environment steps done after `updates`: an integer, or a float where it would overflow."""
+    """Environment steps after `updates`: an int32, or a float32 if the run would overflow it."""
     fits = config.num_updates * config.batch_size < 2**31
     return updates.astype(jnp.int32 if fits else jnp.float32) * config.batch_size
 
@@ -50,8 +50,8 @@ def explained_variance(
     value: Array, target: Array, mask: Array, axis: str | None = None
 ) -> Float[Array, ""]:
     """1 - Var(target - value) / Var(target): 1 for a perfect critic, 0 for a constant one; NaN
-    where targets are equal but for rounding, since there is nothing to explain."""
-    # Held apart, or XLA fuses it with what training computes, and rounds that otherwise.
+    if targets are equal up to rounding."""
+    # The barrier prevents XLA from fusing this with the training step and changing its rounding.
     value, target, mask = jax.lax.optimization_barrier((value, target, mask))
     mean = masked_mean(target, mask, axis)
 

@@ -1,4 +1,4 @@
-"""How gradients change parameters."""
+"""The optimiser: from gradients to updates of the parameters."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,27 +14,27 @@ from purejaxppo.types import PyTree
 
 
 class Optimizer(NamedTuple):
-    """An optax transformation, and whether it sees a tree or a vector."""
+    """An optax transformation, applied to the tree of parameters or to one flat vector."""
 
     transform: Callable[[Any, PyTree], optax.GradientTransformation]
-    """`(hparams, params) -> transformation`, of what `pack` makes of the parameters."""
+    """`(hparams, params) -> transformation`, which is applied to `pack(params)`."""
     as_vector: bool
-    """Whether it sees parameters of one type as one vector, which is faster for small networks."""
+    """Flatten parameters into one vector if all have the same type; faster for small networks."""
 
     def pack(self, params: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
-        """The parameters as the transformation sees them, and the way back."""
+        """Return the parameters as the transformation receives them, and the inverse function."""
         types = {leaf.dtype for leaf in jax.tree.leaves(params)}
         if self.as_vector and len(types) == 1:
             return ravel_pytree(params)
         return params, lambda params: params
 
     def init(self, hparams: HParams, params: PyTree) -> PyTree:
-        """Its first state."""
+        """The initial state of the transformation."""
         return self.transform(hparams, params).init(self.pack(params)[0])
 
 
 def clipped_adam(hparams: HParams, params: PyTree) -> optax.GradientTransformation:
-    """Clip by the global norm, then Adam; step sizes are those of `step_sizes`."""
+    """Clip by the global norm, then Adam with the learning rates of `step_sizes`."""
     rates = step_sizes(params, hparams)
     vector = rates if isinstance(rates, jax.Array) else ravel_pytree(rates)[0]
     tree = jax.tree.map(lambda _: rates, params) if isinstance(rates, jax.Array) else rates
@@ -55,8 +55,8 @@ ADAM = Optimizer(clipped_adam, as_vector=True)
 
 
 def step_sizes(params: PyTree, hparams: HParams) -> PyTree:
-    """The step size of each parameter: `critic_learning_rate` for those under names that begin with
-    `critic`, `learning_rate` for all others. A scalar if they agree."""
+    """The learning rate of each parameter: `critic_learning_rate` for modules whose names begin
+    with `critic`, `learning_rate` for all others. A scalar if `critic_learning_rate` is None."""
     critic_rate = hparams.critic_learning_rate
     if critic_rate is None:
         return jnp.asarray(hparams.learning_rate, jnp.float32)

@@ -1,4 +1,4 @@
-"""Checks of parts that users pass: shapes and types alone, by `jax.eval_shape`."""
+"""Checks of the types and shapes of parts that users pass, by `jax.eval_shape`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -29,7 +29,7 @@ _OF_THE_NETWORK = (
 
 
 def one_of(name: str, config: Config, given: dict[str, Any], default: str) -> Any:
-    """The part that was passed, or that the config names by reference; None if neither.
+    """Return the part that was passed, or that the config names by reference; None if neither.
 
     Raises:
         ConfigError: if both are given, or the reference cannot be imported.
@@ -39,20 +39,20 @@ def one_of(name: str, config: Config, given: dict[str, Any], default: str) -> An
         return resolve(name, setting) if is_reference(setting) else None
     if setting != default and not isinstance(setting, Chosen):
         raise ConfigError(
-            f"{name} = {setting!r} in Config, and {name} is passed as an argument too; leave one "
-            "of the two out"
+            f"{name} = {setting!r} in Config, and {name} is passed as an argument too; remove one "
+            "of the two"
         )
     return given[name]
 
 
 def check_is_function(name: str, part: Any) -> None:
-    """Raise `ConfigError` if a part is no function."""
+    """Raise `ConfigError` if a part is not a function."""
     if not callable(part):
         raise ConfigError(f"{name} is of type {type(part).__name__}: must be a function")
 
 
 def check_no_effect(part: str, config: Config) -> None:
-    """Raise `ConfigError` if a setting of the default network is given beside your own."""
+    """Raise `ConfigError` if a setting of the default network is given with a user's part."""
     for f in dataclasses.fields(Config):
         value = getattr(config, f.name)
         if f.name in _OF_THE_NETWORK and value != f.default:
@@ -62,7 +62,8 @@ def check_no_effect(part: str, config: Config) -> None:
 
 
 def check_optimizer(optimizer: Any, network: Network, hparams: HParams) -> None:
-    """Raise `ConfigError` if it makes no optax transformation, or changes shapes."""
+    """Raise `ConfigError` if it does not return an optax transformation, or if that changes the
+    structure or shapes of its input."""
     if isinstance(optimizer, optax.GradientTransformation):
         raise ConfigError(
             "optimizer: is an optax transformation; pass a function of hyperparameters, as in "
@@ -82,8 +83,8 @@ def check_optimizer(optimizer: Any, network: Network, hparams: HParams) -> None:
     found = _traced("optimizer", changes, params)
     if jax.tree.structure(found) != jax.tree.structure(params):
         raise ConfigError(
-            f"optimizer: returned a tree of {jax.tree.structure(found)}, and the parameters are "
-            f"{jax.tree.structure(params)}; return one change per parameter"
+            f"optimizer: returned a tree of {jax.tree.structure(found)}, but the parameters are "
+            f"{jax.tree.structure(params)}; return one update per parameter"
         )
     for (path, wanted), leaf in zip(
         jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(found), strict=True
@@ -91,16 +92,16 @@ def check_optimizer(optimizer: Any, network: Network, hparams: HParams) -> None:
         if leaf.shape != wanted.shape:
             raise ConfigError(
                 f"optimizer: its change of {jax.tree_util.keystr(path)} has the shape "
-                f"{leaf.shape}, and the parameter {wanted.shape}"
+                f"{leaf.shape}, and the parameter {wanted.shape}; they must agree"
             )
 
 
 def check_objective_part(config: Config, objective: Objective, given: dict[str, Any]) -> None:
-    """Raise `ConfigError` if an objective's extra losses, or parts beside it, have no effect."""
+    """Raise `ConfigError` if an objective's extra losses, or `baseline`, would have no effect."""
     if objective.step is not None and objective.extra_losses:
         raise ConfigError(
-            f"objective = {objective.name}: extra_losses have no effect, since its step follows no "
-            "gradient of a loss; use another objective"
+            f"objective = {objective.name}: extra_losses have no effect, since its step does not "
+            "minimise them; use a different objective"
         )
     for name in objective.extra_losses:
         if name in _OWN_METRICS:
@@ -113,16 +114,16 @@ def check_objective_part(config: Config, objective: Objective, given: dict[str, 
 
 
 def check_normalized(config: Config, env: Environment) -> None:
-    """Raise `ConfigError` if observations of several arrays are to be normalised."""
+    """Raise `ConfigError` if `normalize_obs` is set and observations are dictionaries."""
     if config.normalize_obs and isinstance(parts_of(env.observation_space), dict):
         raise ConfigError(
-            "normalize_obs = true: normalises a single array, and observations are dictionaries; "
+            "normalize_obs = true: normalises a single array, but observations are dictionaries; "
             "normalise them in the environment"
         )
 
 
 def as_actor(collect: Any, parts: Any) -> Actor:
-    """Raises `ConfigError` if it makes no `Actor`."""
+    """Call `collect`. Raises `ConfigError` if it does not return an `Actor`."""
     actor = called("collect", collect, parts)
     if not isinstance(actor, Actor):
         raise ConfigError(
@@ -133,8 +134,8 @@ def as_actor(collect: Any, parts: Any) -> Actor:
 
 
 def check_update(parts: Any, learner: Learner, passed: tuple[str, ...], hparams: HParams) -> None:
-    """Trace one update with the parts that are not our own, step by step, so that the first part
-    that does not fit is named. Computes nothing.
+    """Trace one update with the user's parts, step by step, so that the error names the first part
+    that does not fit. Nothing is computed.
 
     Raises:
         ConfigError: with the expected and the actual shapes.
@@ -201,7 +202,7 @@ def _check_loss(loss: Callable[..., Any], hparams: HParams) -> None:
 
 
 def _traced(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Shapes of the results. Raises `ConfigError` if JAX cannot trace it."""
+    """Return the shapes of the results. Raises `ConfigError` if JAX cannot trace the function."""
     try:
         return jax.eval_shape(function, *arguments)
     except ConfigError:

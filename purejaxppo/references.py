@@ -1,4 +1,4 @@
-"""Python objects by name, `package.module:name`, as config files and the command line give them."""
+"""Python objects named `package.module:name` in config files and on the command line."""
 
 import importlib
 import sys
@@ -15,7 +15,7 @@ def resolve(setting: str, reference: str) -> Any:
         ConfigError: if its module cannot be imported or has no such object.
     """
     module_name, _, path = reference.partition(":")
-    if str(Path.cwd()) not in sys.path:  # the console script does not search it
+    if str(Path.cwd()) not in sys.path:  # not on the path of the console script
         sys.path.append(str(Path.cwd()))
     try:
         found: Any = importlib.import_module(module_name)
@@ -35,16 +35,16 @@ def resolve(setting: str, reference: str) -> Any:
 
 
 def name_of(kind: type) -> str:
-    """`package.module:name` of a class."""
+    """Return the name `package.module:name` of a class."""
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
 def already_imported(setting: str, reference: str) -> Any:
-    """The object that a saved setting names, if its module is imported: reading a file imports
-    nothing.
+    """Return the object that a saved setting names. Its module must already be imported, because
+    reading a file must not import code.
 
     Raises:
-        ConfigError: if it is not.
+        ConfigError: if the module is not imported or has no such object.
     """
     module_name, _, path = reference.partition(":")
     found: Any = sys.modules.get(module_name)
@@ -59,7 +59,7 @@ def already_imported(setting: str, reference: str) -> Any:
 
 
 def called(name: str, function: Any, *arguments: Any) -> Any:
-    """What a user's function returns. Raises `ConfigError` if it raises."""
+    """Call a user's function. Raises `ConfigError` if the function raises."""
     if not callable(function):
         raise ConfigError(f"{name} is of type {type(function).__name__}: must be a function")
     try:
@@ -69,5 +69,5 @@ def called(name: str, function: Any, *arguments: Any) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """Of its message."""
+    """Return the first line of its message."""
     return (str(error).strip().splitlines() or [""])[0]

@@ -1,6 +1,6 @@
-"""`Task`: what is trained, as one value; and `make_task`, which builds it from a config and parts.
+"""`Task`, a value that describes what is trained, and `make_task`, which builds it.
 
-Everything is built here and nowhere else. The host, sweeps and checkpoints know tasks alone.
+All parts are built here. The host, sweeps and checkpoints depend only on tasks.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ from purejaxppo.user_networks import network_of_module
 
 
 class Parts(NamedTuple):
-    """What one update is made of."""
+    """The parts of one update."""
 
     config: Config
     objective: Objective
@@ -62,7 +62,7 @@ class Parts(NamedTuple):
     actor: Actor
     """`actor.collect(learner, actors, hparams, data) -> (actors, rollout)`."""
     advantage: Advantage
-    """`(rollout, hparams) -> (advantage[T, N], target[T, N])`, and perhaps a weight."""
+    """`(rollout, hparams) -> (advantage[T, N], target[T, N])`, and optionally a weight."""
     loss: Loss
     """`(params, batch, hparams, count, data) -> (loss, metrics)`."""
     improve: Improve
@@ -71,36 +71,36 @@ class Parts(NamedTuple):
 
 
 class PartArguments(TypedDict, total=False):
-    """The parts that every entry point takes beside `env` and `env_params`; None means "as the
-    config says"."""
+    """The parts that every entry point accepts besides `env` and `env_params`. None uses the part
+    that the config determines."""
 
     network: Any
-    """A Flax module `obs[B, ...] -> (policy_outputs[B, P], value[B])`, or a function that makes one
-    for a number of outputs P. A recurrent module is `(carry, obs[B, ...]) -> (carry,
+    """A Flax module `obs[B, ...] -> (policy_outputs[B, P], value[B])`, or a function that takes the
+    number of outputs P and returns one. A recurrent module is `(carry, obs[B, ...]) -> (carry,
     (policy_outputs[B, P], value[B]))` and has a method `initial_carry(n)`."""
     objective: Any
-    """An `Objective`, or a policy loss `(Terms, hparams) -> loss[T, B]` in place of that of
-    `config.objective`."""
+    """An `Objective`, or a policy loss `(Terms, hparams) -> loss[T, B]` that replaces the one
+    of `config.objective`."""
     advantage: Any
-    """`(rollout, hparams) -> (advantage[T, N], target[T, N])`, or with a third array: the weight of
-    each sample."""
+    """`(rollout, hparams) -> (advantage[T, N], target[T, N])`, optionally with a third array
+    `[T, N]`: the weight of each sample."""
     optimizer: Any
-    """`hparams -> optax transformation`, in place of gradient clipping and Adam. It receives the
-    hyperparameters with their schedules applied."""
+    """`hparams -> optax transformation`, which replaces gradient clipping and Adam. It receives the
+    hyperparameters after schedules are applied."""
     collect: Any
-    """`Parts -> Actor`, in place of the parts' own `actor`."""
+    """`Parts -> Actor`, which replaces the default `Parts.actor`."""
 
 
 class PartsAndHParams(PartArguments, total=False):
-    """The same for functions that take no hyperparameters otherwise."""
+    """`PartArguments` and default hyperparameters, for functions without an argument for these."""
 
     hparams: Any
-    """Default hyperparameters: an instance of your own class, if a part reads fields that `HParams`
+    """Default hyperparameters: an instance of a subclass, if a part reads fields that `HParams`
     does not have."""
 
 
 NAMES = ("env", "env_params", *PartArguments.__annotations__)
-"""Of all parts."""
+"""Names of all parts."""
 
 
 def _no_difference(devices: int) -> str | None:
@@ -109,39 +109,39 @@ def _no_difference(devices: int) -> str | None:
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained: how to start, update, evaluate and act.
+    """What is trained: a learner, an evaluation and, for policies, an agent.
 
-    `make_task` makes one for reinforcement learning. Any other training is a task too: give it a
-    config (a frozen dataclass with `total_timesteps`, `num_updates`, `batch_size`, `label` and
-    `batch_in_words`), a learner and an evaluation.
+    `make_task` makes a task for reinforcement learning. For any other kind of training, construct a
+    `Task` from a config (a frozen dataclass that extends `TaskConfig`), a learner and an
+    evaluation.
     """
 
     config: Any
     learner: Callable[[str | None], Learner]
-    """The learner, by the mesh axis over which its actors are spread (None: they are whole)."""
+    """`axis -> Learner`, with the mesh axis over which environments are spread, or None."""
     evaluate: Callable[..., Array]
     """`(state, key, num_episodes, deterministic=False, data=()) -> returns[num_episodes]`."""
     with_config: Callable[[Any], "Task"]
-    """The same task with another config."""
+    """`config -> Task`: the same task with a different config."""
     make_agent: Callable[[TrainState, str], Agent] | None = None
     """`(state, name of the caller for errors) -> Agent`; None if nothing acts."""
     hparams: Any = dataclasses.field(default_factory=HParams)
     """Default hyperparameters."""
     parts: Callable[[str | None], Parts] | None = None
-    """What one update is made of, by the mesh axis."""
+    """`axis -> Parts`: the parts of one update; None for tasks that `make_task` did not make."""
     passed: tuple[str, ...] = ("task",)
-    """Names of what was passed from Python, so that no file can bring it back."""
+    """Names of the parts passed from Python, which a file cannot restore."""
     curve: str = "episode_return"
     """The metric that progress and the learning curve show."""
     data: PyTree = ()
-    """What is neither learned, differentiated nor saved."""
+    """Arrays that are not learned, differentiated or saved."""
     why_not_divided: Callable[[int], str | None] = _no_difference
-    """Why one run cannot be spread over a number of devices, or None if it can."""
+    """`devices -> reason` why one run cannot be spread over so many devices, or None if it can."""
     costs: Callable[[], tuple[float, int]] | None = None
-    """Operations of the network for one sample, and its number of parameters; to choose a number
-    of CPU cores for a single run. None: one core."""
+    """Floating-point operations of the network per sample, and its number of parameters. Used to
+    choose the number of CPU cores of a single run. None uses one core."""
     warning: Callable[[Any], str | None] = _no_difference
-    """What to warn of, from the metrics `[u, S]` of some updates."""
+    """`metrics[u, S] -> warning`, or None if there is nothing to warn about."""
 
     def __reduce__(self) -> Any:
         """Pickled as the call that makes it: its functions cannot be."""
@@ -159,18 +159,19 @@ def _of_config(with_config: Callable[[Any], Task], config: Any) -> Task:
 
 
 def make_task(config: Config, **given: Any) -> Task:
-    """The task that a config describes, with parts in place of those it names.
+    """Make the task that a config describes, with the given parts.
 
         task = ppo.make_task(ppo.Config(), network=MyNet(), optimizer=lambda h: optax.lion(1e-4))
         state, metrics = jax.jit(ppo.make_train(task))(key, ppo.HParams())
 
     Args:
         given: parts by name. `env` is an object with gymnax 1.x's interface, `env_params` its
-            parameters; for the others see `PartsAndHParams`. None means "as the config says".
+            parameters; for the others see `PartsAndHParams`. None uses the part
+            that the config determines.
 
     Raises:
-        ConfigError: if a part cannot work, with the shapes that were expected and found; nothing is
-            computed for that.
+        ConfigError: if a part cannot work; the message has the expected and the actual shapes.
+            Parts are only traced for this check, not run.
     """
     check_config(config, "make_task")
     given = _known(given)
@@ -233,17 +234,17 @@ def _remade(given: dict[str, Any], config: Config) -> Task:
 
 
 def as_task(config: Any, function: str, **given: Any) -> Task:
-    """The task of an entry point's first argument, a `Config` or a `Task`.
+    """Return the task for an entry point's first argument, a `Config` or a `Task`.
 
     Raises:
-        ConfigError: as `make_task`, or if parts are given beside a task.
+        ConfigError: as `make_task`, or if parts are given together with a task.
     """
     given = _known(given)
     if isinstance(config, Task):
         given.pop("hparams", None)
         if given:
             raise ConfigError(
-                f"{', '.join(given)}: {function} is given a Task, whose parts are fixed; give them "
+                f"{', '.join(given)}: {function} is given a Task, whose parts are fixed; pass them "
                 "to make_task"
             )
         return config
@@ -252,7 +253,8 @@ def as_task(config: Any, function: str, **given: Any) -> Task:
 
 
 def own_class(hparams: Any) -> Any:
-    """Hyperparameters if they are of a user's own class, so that parts are checked with them."""
+    """Return `hparams` if it is of a subclass of `HParams`, so that parts are checked with it, else
+    None."""
     own = isinstance(hparams, HParams) and type(hparams) is not HParams
     return hparams if own else None
 
@@ -277,10 +279,10 @@ def _learner(parts: Callable[[str | None], Parts], axis: str | None) -> Learner:
 
 
 def init_learner(parts: Parts, key: Key[Array, ""], hparams: HParams) -> LearnerState:
-    """What is learned, before the first update."""
+    """The learner's state before the first update."""
     config, objective, env = parts.config, parts.objective, parts.env
     normalizes = config.normalize_obs and is_box(env.observation_space)
-    params = jax.tree.map(jnp.asarray, parts.network.init(key))  # constants of a module too
+    params = jax.tree.map(jnp.asarray, parts.network.init(key))  # parameters may be constants
     return LearnerState(
         key=key,
         params=params,
@@ -350,7 +352,8 @@ def _why_not_divided(config: Config, network: Network, devices: int) -> str | No
     if samples % config.num_minibatches:
         return (
             f"each of devices = {devices} has {samples} samples (whole sequences with a memory), "
-            f"not divisible by num_minibatches = {config.num_minibatches}; use fewer of either"
+            f"not divisible by num_minibatches = {config.num_minibatches}; use fewer devices or "
+            "minibatches"
         )
     return None
 

@@ -3,11 +3,11 @@
 Axis letters, used on every array in this package:
 
     T  time steps of one rollout (`Config.num_steps`)
-    N  environments stepped side by side (`Config.num_envs`)
+    N  environments stepped in parallel (`Config.num_envs`)
     B  samples, or whole sequences, of one minibatch
     A  action dimensions          P  outputs of the policy head
-    S  seeds (added by `vmap`; no function here knows of it)
-    U  updates (the scan over a whole training)
+    S  seeds (added by `vmap`; functions of one run do not see it)
+    U  updates (the scan over a whole run)
 
 A trailing `...` stands for the shape of one observation or action.
 """
@@ -21,37 +21,37 @@ import purejaxppo.pytrees  # noqa: F401 (makes HParams a pytree)
 
 PyTree = Any
 KeyLike = Key[Array, ""] | UInt32[Array, "_"]
-"""One random key: typed, of `jax.random.key`, or old-style, of `jax.random.PRNGKey`."""
+"""One random key: typed (`jax.random.key`) or old-style (`jax.random.PRNGKey`)."""
 Metrics = dict[str, Array]
 """Scalars of one update, reduced on the device; `[U]` after a scan."""
 MUST_BE_FINITE = ("loss", "policy_loss", "value_loss", "entropy", "grad_norm")
-"""Metrics that mark a failed update where one of them is not finite; the learner then keeps the
-state from before it."""
+"""An update has failed if one of these metrics is not finite; the learner then keeps the previous
+state."""
 
 
 class TimeStep(NamedTuple):
     """What `Environment.step` returns for N environments, after auto-reset."""
 
     obs: PyTree
-    """Leaves `[N, ...]`: the observation to act on next, of the new episode where one ended. A leaf
-    named `action_mask` holds the allowed actions."""
+    """Leaves `[N, ...]`: the observation to act on next, of the new episode if one ended. An entry
+    `action_mask` has one flag per action, true if it is allowed."""
     reward: Float[Array, " N"]
     terminated: Bool[Array, " N"]
     """The task itself ended: no reward can follow."""
     truncated: Bool[Array, " N"]
     """The episode was cut off (a time limit): reward would have followed."""
     final_obs: PyTree
-    """The observation before auto-reset; equals `obs` where nothing ended."""
+    """The observation before auto-reset; equals `obs` if no episode ended."""
 
 
 class Environment(NamedTuple):
-    """N environments stepped side by side, resetting themselves."""
+    """N environments that are stepped in parallel and reset themselves."""
 
     name: str
     observation_space: Any
     action_space: Any
     max_episode_steps: Any
-    """The time limit in steps where the environment states one, else None."""
+    """The time limit in steps if the environment states one, else None."""
     reset: Callable[[Key[Array, " N"]], tuple[PyTree, PyTree]]
     """`keys[N] -> (state[N], obs[N, ...])`."""
     step: Callable[[Key[Array, " N"], PyTree, Array], tuple[PyTree, TimeStep]]
@@ -61,15 +61,15 @@ class Environment(NamedTuple):
 class Policy(NamedTuple):
     """How outputs of the network's policy head become actions.
 
-    `action` is what the log-probability is taken of and what a rollout stores; `to_env`
-    turns it into what the environment is given (clipped, squashed to bounds).
+    A rollout stores `action`, and log-probabilities are those of `action`; `to_env` converts it for
+    the environment (clipped, or squashed to bounds).
     """
 
     num_outputs: int
     """Outputs that depend on the observation."""
     num_free: int
-    """Further outputs that are parameters of their own (log standard deviations); P is the
-    sum of both."""
+    """Outputs that do not depend on it but are parameters (log standard deviations); P is the sum
+    of both."""
     distribution: Callable[[Float[Array, "*batch P"]], Any]
     """`outputs[..., P]` to a distribution with `log_prob`, `entropy`, `mode` and
     `kl_divergence(other)`, KL(this, other)."""
@@ -90,16 +90,17 @@ class Network(NamedTuple):
     """`(params, carry[B], obs[T, B, ...], start[T, B]) -> (carry[B], policy_outputs[T, B, P],
     value[T, B])`. Where `start` is set the carry is reset before the step is read."""
     width: int = 1
-    """The most numbers that any layer makes of one observation."""
+    """Size of the largest layer output for one observation."""
     sequential: bool = False
-    """Whether the carry holds a memory, so that minibatches are made of whole sequences."""
+    """Whether the network is recurrent, so that minibatches consist of whole sequences."""
 
 
 class Rollout(NamedTuple):
-    """What N environments did in T steps."""
+    """T steps of N environments."""
 
     obs: PyTree
-    """Leaves `[T, N, ...]`: from `collect` as the environment gave them, or normalised."""
+    """Leaves `[T, N, ...]`: as the environment gave them when `collect` returns them, normalised
+    for the advantage and the loss."""
     start: Bool[Array, "T N"]
     """The first step of an episode."""
     action: Array
@@ -107,35 +108,35 @@ class Rollout(NamedTuple):
     log_prob: Float[Array, "T N"]
     value: Float[Array, "T N"]
     next_value: Float[Array, "T N"]
-    """The value of the true successor: of `final_obs` where an episode was truncated.
-    Meaningless where it terminated, so weight it by `1 - terminated`."""
+    """The value of the next observation; of `final_obs` where an episode was truncated. Undefined
+    where it terminated, so multiply it by `1 - terminated`."""
     reward: Float[Array, "T N"]
     terminated: Bool[Array, "T N"]
     truncated: Bool[Array, "T N"]
     mask: Float[Array, "T N"]
-    """1 for steps that count, 0 for padding."""
+    """1 for steps that count, 0 for those to ignore."""
     carry: PyTree
-    """`[N, ...]` the network's memory before the first step."""
+    """`[N, ...]` the recurrent state before the first step; `()` for feed-forward networks."""
     policy_outputs: PyTree = ()
     """`[T, N, P]` if the objective needs them."""
     extras: PyTree = ()
-    """Leaves `[T, N, ...]`: whatever else `collect` has for the advantage or the loss."""
+    """Leaves `[T, N, ...]`: further data from `collect` for the advantage or the loss."""
 
 
 class Batch(NamedTuple):
-    """What the loss reads: sequences `[T, B, ...]` of a sequential network, else steps
+    """The loss's input: sequences `[T, B, ...]` for a sequential network, else steps
     `[1, B, ...]`."""
 
     rollout: Rollout
     advantage: Float[Array, "T B"]
     target: Float[Array, "T B"]
-    """Of the value."""
+    """The target of the value."""
     weight: Float[Array, "T B"]
-    """Of each sample in all means; 0 for steps that do not count."""
+    """The weight of each sample in all means; 0 for steps that do not count."""
 
 
 class RunningStats(NamedTuple):
-    """Moments of all samples seen so far; mean 0 and variance 1 before the first."""
+    """Running mean and variance of all samples so far; 0 and 1 before the first."""
 
     total: Float[Array, ""]
     mean: Array
@@ -143,7 +144,7 @@ class RunningStats(NamedTuple):
 
 
 class LearnerState(NamedTuple):
-    """What learning changes: the same on every device."""
+    """The state that learning changes; identical on every device."""
 
     key: Key[Array, ""]
     params: PyTree
@@ -151,13 +152,13 @@ class LearnerState(NamedTuple):
     obs_stats: RunningStats | tuple[()]
     reward_stats: RunningStats | tuple[()]
     updates: Int[Array, ""]
-    """Updates done, from which schedules are computed."""
+    """Number of updates done; schedules depend on it."""
     objective_state: PyTree = ()
-    """What the objective itself learns: the coefficient of an adaptive KL penalty."""
+    """The state of the objective: the coefficient of an adaptive KL penalty."""
 
 
 class ActorState(NamedTuple):
-    """What acting changes: one row per environment."""
+    """The state that acting changes: one row per environment."""
 
     keys: Key[Array, " N"]
     env_state: PyTree
@@ -166,17 +167,18 @@ class ActorState(NamedTuple):
     start: Bool[Array, " N"]
     carry: PyTree
     episode_return: Float[Array, " N"]
-    """Undiscounted, of the episode under way."""
+    """Undiscounted return so far of the current episode."""
     episode_length: Int[Array, " N"]
     discounted_return: Float[Array, " N"]
-    """Of the episode under way; what reward scaling measures."""
+    """Discounted return so far of the current episode; reward scaling divides by its standard
+    deviation."""
 
 
 class TrainState(NamedTuple):
     """Everything a run needs to continue."""
 
     learner: Any
-    """A `LearnerState`, or whatever else a task learns."""
+    """A `LearnerState`, or the state that a custom task learns."""
     actors: Any
     """An `ActorState`, or `()` if nothing acts."""
 
@@ -196,7 +198,7 @@ class Update(Protocol):
 
 
 class Learner(NamedTuple):
-    """A pair of pure functions. `data` is what is neither learned, differentiated nor saved:
+    """A pair of pure functions. `data` holds arrays that are not learned, differentiated or saved:
     prompts, frozen networks, a data set."""
 
     init: Init
@@ -206,20 +208,21 @@ class Learner(NamedTuple):
 
 
 class Actor(NamedTuple):
-    """How rollouts are made."""
+    """Two functions that collect rollouts."""
 
     init: Callable[[Key[Array, ""], Any, PyTree], Any]
-    """`(key, hparams, data) -> ActorState`, a row per environment."""
+    """`(key, hparams, data) -> ActorState`, one row per environment."""
     collect: Callable[[LearnerState, Any, Any, PyTree], tuple[Any, Rollout]]
     """`(LearnerState, ActorState, hparams, data) -> (ActorState, Rollout)`, with observations and
     rewards as the environment gave them."""
 
 
 Advantage = Callable[[Rollout, Any], tuple[Array, ...]]
-"""`(rollout, hparams) -> (advantage[T, N], target[T, N])`, or a third array: the weight of each
-sample `[T, N]`."""
+"""`(rollout, hparams) -> (advantage[T, N], target[T, N])`, optionally with a third array: the
+weight of each sample `[T, N]`."""
 Improve = Callable[[LearnerState, Batch, Any, PyTree], tuple[LearnerState, Metrics]]
 """`(learner, batch, hparams, data) -> (learner, metrics)`."""
 Loss = Callable[[PyTree, Batch, Any, Array, PyTree], tuple[Array, Metrics]]
 """`(params, batch, hparams, count, data) -> (loss, metrics)`: sums over the batch divided by
-`count`, so that those of a minibatch's parts, and their gradients, add up to the whole's."""
+`count`. The losses, metrics and gradients of a minibatch's parts therefore add up to those of the
+minibatch."""

@@ -15,15 +15,16 @@ from purejaxppo.types import Network, Policy, PyTree
 
 
 def network_of_module(module: Any, obs: PyTree, policy: Policy) -> Network:
-    """A user's Flax module as a `Network`; observations reach it as the environment gives them, or
-    normalised.
+    """Wrap a user's Flax module as a `Network`. It receives raw observations, or normalised ones
+    with `normalize_obs`.
 
     Args:
-        module: or a function that makes one for a number of policy outputs.
+        module: a Flax module, or a function that takes the number of policy outputs and returns
+            one.
         obs: shapes of one observation, leaves `[1, ...]`.
 
     Raises:
-        ConfigError: if it is none, or its outputs have other shapes than
+        ConfigError: if it is not a Flax module, or if the shapes of its outputs are not
             `(policy_outputs[B, P], value[B])`.
     """
     num_outputs = policy.num_outputs + policy.num_free
@@ -44,7 +45,7 @@ def network_of_module(module: Any, obs: PyTree, policy: Policy) -> Network:
         carry = [initial_carry(1)] if sequential else []
         return module.init(key, *carry, zeros)
 
-    # One draw at a time: batched QR factorisation on CPU can block forever.
+    # One initialisation at a time: batched QR factorisation on CPU can block forever.
     @jax.custom_batching.sequential_vmap
     def init(key: Key[Array, ""]) -> PyTree:
         return first(key)["params"]
@@ -75,12 +76,12 @@ def network_of_module(module: Any, obs: PyTree, policy: Policy) -> Network:
 
 
 def _floats(outputs: Array, value: Array) -> tuple[Array, Array]:
-    """In 32 bits, whatever the module computes in."""
+    """Cast to float32, whatever type the module computes in."""
     return outputs.astype(jnp.float32), value.astype(jnp.float32)
 
 
 def _made(function: Any, num_outputs: int) -> nn.Module:
-    """What a function makes for a number of outputs. Raises `ConfigError` if it is no module."""
+    """Call `function(num_outputs)`. Raises `ConfigError` if it does not return a module."""
     wanted = "a Flax Linen module, or a function num_outputs -> module"
     if not callable(function):
         raise ConfigError(f"network is of type {type(function).__name__}: must be {wanted}")
@@ -102,8 +103,8 @@ def _check_module(
     obs: PyTree,
     num_outputs: int,
 ) -> int:
-    """Check a module's shapes on two observations, and return its widest layer's numbers for
-    one."""
+    """Check a module's shapes on two observations. Returns the size of its largest layer output
+    for one observation."""
     shown = jax.tree.map(lambda x: list(x.shape), obs)
     try:
         variables = jax.eval_shape(first, jax.random.key(0))
@@ -137,17 +138,17 @@ def _check_module(
 
 
 def _check_carry(found: Any, carry: PyTree) -> Any:
-    """The outputs of a recurrent module, once its carry keeps its shapes."""
+    """Check that a recurrent module keeps the shapes of its carry. Returns its outputs."""
     if not isinstance(found, tuple) or len(found) != 2:
         raise ConfigError(
-            "network: a recurrent module returns (carry, (policy_outputs, value)), and this one "
-            f"returned {type(found).__name__}"
+            "network: a recurrent module must return (carry, (policy_outputs, value)), but this "
+            f"one returned {type(found).__name__}"
         )
     new, outputs = found
     shapes = [[(x.shape, x.dtype) for x in jax.tree.leaves(tree)] for tree in (carry, new)]
     if shapes[0] != shapes[1]:
         raise ConfigError(
-            f"network: its carry has leaves {shapes[1]}, and initial_carry gives {shapes[0]}; make "
-            "them agree"
+            f"network: its carry has leaves {shapes[1]}, but initial_carry returns {shapes[0]}; "
+            "they must agree"
         )
     return outputs

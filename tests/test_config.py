@@ -47,12 +47,12 @@ BAD_CONFIGS = [
     ({"log_std_init": float("nan")}, "must be at least -10.0 and at most 10.0"),
     (
         {"num_envs": 4, "num_steps": 100, "num_minibatches": 3},
-        "num_envs * num_steps = 4 * 100 = 400 does not divide into num_minibatches = 3; "
+        "num_envs * num_steps = 4 * 100 = 400 is not divisible by num_minibatches = 3; "
         "choose num_minibatches from 1, 2, 4, 5, 8",
     ),
     (
         {"memory": "gru", "num_envs": 6, "num_minibatches": 4},
-        "num_envs (whole sequences, for memory = gru) = 6 does not divide",
+        "num_envs (whole sequences, for memory = gru) = 6 is not divisible",
     ),
 ]
 

@@ -20,7 +20,7 @@ _Positional = tyro.conf.Positional
 
 @dataclass
 class ProcessFlags:
-    """Several processes, on one or more machines, that train one run together."""
+    """Options for training one run in several processes, on one or more machines."""
 
     coordinator: str | None = None
     """HOST:PORT of process 0, to which the others connect; the same for all processes."""
@@ -34,10 +34,10 @@ class ProcessFlags:
 
 @dataclass
 class Outputs:
-    """Where and how a run is written."""
+    """Output options of a run."""
 
     run_dir: Path | None = None
-    """Directory to write; must not hold a run yet. None uses runs/ENV_ID/DATE-TIME."""
+    """Directory to write to; must not hold a run yet. None uses runs/ENV_ID/DATE-TIME."""
     compilation_cache: bool = True
     """Keep compiled programs in the user's cache folder."""
     print_config: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -46,7 +46,7 @@ class Outputs:
 
 @dataclass
 class SweepOutputs(Outputs):
-    """Where and how a sweep is written."""
+    """Output options of a sweep."""
 
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Compile, print the plan and stop."""
@@ -74,7 +74,7 @@ _GROUPS = {
     ),
     "device": "devices coordinator num_processes process_id wait_seconds",
 }
-"""Which settings are shown together; a name in several groups is shown in the first."""
+"""The groups of settings in `--help`; a name in several groups is shown in the first."""
 _NOT_OPTIONS = ("passed", "env_params")
 
 
@@ -82,18 +82,18 @@ _NOT_OPTIONS = ("passed", "env_params")
 class Resume:
     """Resume a run or sweep that was stopped or killed, or extend a finished run.
 
-    The results are those of an undisturbed run, bit for bit. Damaged checkpoints are skipped. A
-    finished run is left as it is, unless --total-timesteps extends it.
+    The results equal those of an uninterrupted run, bit for bit. Damaged checkpoints are skipped. A
+    finished run is not changed, unless --total-timesteps extends it.
     """
 
     run_dir: _Positional[Path]
     """A directory that `train` or `sweep` wrote."""
     trial: str | None = None
-    """Of a finished sweep: continue this trial, `best` or its number, as a run of its own."""
+    """Of a finished sweep: continue this trial (`best` or its number) as a separate run."""
     seed: int | None = None
     """With --trial: continue only this seed, counted from 0."""
     total_timesteps: int | None = None
-    """New length of the run; schedules run over it from here on."""
+    """New length of the run; schedules then run over the new length."""
     compilation_cache: bool = True
     """Keep compiled programs in the user's cache folder."""
     processes: Annotated[ProcessFlags, tyro.conf.arg(name="process")] = dataclasses.field(
@@ -145,7 +145,7 @@ class Export:
 
 @dataclass
 class Plot:
-    """Draw a sweep's results again: pictures, and report.html, which holds them all."""
+    """Draw a sweep's plots again, and report.html, which contains them all."""
 
     run_dir: _Positional[Path]
     """A directory that `sweep` wrote."""
@@ -157,7 +157,7 @@ class Envs:
 
 
 class Setting(typing.NamedTuple):
-    """An option that is made from a field of a settings class."""
+    """An option generated from a field of a settings class."""
 
     hint: Any
     default: Any
@@ -267,21 +267,21 @@ def with_defaults(command: Any, values: Mapping[str, Any]) -> Any:
 
 
 def values_of(parsed: Any) -> dict[str, Any]:
-    """Each setting of a parsed `Train` or `Sweep` by its name."""
+    """The settings of a parsed `Train` or `Sweep`, by name."""
     groups = [value for name, value in vars(parsed).items() if name != "config"]
     return {name: value for group in groups for name, value in vars(group).items()}
 
 
 def pick(values: Mapping[str, Any], table: Any) -> dict[str, Any]:
-    """Those values that are fields of a settings class."""
+    """The values that are fields of a settings class."""
     names = {f.name for f in dataclasses.fields(table)}
     return {name: value for name, value in values.items() if name in names}
 
 
 def join_help_lines() -> None:
-    """Give each option its docstring as one line: tyro would keep the source's line breaks.
+    """Give each option its docstring as one line, since tyro would keep the source's line breaks.
 
-    Takes 0.15 s, so only where help is shown.
+    Takes 0.15 s, so it is called only if help is shown.
     """
     from docstring_parser import parse_from_object
 
@@ -308,5 +308,5 @@ MappingProxy = types.MappingProxyType
 
 
 def names(flags: Iterable[str]) -> list[str]:
-    """Options as a person types them."""
+    """Options as typed on the command line."""
     return [f"--{name.replace('_', '-')}" for name in flags]

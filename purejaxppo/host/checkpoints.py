@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which there are, the newest and the best, and which to remove."""
+"""The checkpoints of a run: finds the newest and the best, and removes old ones."""
 
 import fcntl
 import os
@@ -22,7 +22,7 @@ from purejaxppo.host.rundir import CHECKPOINTS, DamagedError
 
 
 def prune(run_dir: Path, newest: int, keep: int) -> None:
-    """Remove all checkpoints up to update `newest` but the `keep` last and the best complete
+    """Remove the checkpoints up to update `newest`, except the last `keep` and the best complete
     one."""
     folders = [p for p in _folders(run_dir) if int(p.name) <= newest]
     known = {c.path: c for c in _by_manifest(folders)}
@@ -43,14 +43,15 @@ def find(
     which: str | int = "newest",
     check: Callable[[Checkpoint], Any] | None = None,
 ) -> tuple[Checkpoint, list[str]]:
-    """The newest whole checkpoint, the best by evaluation, or that of an update; and in words each
-    better one that had to be skipped. Checkpoints that a run removes meanwhile are ignored.
+    """Find the newest complete checkpoint, the best by evaluation, or that of a given update. Also
+    returns a message for each checkpoint that was skipped. Checkpoints that a running process
+    removes meanwhile are ignored.
 
     Args:
-        check: raises `ConfigError` for a checkpoint to be skipped.
+        check: raises `ConfigError` for a checkpoint that should be skipped.
 
     Raises:
-        ConfigError: if there is none; if `check` refused all, its first error.
+        ConfigError: if there is none. If `check` rejected all, its first error.
     """
     if which not in ("newest", "best") and (type(which) is not int or which < 0):
         raise ConfigError(f"checkpoint {which!r}: must be newest, best, or a number of updates")
@@ -93,7 +94,7 @@ def pinned(folder: Path) -> Iterator[bool]:
     except FileNotFoundError:
         yield False
         return
-    except OSError:  # reading it will say why
+    except OSError:  # reading it reports the reason
         yield True
         return
     try:
@@ -112,12 +113,12 @@ def _is_still(folder: Path, handle: int) -> bool:
 
 
 def has_any(run_dir: Path) -> bool:
-    """Whether a checkpoint was ever completed there and not removed, in whatever state it is."""
+    """Whether the directory has any completed checkpoint, even if it was damaged since."""
     return bool(_folders(run_dir))
 
 
 def ranked_by_return(run_dir: Path) -> list[Checkpoint]:
-    """The evaluated checkpoints, best first and the later one of equals, as manifests say."""
+    """The evaluated checkpoints according to their manifests, best first; of equals, the later."""
     return _by_return(_by_manifest(_folders(run_dir)))
 
 
@@ -138,12 +139,12 @@ def _is_whole(checkpoint: Checkpoint) -> bool:
 
 
 def unfinished(run_dir: Path) -> list[Path]:
-    """What saves that were cut off have left."""
+    """Folders left behind by interrupted saves."""
     return [p for p in _entries(run_dir) if UNFINISHED in p.name]
 
 
 def _folders(run_dir: Path) -> list[Path]:
-    """Of completed checkpoints, whole or damaged since, oldest first."""
+    """Folders of completed checkpoints, oldest first, even if damaged since."""
     found = [p for p in _entries(run_dir) if p.name.isascii() and p.name.isdecimal()]
     return sorted(found, key=lambda p: int(p.name))
 
@@ -160,7 +161,7 @@ def _entries(run_dir: Path) -> list[Path]:
 
 
 def _by_manifest(folders: list[Path]) -> list[Checkpoint]:
-    """Those with a manifest that is whole; whether the rest is, is not looked at."""
+    """The checkpoints with an intact manifest. Their other files are not checked."""
     found = []
     for folder in folders:
         with suppress(DamagedError):
@@ -169,7 +170,7 @@ def _by_manifest(folders: list[Path]) -> list[Checkpoint]:
 
 
 def _by_return(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
-    """Those that were evaluated, the best first, the later one of equals."""
+    """The evaluated checkpoints, best first; of equals, the later first."""
     evaluated = [c for c in checkpoints if c.eval_return is not None]
     return sorted(evaluated, key=lambda c: (c.eval_return, c.position.updates), reverse=True)
 

@@ -1,4 +1,4 @@
-"""One run in this process: compile, train, evaluate, write."""
+"""Conducts one run in this process: compile, train, evaluate, write."""
 
 import time
 import warnings
@@ -57,26 +57,26 @@ from purejaxppo.types import TrainState
 
 @dataclass(frozen=True)
 class Result:
-    """What `run` gives back."""
+    """The result of `run` and `resume`."""
 
     states: TrainState
     """Leaves `[S, ...]`; of a seed that failed, its last good state."""
     metrics: dict[str, np.ndarray]
-    """`[S, U]`; NaN after a seed has failed."""
+    """Arrays `[S, U]`; NaN after a seed has failed."""
     returns: np.ndarray
     """`[S, eval_episodes]` returns of the final evaluation with sampled actions, NaN for an episode
-    that did not end; `[S, 0]` if nothing was evaluated (a run that was finished already, or any
-    process but the first)."""
+    that did not end; `[S, 0]` if nothing was evaluated (the run was already finished, or this is
+    not the first of several processes)."""
     returns_deterministic: np.ndarray
-    """The same with the policy's most likely actions."""
+    """The same as `returns`, with the policy's most likely actions."""
     summary: dict[str, Any]
     """The content of `summary.json`."""
     failed: dict[int, int]
-    """Seeds whose loss turned non-finite, and the update at which it did."""
+    """Seeds whose loss became non-finite, and the update at which it did."""
 
 
 class Extras(NamedTuple):
-    """What a run is given from Python beside its settings and its task."""
+    """Arguments of a run from Python, besides its settings and its task."""
 
     loggers: Sequence[Logger] = ()
     callback: Callback | None = None
@@ -175,7 +175,7 @@ def compile_run(session: Session) -> Prepared:
 def _evaluate_at_end(
     session: Session, evaluation: Any, states: TrainState, stop: StopRequest
 ) -> Final | None:
-    """None if asked to stop before it was done."""
+    """Evaluate the final states; None if a stop was requested before the evaluation finished."""
     if not is_first():
         return Final(np.zeros((session.settings.num_trainings, 0)), None)
     sampled = _unless_stopped(stop, partial(evaluation, states))
@@ -188,8 +188,8 @@ def _evaluate_at_end(
 def _best_checkpoint(
     session: Session, prepared: Prepared, training: Training, stop: StopRequest
 ) -> Best | None:
-    """The best checkpoint, and its returns over fresh episodes if it was chosen among several: the
-    highest of several estimates is too high."""
+    """The best checkpoint, and its returns over new episodes if it was chosen among several, since
+    the highest of several estimates is biased upwards."""
     directory = session.directory
     if directory is None or session.settings.trials:
         return None
@@ -213,8 +213,8 @@ def _best_checkpoint(
 
 
 def _unless_stopped(stop: StopRequest, evaluation: Callable[[], np.ndarray]) -> np.ndarray | None:
-    """The evaluation's returns; None at once if asked to stop, since Python hears of signals only
-    between calls into compiled code."""
+    """Evaluate in a thread; return None as soon as a stop is requested. The main thread must stay
+    free, since Python handles signals only between calls into compiled code."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="evaluate")
     future = pool.submit(evaluation)
     pool.shutdown(wait=False)
@@ -238,7 +238,7 @@ def _open_loggers(
     if start.checkpoint is not None and start.position.columns != tuple(columns):
         raise ConfigError(
             f"{str(directory)!r}: was logged with the metrics {', '.join(start.position.columns)}, "
-            f"and an update now has {', '.join(columns)}; use the parts that the run began with"
+            f"but an update now returns {', '.join(columns)}; use the parts of the original run"
         )
     if directory is None or session.held is None:
         return loggers
@@ -258,7 +258,7 @@ def _open_loggers(
 
 
 def _named_loggers(settings: RunSettings, directory: Path | None) -> list[Logger]:
-    """Loggers that the settings name. Raises `ConfigError` if one is none."""
+    """Make the loggers that the settings name. Raises `ConfigError` if one is not a logger."""
     found = []
     for reference in settings.loggers if is_first() else ():
         logger = resolve("loggers", reference)
@@ -266,7 +266,8 @@ def _named_loggers(settings: RunSettings, directory: Path | None) -> list[Logger
             logger = called("loggers", logger, directory)
         if not (hasattr(logger, "write") and hasattr(logger, "close")):
             raise ConfigError(
-                f"loggers = {reference!r}: is no logger; it needs write and close, see ppo.Logger"
+                f"loggers = {reference!r}: is not a logger; it needs the methods write and "
+                "close, see ppo.Logger"
             )
         found.append(logger)
     return found

@@ -1,4 +1,4 @@
-"""Chunks of updates, and what is done between them."""
+"""The training loop: chunks of updates, and the work between them."""
 
 import math
 import time
@@ -45,8 +45,8 @@ class Loop:
         self.parts = [] if start.metrics is None else [start.metrics]
 
     def train(self) -> Training:
-        """To the end, until no seed is left that goes well, or until asked to stop; one chunk at
-        least, if there is anything left to do."""
+        """Train until the end, until every seed has failed, or until a stop is requested. Trains at
+        least one chunk if any updates are left."""
         start, num_updates = self.session.start, self.session.last
         self.last_save = self.last_evaluation = time.perf_counter()
         self.began = self.last_save - start.position.run_seconds
@@ -68,7 +68,7 @@ class Loop:
             self._take(metrics)
             fitting = max(1, int(count * CHUNK_SECONDS / seconds))
             count = min(fitting, 2) if first else fitting  # the first call has one-off overhead
-            # Clocks and signals are each process's own, and none may do what the others do not.
+            # Clocks and signals differ between processes, but all must take the same action.
             count, due = map(int, agree(count, self._what_is_due())[0])
             if agreed(self.stop):
                 break
@@ -83,7 +83,7 @@ class Loop:
         }
         whole = self.prepared.program.gather(states)
         self.states = states if jax.process_count() > 1 else whole
-        """To be saved: with several processes, each one's part."""
+        """The states to save: with several processes, only this process's part."""
         return Training(whole, joined, self._position())
 
     def _stopped_while_evaluating(self) -> bool:
@@ -93,7 +93,7 @@ class Loop:
         return agreed(self.stop)
 
     def _asked_to_end(self, states: TrainState) -> bool:
-        """Whether the callback ends the run here."""
+        """Whether the callback stops training here."""
         if self.callback is None:
             return False
         whole = self.prepared.program.gather(states)
@@ -105,7 +105,7 @@ class Loop:
         return alive
 
     def _take(self, metrics: HostMetrics) -> None:
-        """Check, log and show the metrics `[u, S]` of the updates that follow."""
+        """Check, log and display the metrics `[u, S]` of the latest chunk."""
         if self.prepared.population:
             written = self._take_population(metrics)
         else:
@@ -127,8 +127,8 @@ class Loop:
         self.session.progress.update(self.done, self.parts[-1][self.session.task.curve])
 
     def _take_population(self, metrics: HostMetrics) -> np.ndarray:
-        """Which rows `[u, S]` are of updates that were kept. A member of a population counts as
-        failed only until an exchange replaces it."""
+        """Return which updates `[u, S]` were kept. A member of a population counts as failed only
+        until an exchange replaces it."""
         kept = _kept_rows(metrics)
         before = np.vstack([self._alive(), kept])[:-1]
         for row, seed in zip(*np.nonzero(before & ~kept), strict=True):
@@ -138,7 +138,7 @@ class Loop:
         return kept
 
     def _until_due(self) -> int:
-        """Updates left to the next checkpoint or evaluation that is due at a number of updates."""
+        """Updates until the next checkpoint or evaluation whose interval is in updates."""
         run = self.session.settings.run
         left = [CHUNK_CAPACITY]
         for every, unit in (
@@ -149,14 +149,14 @@ class Loop:
         return min(left)
 
     def _make_up_for(self, found: Checkpoint, states: TrainState) -> None:
-        """Evaluate the checkpoint that training continues from, if a kill prevented that."""
+        """Evaluate the checkpoint that training resumes from, if the run was killed before that."""
         run = self.session.settings.run
         regular = math.isfinite(run.eval_every) and run.eval_unit == "updates"
         if self.saver is not None and (not regular or self.done % run.eval_every == 0):
             self.saver.evaluate(found, states)
 
     def _what_is_due(self) -> int:
-        """Nothing, a checkpoint, or one that is evaluated. At the end both are done anyway."""
+        """Whether a checkpoint, or one with evaluation, is due. At the end both happen anyway."""
         saver = self.saver
         if saver is None:
             return _NOTHING
@@ -200,16 +200,17 @@ class Loop:
 
 
 def agreed(stop: StopRequest) -> bool:
-    """Whether any process was asked to stop; then each of them takes it as asked of itself. A
-    signal during this exchange, of which the others do not know, counts at the next."""
+    """Whether any process was asked to stop; if so, all processes stop. A signal that arrives
+    during this exchange counts at the next one."""
     asked = int(agree(stop.signum or 0).max())
     stop.signum = stop.signum or asked or None
     return bool(asked)
 
 
 def _finite_rows(metrics: HostMetrics, alive: np.ndarray) -> tuple[np.ndarray, dict[int, int]]:
-    """Which rows `[u, S]` belong to a training that goes well, its first bad one included, and
-    the first bad row of each seed that has one."""
+    """Return which updates `[u, S]` to log: those of seeds that have not failed, up to and
+    including the first failed update. Also returns the first failed row of each seed that fails
+    in this chunk."""
     finite = _kept_rows(metrics)
     good_before = np.cumsum(~finite, axis=0) - ~finite == 0
     bad = {int(s): int(np.argmin(finite[:, s])) for s in np.flatnonzero(alive & ~finite.all(0))}
@@ -217,7 +218,7 @@ def _finite_rows(metrics: HostMetrics, alive: np.ndarray) -> tuple[np.ndarray, d
 
 
 def _kept_rows(metrics: HostMetrics) -> np.ndarray:
-    """Which rows `[u, S]` are of updates that the learner kept."""
+    """Return which updates `[u, S]` the learner kept: those whose metrics are finite."""
     kept = np.ones(next(iter(metrics.values())).shape, bool)
     for name in MUST_BE_FINITE:
         kept &= np.isfinite(metrics[name]) if name in metrics else True

@@ -1,4 +1,4 @@
-"""What a run compiles: the initial states, a chunk of updates of any length, an evaluation."""
+"""The programs that a run compiles: initial states, a chunk of updates, an evaluation."""
 
 import os
 from collections.abc import Callable
@@ -26,11 +26,11 @@ from purejaxppo.task import Task
 from purejaxppo.types import Learner, Metrics, PyTree, TrainState
 
 CHUNK_CAPACITY = 1024
-"""Updates that one call can do at most."""
+"""Maximum number of updates in one call."""
 
 
 def enable_compilation_cache() -> None:
-    """Keep all programs that this process compiles on disk, so that the next process loads them.
+    """Cache all programs that this process compiles on disk, so that later processes can load them.
 
     They go to `$XDG_CACHE_HOME/purejaxppo`, or `~/.cache/purejaxppo`. If JAX already has a cache
     folder (`JAX_COMPILATION_CACHE_DIR`, or an earlier call), nothing changes. Call it before the
@@ -45,24 +45,24 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(Path(base) / "purejaxppo"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    # What was compiled before left the cache initialised as absent.
+    # If anything was compiled before, JAX has recorded that there is no cache.
     jax_cache.reset_cache()
 
 
 class Program(NamedTuple):
-    """Compiled for S trainings side by side and the devices that they are spread over."""
+    """Programs compiled for S parallel runs and the devices over which they are spread."""
 
     begin: Callable[[HParams], TrainState]
-    """The states `[S, ...]` to start from, by hyperparameters `[S]`."""
+    """`hparams[S] -> states[S, ...]`: the initial states."""
     chunk: Callable[[TrainState, HParams, int], tuple[TrainState, Metrics]]
     """`(states, hparams[S], count) -> (states, metrics[capacity, S])`, of which `count` rows are
     filled."""
     gather: Callable[[TrainState], TrainState]
-    """States to a single device."""
+    """Moves states to a single device."""
     device_bytes: int
-    """What XLA states a chunk to need on each device: arguments, results and temporaries."""
+    """Memory of a chunk on each device by XLA's analysis: arguments, results and temporaries."""
     spread: Spread
-    """How the run lies on the devices."""
+    """How the run is spread over the devices."""
     columns: tuple[str, ...]
     """Names of the metrics, in the order of a table's columns."""
 
@@ -70,8 +70,8 @@ class Program(NamedTuple):
 class Evaluation:
     """Returns of the states `[S, ...]` of S runs over `settings.run.eval_episodes` episodes each.
 
-    One program serves sampled and deterministic actions and every set of episodes. It is compiled
-    by `compile`, or when first called. The episodes depend on the seed and `purpose` alone.
+    One program is used for sampled and deterministic actions and for every set of episodes. It is
+    compiled by `compile`, or at the first call. The episodes depend only on the seed and `purpose`.
     """
 
     def __init__(self, settings: Settings, task: Task):
@@ -91,7 +91,7 @@ class Evaluation:
         self._compiled: Any = None
 
     def compile(self, shapes: TrainState) -> None:
-        """For states of these shapes on this process's first device."""
+        """Compile for states of these shapes on this process's first device."""
         place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         placed = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes
@@ -113,21 +113,21 @@ class Evaluation:
 
 
 class Prepared(NamedTuple):
-    """What a run needs of the compiler."""
+    """The task of a run and its compiled programs."""
 
     task: Task
     learner: Learner
-    """Of whole runs, whose states checkpoints hold."""
+    """The learner that is not spread over devices; checkpoints hold its states."""
     program: Program
     evaluation: Any
     """`Evaluation`, or `states[S, ...] -> returns[S, E]` of a population."""
     compile_seconds: float = 0.0
     population: bool = False
-    """Whether trainings learn from each other, so that one that failed may learn again."""
+    """Whether the runs form a population, in which a failed run may be replaced."""
 
 
 def prepare(settings: Settings, task: Task, population: Population | None = None) -> Prepared:
-    """Compile for waves of as many trials as the settings have. Raises `ConfigError` as
+    """Compile for waves with the number of trials in `settings`. Raises `ConfigError` as
     `compile_program` does."""
     learner = task.learner(None)
     program = compile_program(settings, task, population=population)
@@ -141,7 +141,7 @@ def prepare(settings: Settings, task: Task, population: Population | None = None
 
 
 def stacked_hparams(settings: Settings) -> HParams:
-    """Of each training, leaves `[S]`."""
+    """The hyperparameters of all runs, as leaves `[S]`."""
     trials = settings.trials or (settings.hparams,)
 
     def stack(*values: Any) -> Any:
@@ -162,8 +162,8 @@ def compile_program(
 
     Args:
         fresh: compile the initial states too; False if they come from a checkpoint.
-        population: how runs learn from each other, if they do. Their states then hold their
-            hyperparameters, and each has its own random numbers.
+        population: settings of population-based training, if used. Each run's state then holds its
+            hyperparameters, and each run has its own random numbers.
         evaluation: compiled too, if given.
 
     Raises:
@@ -179,7 +179,7 @@ def compile_program(
 
     def init(root: jax.Array, hparams: HParams, data: PyTree) -> TrainState:
         keys = jax.random.split(jax.random.wrap_key_data(root), num_keys)
-        # The seeds of one trial are those of all others.
+        # All trials use the same seeds.
         keys = jnp.tile(keys, settings.num_trainings // num_keys)
         begin = spread.over(
             lambda keys, hparams, data: each_seed(
@@ -213,7 +213,7 @@ def compile_program(
         evaluation.compile(traced.out_info)
     return Program(
         lambda hparams: compiled_init(root, hparams, data),
-        # Scattered again: XLA calls an empty array replicated, whatever it was told.
+        # Scatter again, since XLA marks an empty array as replicated despite its sharding.
         lambda states, hparams, count: compiled(
             spread.scatter(states), hparams, np.int32(count), data
         ),
@@ -239,13 +239,13 @@ def _chunk(
     capacity: int,
     data: PyTree,
 ) -> tuple[TrainState, Metrics]:
-    """`count` updates, at most `capacity`, of states and hyperparameters `[S, ...]`; one program
-    for every count.
+    """Do `count` updates, at most `capacity`, of states and hyperparameters `[S, ...]`. One program
+    is used for every count.
 
     Returns:
-        states, and metrics `[capacity, S]` of which the first `count` rows are filled.
+        states, and metrics `[capacity, S]`, of which the first `count` rows are filled.
     """
-    update = jax.jit(learner.update)  # so that both uses below are one trace
+    update = jax.jit(learner.update)  # traced once for both uses below
 
     def train(row: tuple[TrainState, HParams]) -> tuple[TrainState, Metrics]:
         state, hparams = row

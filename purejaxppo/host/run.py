@@ -73,18 +73,18 @@ def run(
 ) -> Result:
     """Train `num_seeds` seeds in parallel, evaluate them, and write the results.
 
-    SIGTERM or SIGINT makes it save and exit by `SystemExit(143)` or `KeyboardInterrupt` once the
-    current updates are done, which takes about half a second; `resume` continues from there.
+    On SIGTERM or SIGINT it finishes the current chunk of updates (about half a second), saves, and
+    raises `SystemExit(143)` or `KeyboardInterrupt`; `resume` continues from there.
 
-    If `jax.distributed` has joined several processes, all of them call this with the same
-    arguments; the first evaluates and writes, the others get no returns.
+    If `jax.distributed` connects several processes, all of them must call this with the same
+    arguments. The first process evaluates and writes; the others get no returns.
 
     Args:
         run_dir: directory for `config.toml`, `metrics.csv`, `eval.csv`, `summary.json`,
             `learning_curve.png` and `checkpoints/`; None writes nothing.
         devices: number of devices. Seeds are spread over them, each with the results it would have
-            alone; if there are more devices than seeds, the environments of each seed are spread
-            too, which then learns from minibatches made of equal parts. 0 chooses.
+            alone. If there are more devices than seeds, the environments of each seed are spread
+            too; each minibatch then has an equal share from each device. 0 chooses the number.
         eval_episodes: episodes of each evaluation, per seed.
         eval_every: interval between evaluations, in `eval_unit`s; each also saves a checkpoint, of
             which the best is kept. inf evaluates each checkpoint and the end of the run.
@@ -96,11 +96,12 @@ def run(
         loggers: objects with `write(update, metrics)`, called once per update with metrics `[S]`,
             and `close()`.
         callback: `(update, metrics[u, S], states[S, ...])`, called after every chunk of updates
-            (about half a second); if it returns True, the run ends there.
-        compilation_cache: keep compiled programs in the user's cache folder, for this process
-            from here on; a folder that JAX was already told to use is left as it is.
+            (about half a second); if it returns True, training stops and the run is evaluated.
+        compilation_cache: keep compiled programs in the user's cache folder, for the rest of this
+            process. A cache folder that is already configured in JAX is kept.
         progress: show progress on standard output.
-        env: an object with gymnax 1.x's interface, in place of the one that `config.env_id` names.
+        env: an object with gymnax 1.x's interface, which replaces the one that
+            `config.env_id` names.
         env_params: its parameters; None uses its defaults.
         parts: see `make_task`.
 
@@ -130,14 +131,14 @@ def run_settings(
     task: Task | None = None,
     extras: Extras = Extras(),  # noqa: B008
 ) -> Result:
-    """`run`, for settings as a file gives them.
+    """`run`, with settings in the form of a config file.
 
     Args:
-        task: None makes the one that the config describes.
+        task: the task to train; None makes the one that the config describes.
     """
     check_scalars(settings.hparams, "run")
     if settings.trials:
-        raise ConfigError("trials: this is a part of a sweep; see its sweep.toml")
+        raise ConfigError("trials: this is a part of a sweep; use the sweep's sweep.toml")
     _check_outputs(run_dir, settings.run)
     use_all_cores()
     task = task_of(settings, None, {}) if task is None else task
@@ -157,8 +158,8 @@ def _check_extras(loggers: Any, callback: Any) -> None:
     for logger in loggers:
         if not (hasattr(logger, "write") and hasattr(logger, "close")):
             raise ConfigError(
-                f"loggers: {type(logger).__name__} is no logger; it needs write(update, metrics) "
-                "and close()"
+                f"loggers: {type(logger).__name__} is not a logger; it needs write(update, "
+                "metrics) and close()"
             )
     if callback is not None and not callable(callback):
         raise ConfigError(
@@ -173,14 +174,14 @@ class Leg(NamedTuple):
     first: int
     last: int
     states: Callable[[], TrainState] | None = None
-    """Of all trainings after `first` updates; None starts from new ones."""
+    """Returns the states of all runs after `first` updates; None initialises new ones."""
 
 
 def run_wave(
     settings: Settings, directory: Path | None, prepared: Prepared, leg: Leg, progress: Progress
 ) -> Result:
-    """Train the trials of `settings` in parallel by a program compiled for as many, or continue if
-    `directory` already holds a part of it.
+    """Train the trials of `settings` in parallel, with a program compiled for that number.
+    Continues if `directory` already holds a part of the wave.
 
     Metrics are written as `metrics.f32`, and checkpoints are not evaluated.
 
@@ -226,8 +227,8 @@ def resume(
 
     Args:
         task: the task passed to `run`, if one was.
-        total_timesteps: new length of the run, which may be finished. From here on schedules run
-            over the new length, so a linear learning rate rises again to what is left of it.
+        total_timesteps: new length of the run, which may be finished. From then on, schedules run
+            over the new length, so a linear schedule raises the learning rate again.
         loggers, callback: as in `run`.
         env, env_params, parts: those passed to `run`, if any were.
 
@@ -272,13 +273,13 @@ def resume(
 def _check_some_left(found: Checkpoint) -> None:
     if len(found.position.failed) == found.settings.num_trainings:
         raise ConfigError(
-            f"{str(found.path)!r}: the loss of every seed turned non-finite, so no seed can be "
+            f"{str(found.path)!r}: the loss of every seed became non-finite, so no seed can be "
             "trained longer; start a new run with a lower learning_rate or max_grad_norm"
         )
 
 
 def _restore(directory: Path, settings: Settings, task: Task, learner: Learner) -> Start:
-    """From the newest checkpoint that belongs to this run and whose metrics are complete."""
+    """Restore the newest checkpoint that belongs to this run and whose metrics are complete."""
     config, metrics = settings.config, {}
 
     def check(found: Checkpoint) -> None:
@@ -305,7 +306,7 @@ def _restore(directory: Path, settings: Settings, task: Task, learner: Learner) 
 def _summary_if_finished(
     directory: Path, start: Start, settings: Settings
 ) -> dict[str, Any] | None:
-    """What `summary.json` holds if it is of the run as it is now, trained to its end."""
+    """The content of `summary.json`, if the run is finished and the summary is up to date."""
     try:
         summary = unsealed(directory / SUMMARY)
         done, planned = int(summary["env_steps"]), int(summary["env_steps_planned"])
@@ -330,7 +331,8 @@ def _finished_result(start: Start, summary: dict[str, Any]) -> Result:
 
 
 def check_scalars(hparams: Any, function: str) -> None:
-    """Raise `ConfigError` if it is no `HParams`, or a number is an array: those are for `vmap`."""
+    """Raise `ConfigError` if `hparams` is not an `HParams`, or if a field is an array (for use
+    with `vmap` only)."""
     check_hparams(
         hparams,
         function,

@@ -1,4 +1,4 @@
-"""What a run is in one process."""
+"""The state of a run in one process."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -13,16 +13,16 @@ from purejaxppo.types import TrainState
 
 
 class Start(NamedTuple):
-    """Where training begins: at the beginning, or where a checkpoint was made."""
+    """Where training starts: at update 0, or at a checkpoint."""
 
     position: Position
     states: TrainState | None = None
-    """None starts from new ones."""
+    """The states to start from; None initialises new ones."""
     metrics: HostMetrics | None = None
-    """`[U, S]` of the updates done."""
+    """Metrics `[U, S]` of the updates done."""
     checkpoint: Checkpoint | None = None
     again: bool = False
-    """Whether an earlier process has begun this run."""
+    """Whether an earlier process started this run."""
 
 
 class Session(NamedTuple):
@@ -31,11 +31,11 @@ class Session(NamedTuple):
     settings: Settings
     task: Task
     held: Held | None
-    """The run directory, in the process that writes there."""
+    """The locked run directory, in the process that writes to it."""
     directory: Path | None
     start: Start
     last: int
-    """Updates to train up to."""
+    """Update at which training ends."""
     progress: Progress
 
 

@@ -1,4 +1,4 @@
-"""What differs between policy-gradient objectives: one value each, in one table."""
+"""The policy-gradient objectives, as values in one table."""
 
 from purejaxppo.objectives.base import KLController, Objective
 from purejaxppo.objectives.table import OBJECTIVES

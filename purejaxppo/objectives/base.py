@@ -1,4 +1,4 @@
-"""`Objective`: everything that differs between policy-gradient objectives, as one value."""
+"""`Objective`: a value that holds everything in which policy-gradient objectives differ."""
 
 import dataclasses
 import importlib
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KLController:
-    """How the weight of a KL penalty is set. The state is part of the `LearnerState`."""
+    """Sets the weight of a KL penalty. Its state is stored in `LearnerState.objective_state`."""
 
     init: Callable[[Any], Any]
     """`hparams -> state`."""
@@ -22,7 +22,7 @@ class KLController:
     update: Callable[[Any, Any, Any], Any]
     """`(state, kl, hparams) -> state`, from the mean KL(pi_old, pi) after the update."""
     read_once: frozenset[str] = frozenset()
-    """Hyperparameters that only `init` reads."""
+    """Hyperparameters that only `init` reads, so that changing them later has no effect."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Objective:
     maximises: str = ""
     """What it maximises, in words."""
     step: Callable[..., Any] | None = None
-    """`improve.make_improve`, or what takes its place, with the same arguments: how parameters are
-    improved, if not by minibatch epochs of gradient descent."""
+    """A replacement for `improve.make_improve`, with the same arguments; None improves parameters
+    by minibatch epochs of gradient descent."""
     kl: KLController | None = None
-    """Of objectives with a KL penalty: the divergence is measured after each update."""
+    """Controller of a KL penalty, if there is one; the divergence is measured after each update."""
     has_critic: bool = True
-    """Whether the value is learned."""
+    """Whether a value function is learned."""
     needs_kl: bool = False
     """Whether the loss reads `Terms.kl`, which is 0 otherwise; it is then logged as `kl`."""
     needs_policy_outputs: bool = False
@@ -55,27 +55,27 @@ class Objective:
     stops_at_kl: bool = True
     """Whether `target_kl` ends an update early."""
     fixed_critic: bool = False
-    """Whether the critic is fitted after the policy's step, so that they cannot share layers."""
+    """Whether the critic is fitted after the policy's step, so the two cannot share layers."""
     reads: frozenset[str] = frozenset()
-    """Settings that not every objective reads, and this one does."""
+    """The settings that this objective reads, of those that not every objective reads."""
     defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    """Values of the settings that are left at auto."""
+    """Values for settings left at auto."""
     extra_losses: Mapping[str, Callable[..., Any]] = field(
         default_factory=lambda: MappingProxyType({})
     )
-    """Further loss terms by the name under which their means are logged:
-    `(params, network, batch, hparams) -> loss[T, B]`, added to the loss as they are."""
+    """Further loss terms, by the name under which their means are logged:
+    `(params, network, batch, hparams) -> loss[T, B]`, added to the loss without a coefficient."""
     variant: "Callable[[Objective, Config], Objective] | None" = None
-    """How other settings change these facts."""
+    """`(objective, config) -> Objective`, if other settings change these fields."""
 
     def of(self, config: "Config") -> "Objective":
-        """The objective with the settings of `config`."""
+        """The objective after `variant` is applied for `config`."""
         return self if self.variant is None else self.variant(self, config)
 
 
 def imported(module: str, name: str) -> Callable[..., Any]:
-    """A function of this package that is imported when it is first called: settings are checked
-    without importing JAX."""
+    """A function of this package that is imported when it is called, so that settings can be
+    checked without importing JAX."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         function = getattr(importlib.import_module(f"purejaxppo.{module}"), name)
@@ -85,7 +85,7 @@ def imported(module: str, name: str) -> Callable[..., Any]:
 
 
 def with_baseline(objective: Objective, config: "Config") -> Objective:
-    """`reinforce_baseline` learns a value only as its baseline."""
+    """`reinforce_baseline` learns a value function only for `baseline = value`."""
     return dataclasses.replace(
         objective,
         has_critic=config.baseline == "value",

@@ -1,4 +1,4 @@
-"""REINFORCE's rollouts and returns: whole episodes, and what is subtracted from their returns."""
+"""REINFORCE: rollouts of whole episodes, their returns, and the baselines."""
 
 from collections.abc import Callable
 from typing import Any
@@ -31,22 +31,22 @@ Steps = Float[Array, "T N"]
 def whole_episode_actor(
     config: Config, objective: Objective, env: Environment, network: Network, actor: Actor
 ) -> Actor:
-    """`actor` with rollouts that start with new episodes, whose mask is 1 for whole ones.
+    """Wrap `actor`: rollouts start with new episodes, and the mask is 1 for complete ones.
 
     Raises:
-        ConfigError: if no episode is sure to fit into a rollout, or the baseline cannot be computed
+        ConfigError: if the time limit is longer than a rollout, or the baseline cannot be computed
             for these observations.
     """
     limit = env.max_episode_steps
     if limit is not None and not isinstance(limit, Tracer) and config.num_steps < limit:
         raise ConfigError(
-            f"num_steps = {config.num_steps}: objective = {objective.name} counts whole episodes, "
-            f"and {config.env_id} has a time limit of {limit} steps; use at least that many, or "
-            "objective = a2c, which bootstraps from its critic"
+            f"num_steps = {config.num_steps}: objective = {objective.name} learns from whole "
+            f"episodes, and {config.env_id} has a time limit of {limit} steps; use at least that "
+            "many, or objective = a2c, which bootstraps from its critic"
         )
     if objective.needs_policy_outputs and not is_discrete(env.observation_space):
         raise ConfigError(
-            f"baseline = optimal: is one number per observation, and those of {config.env_id} are "
+            f"baseline = optimal: needs discrete observations, but those of {config.env_id} are "
             f"{env.observation_space}, not Discrete; choose value or mean"
         )
 
@@ -61,19 +61,19 @@ def whole_episode_actor(
 
 
 def steps_into_episode(rollout: Rollout) -> Int[Array, "T N"]:
-    """Steps since each one's episode began, in a rollout that begins with new episodes."""
+    """Steps since the start of the episode, in a rollout that starts with new episodes."""
     t = jnp.arange(rollout.start.shape[0])[:, None]
     return t - jax.lax.cummax(jnp.where(rollout.start, t, 0), axis=0)
 
 
 def whole_episodes(rollout: Rollout, limit: Any) -> Float[Array, "T N"]:
-    """1 for the steps of episodes that end within the rollout, which begins with new ones, and
-    whose number says nothing of how they went.
+    """Mask of the steps to learn from: 1 in complete episodes that were certain to end in time.
 
-    Episodes that merely happen to end in time are short ones more often than not. Those that begin
-    `limit` steps before the rollout's end, the time limit, end in time whatever happens; their
-    number is a stopping time, so sums over them have the expectation of one episode times that of
-    the number (Wald's equation). Without a limit all that end are counted.
+    The rollout must start with new episodes. To count every episode that happens to end within it
+    would favour short ones. Episodes that begin at least `limit` steps (the time limit) before the
+    rollout's end always end within it. Their number is a stopping time, so the expectation of a sum
+    over them is that of one episode times that of their number (Wald's equation). Without a limit,
+    all episodes that end are counted.
     """
     done = rollout.terminated | rollout.truncated
     ends = jnp.cumsum(done[::-1], axis=0)[::-1] > 0
@@ -105,12 +105,12 @@ def make_episode_advantage(
     observation_space: Any,
     axis: str | None = None,
 ) -> Advantage:
-    """What the REINFORCE objectives weight actions by: returns minus a baseline.
+    """Make the estimator of the REINFORCE objectives: returns minus a baseline.
 
     The gradient of E[sum_t gamma^t r_t] is E[sum_t gamma^t grad log pi(a_t|s_t) (G_t - b(s_t))]
     with the reward-to-go G_t (Williams 1992; Sutton et al. 1999), for any b that does not depend on
-    a_t. Without `causality`, gamma^t G_t gives way to G_0, which only adds variance; without
-    `discount_weight` gamma^t is left out.
+    a_t. Without `causality`, G_0 replaces gamma^t G_t, which only adds variance. Without
+    `discount_weight`, the factor gamma^t is left out.
     """
     kind = config.baseline if "baseline" in objective.reads else "none"
     baseline = _make_baseline(kind, policy, observation_space, axis)
@@ -135,7 +135,7 @@ Baseline = Callable[[Rollout, Steps, Steps], Array | float]
 
 def _make_baseline(kind: str, policy: Policy, observation_space: Any, axis: str | None) -> Baseline:
     def mean(rollout: Rollout, total: Steps, weight: Steps) -> Array:
-        """Of the other environments, since an episode's own return depends on its actions."""
+        """Mean over the other environments: an episode's own return depends on its actions."""
         sums = jnp.sum(total * rollout.mask, axis=0), jnp.sum(rollout.mask, axis=0)
         returns, steps = (of_others(x, axis) for x in sums)
         return returns / jnp.maximum(steps, 1.0)
@@ -156,8 +156,8 @@ def _make_baseline(kind: str, policy: Policy, observation_space: Any, axis: str 
 
 
 def of_others(values: Float[Array, "*batch N"], axis: str | None) -> Float[Array, "*batch N"]:
-    """For each environment the sum over all others, of all devices. Without subtracting its own,
-    which may be all but a rounding error of the whole."""
+    """For each environment, the sum over all other environments, on all devices. It is not computed
+    as the total minus the own value, since that loses precision if the own value dominates."""
     zeros = jnp.zeros_like(values[..., :1])
     before = jnp.concatenate([zeros, jnp.cumsum(values, axis=-1)[..., :-1]], axis=-1)
     back = jnp.cumsum(values[..., ::-1], axis=-1)[..., ::-1]
@@ -177,13 +177,13 @@ def optimal_baseline(
     otherwise: Float[Array, " N"],
     axis: str | None = None,
 ) -> Steps:
-    """b(s) = E[|w g|^2 G | s] / E[|w g|^2 | s] with g = grad log pi(a|s) by the policy's outputs
-    and w the step's `weight`, from the other environments' visits to s; `otherwise` where there are
-    none.
+    """b(s) = E[|w g|^2 G | s] / E[|w g|^2 | s], estimated from the other environments' visits to s.
 
-    For a table of outputs, which are then the parameters, no b(s) leaves each step's term less
-    variance; products between steps are left out (Greensmith et al. 2004, "Variance reduction
-    techniques for gradient estimates", theorem 8).
+    g is the gradient of log pi(a|s) with respect to the policy's outputs, w the step's `weight`.
+    Where the others did not visit s, the baseline is `otherwise`. If the outputs are a table of
+    parameters, this b(s) minimises the variance of each step's term; covariances between steps are
+    ignored (Greensmith et al. 2004, "Variance reduction techniques for gradient estimates",
+    theorem 8).
     """
 
     def log_prob(outputs: Array) -> Array:
@@ -195,7 +195,7 @@ def optimal_baseline(
     cells = rollout.obs * num_envs + jnp.arange(num_envs)
 
     def by_state(values: Steps) -> Array:
-        """Sums `[observations, N]` over each one's visits by the other environments."""
+        """For each observation, sums `[observations, N]` over the other environments' visits."""
         own = jax.ops.segment_sum(
             values.reshape(-1), cells.reshape(-1), num_observations * num_envs
         )

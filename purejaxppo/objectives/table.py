@@ -10,7 +10,7 @@ from purejaxppo.objectives.base import KLController, Objective, imported, with_b
 DEFAULTS: dict[str, Any] = {
     "advantage": "gae", "num_envs": 4, "num_steps": 128, "update_epochs": 4, "num_minibatches": 4,
 }  # fmt: skip
-"""Of the settings that an objective may have its own defaults for."""
+"""Defaults of the settings at auto for which an objective may have its own values."""
 _ONE_STEP = {"update_epochs": 1, "num_minibatches": 1}
 _EPISODES = {"advantage": "monte_carlo", "num_steps": 1024, **_ONE_STEP}
 _RETURNS = frozenset({"causality", "discount_weight"})
@@ -93,14 +93,14 @@ _ALL = (
     ),
 )
 OBJECTIVES: Mapping[str, Objective] = MappingProxyType({x.name: x for x in _ALL})
-"""By `Config.objective`."""
+"""The built-in objectives by name (`Config.objective`)."""
 
 READ_BY_SOME = frozenset().union(*(x.reads for x in _ALL))
 """Settings that not every objective reads."""
 
 
 def objective_of(config: Any) -> Objective:
-    """The objective that a config names, with its other settings. A reference
+    """The objective that a config names, adjusted to its other settings. A reference
     (`package.module:name`) counts as `ppo_clip` until it is imported."""
     name = "ppo_clip" if is_reference(config.objective) else config.objective
     return OBJECTIVES[name].of(config)
@@ -123,8 +123,8 @@ def check_objective(config: Any, objective: Objective) -> None:
         )
     if objective.whole_episodes and config.advantage != "monte_carlo":
         raise ConfigError(
-            f"{name} with advantage = {config.advantage}: it weights actions by whole returns, "
-            "without a value in place of rewards; use monte_carlo, or objective = a2c"
+            f"{name} with advantage = {config.advantage}: it weights actions by returns of "
+            "whole episodes, without bootstrapping; use monte_carlo, or objective = a2c"
         )
     if config.discount_weight and not config.causality:
         raise ConfigError(
@@ -145,5 +145,5 @@ def check_objective(config: Any, objective: Objective) -> None:
     if objective.fixed_critic and config.shared_trunk:
         raise ConfigError(
             f"{name} with shared_trunk = true: the critic is fitted after the policy's step, which "
-            "it would change through the shared layers; use shared_trunk = false"
+            "this would change through the shared layers; use shared_trunk = false"
         )

@@ -1,7 +1,7 @@
-"""Trust region policy optimisation: the natural gradient, no farther than a KL divergence allows.
+"""Trust region policy optimisation: a natural gradient step within a bound on the KL divergence.
 
-Schulman et al. 2015 (arXiv:1502.05477), appendix C. The critic is fitted afterwards, by minibatch
-epochs of its own.
+Schulman et al. 2015 (arXiv:1502.05477), appendix C. The critic is fitted afterwards, in separate
+minibatch epochs.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ Vector = Float[Array, " params"]
 
 
 class Search(NamedTuple):
-    """A line search under way."""
+    """State of a line search."""
 
     halvings: Int[Array, ""]
     accepted: Bool[Array, ""]
@@ -48,14 +48,14 @@ def make_trpo(
     optimizer: Optimizer = ADAM,
     axis: str | None = None,
 ) -> Improve:
-    """One natural gradient step of the policy, and `update_epochs` epochs of the critic.
+    """Make the step: one natural gradient step of the policy, then `update_epochs` critic epochs.
 
         maximise E[r A] + ent_coef H  subject to  E[KL(pi_old, pi)] <= delta
 
     The direction is x = (F + damping I)^-1 g by conjugate gradient, with the Fisher matrix F, the
     second derivative of the KL divergence at pi_old; the full step is sqrt(2 delta / (x (F +
-    damping I) x)) x. It is halved until the objective rises within the constraint, and given up
-    after `line_search_steps`: then the policy stays as it is, and `line_search_failed` is 1.
+    damping I) x)) x. It is halved until the objective rises and the constraint holds. If that
+    fails for `line_search_steps` trials, the policy is not changed, and `line_search_failed` is 1.
     """
     no_advantages = dataclasses.replace(config, advantage_normalization="none")
     loss_of_critic = partial(critic_loss, network)
@@ -110,11 +110,11 @@ def make_trpo(
 
 
 def critic_of(fitted: PyTree, moved: PyTree) -> PyTree:
-    """The critic's own parameters, under names that begin with `critic`, as fitted; the policy's as
-    its step left them.
+    """Take the critic's parameters (names that begin with `critic`) from `fitted`, and the policy's
+    from `moved`.
 
     Raises:
-        ConfigError: if the critic has none.
+        ConfigError: if no name begins with `critic`.
     """
     if not any(name.startswith("critic") for name in moved):
         raise ConfigError(
@@ -136,16 +136,16 @@ def critic_loss(  # noqa: PLR0917 (a `Loss`)
 
 
 def second_derivative(function: Callable[[Vector], Array], at: Vector, vector: Vector) -> Vector:
-    """The matrix of second derivatives times a vector, without the matrix: forward through the
-    gradient. Of a mean KL(pi_old, pi) at pi_old that is the Fisher matrix."""
+    """Hessian-vector product, by forward-mode differentiation of the gradient. The Hessian of a
+    mean KL(pi_old, pi) at pi_old is the Fisher matrix."""
     return jax.jvp(jax.grad(function), (at,), (vector,))[1]
 
 
 def natural_step(
     fisher: Callable[[Vector], Vector], gradient: Vector, delta: Any, iterations: int
 ) -> Vector:
-    """`sqrt(2 delta / (x F x)) x` with `F x = gradient`: to second order as far as `delta`
-    allows. `fisher` gives the product of F with a vector."""
+    """`sqrt(2 delta / (x F x)) x` with `F x = gradient`: its KL divergence is `delta` to
+    second order. `fisher` returns the product of F with a vector."""
     direction, _ = jax.scipy.sparse.linalg.cg(fisher, gradient, tol=1e-10, maxiter=iterations)
     length = jnp.maximum(jnp.vdot(direction, fisher(direction)), jnp.finfo(gradient.dtype).tiny)
     return jnp.sqrt(2.0 * delta / length) * direction
@@ -158,8 +158,9 @@ def search_along(
     step: Vector,
     hparams: HParams,
 ) -> Search:
-    """The first of `flat + step`, half of it, a quarter, ... at which the objective rises and the
-    KL divergence is at most `trpo_delta`; `flat` itself if there is none."""
+    """Try the full step, half of it, a quarter, ... from `flat`. Returns the first point at which
+    the objective is higher and the KL divergence is at most `trpo_delta`; `flat` if there is
+    none."""
     start = measure(flat)
 
     def going_on(search: Search) -> Array:

@@ -71,7 +71,7 @@ def failed_with_2(argv: list[str], capsys: Any) -> str:
         ("train --num-envs 0", "num_envs = 0: must be at least 1"),
         ("train --hparams.gamma 1.2", "purejaxppo: gamma = 1.2: must be at least 0 and at most 1"),
         ("train --hparams.clip-eps -1", "clip_eps = -1.0: must be greater than 0"),
-        ("train --num-minibatches 3", "does not divide into num_minibatches = 3"),
+        ("train --num-minibatches 3", "is not divisible by num_minibatches = 3"),
         ("train --activation rellu", "must be one of tanh, relu, gelu, silu (did you mean relu?)"),
         ("train none.toml", "config file 'none.toml': No such file or directory"),
         ("train --run-dir /proc/none/here", "cannot be written"),

@@ -117,7 +117,7 @@ def test_a_seed_comes_out_the_same_over_1_2_and_4_devices_and_alone(devices: int
         (
             ppo.Config(num_envs=8, num_minibatches=4, memory="gru"),
             {"devices": 4},
-            "fewer of either",
+            "use fewer devices or minibatches",
         ),
         (ppo.Config(), {"devices": 4, "num_seeds": 6}, "num_seeds = 6 cannot be dealt out evenly"),
     ],

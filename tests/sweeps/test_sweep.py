@@ -281,7 +281,7 @@ def test_optuna_goes_where_returns_are_high_and_on_where_it_was():
         ("--grid gamma=0.9 --sample gamma=uniform:0.9,1", "gamma: is swept twice"),
         ("--grid gamma=0.9,1.5", "trial 1 (gamma = 1.5): gamma = 1.5: must be at least 0"),
         ("--grid num_envs=4,oak", "trial 1 (num_envs = oak): num_envs = 'oak': must be a whole"),
-        ("--grid num_minibatches=3", "does not divide into num_minibatches = 3"),
+        ("--grid num_minibatches=3", "is not divisible by num_minibatches = 3"),
         ("--grid gamma=0.9 --devices 99", "devices = 99: there are 4"),
         ("--grid gamma=0.9 --trials 0", "trials = 0: must be at least 1"),
         ("--grid kl_beta=1,2", "kl_beta is swept, and has no effect with objective = ppo_clip"),
