@@ -102,7 +102,7 @@ def keep_if_finite(
     numbers = [x for x in jax.tree.leaves(new.learner) if jnp.issubdtype(x.dtype, jnp.floating)]
     checked = [metrics[name] for name in MUST_BE_FINITE if name in metrics] + numbers
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in checked]))
-    loss = jnp.where(finite, metrics["policy_loss"], jnp.nan)
+    loss = jnp.where(finite, metrics.get("policy_loss", 0.0), jnp.nan)
     return jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old), metrics | {
         "policy_loss": loss
     }

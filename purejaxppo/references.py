@@ -22,7 +22,8 @@ def resolve(setting: str, reference: str) -> Any:
     except Exception as error:  # whatever the module raises while it is imported
         raise ConfigError(
             f"{setting} = {reference!r}: module {module_name} cannot be imported: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {first_line(error)}; it is looked for in the current "
+            "directory and in PYTHONPATH"
         ) from error
     for name in path.split("."):
         if not hasattr(found, name):

@@ -349,6 +349,11 @@ def _why_not_divided(config: Config, network: Network, devices: int) -> str | No
         )
     own = config.num_envs // devices
     samples = own if network.sequential else own * config.num_steps
+    if samples % config.num_minibatches and devices == 1:
+        return (
+            f"num_envs = {config.num_envs} (whole sequences, for a network with a memory) is not "
+            f"divisible by num_minibatches = {config.num_minibatches}; use a divisor"
+        )
     if samples % config.num_minibatches:
         return (
             f"each of devices = {devices} has {samples} samples (whole sequences with a memory), "
