@@ -455,7 +455,7 @@ import sys, jax
 jax.config.update("jax_num_cpu_devices", 4)
 import numpy as np, purejaxppo as ppo
 from pathlib import Path
-from purejaxppo.host import checkpoint
+from purejaxppo.host import checkpoint, checkpoints
 from purejaxppo.host.load import restore_states
 found, _ = checkpoints.find(Path(sys.argv[1]))
 task = ppo.make_task(found.settings.config)
