@@ -175,6 +175,18 @@ def _trial(entry: dict[str, Any], definition: Definition) -> Trial:
     )
 
 
+def make_waves_folder(directory: Path) -> None:
+    """Raises `StorageError` if it cannot be made."""
+    path = directory / WAVES
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"{str(path)!r}: cannot be made: {error.strerror}; free space, then: "
+            f"{resume_command(directory)}"
+        ) from error
+
+
 def wave_directory(directory: Path, index: int) -> Path:
     return directory / WAVES / f"{index:04d}"
 

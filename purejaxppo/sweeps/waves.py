@@ -15,7 +15,13 @@ from purejaxppo.host.load import restore_states
 from purejaxppo.host.population import Member, member_learner, without_members
 from purejaxppo.host.run import Leg, run_wave
 from purejaxppo.host.rundir import BINARY_METRICS, SUMMARY
-from purejaxppo.sweeps.files import PlannedWave, damaged_wave, wave_directory, wave_outcome
+from purejaxppo.sweeps.files import (
+    PlannedWave,
+    damaged_wave,
+    make_waves_folder,
+    wave_directory,
+    wave_outcome,
+)
 from purejaxppo.sweeps.plan import Group, Programs, Wave
 from purejaxppo.sweeps.progress import SweepProgress
 from purejaxppo.sweeps.settings import Definition
@@ -112,16 +118,13 @@ class Local:
 
     def train_one(self, job: Job) -> dict[str, Any]:
         settings = job.wave.settings
-        where = (
-            None
-            if self._work.directory is None
-            else wave_directory(self._work.directory, job.index)
-        )
+        directory = self._work.directory
+        where = None if directory is None else wave_directory(directory, job.index)
         with self._shown.compiling():
             prepared = self._programs.of(settings)
         leg = Leg(job.planned.first, job.planned.last, self._states_before(job))
-        if where is not None:
-            where.parent.mkdir(exist_ok=True)
+        if directory is not None:
+            make_waves_folder(directory)
         found = run_wave(
             settings, where, prepared, leg, self._shown.wave(job.index, job.planned, job.wave),
         )  # fmt: skip

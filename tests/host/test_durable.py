@@ -110,6 +110,21 @@ def test_results_that_could_not_be_written_are_written_by_resume(tmp_path: Path)
     assert len((directory / "results.csv").read_text().splitlines()) == 1 + 4
 
 
+def test_a_folder_for_waves_that_cannot_be_made_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    make = Path.mkdir
+
+    def full(path: Path, *given: Any, **more: Any) -> None:
+        if path.name == "waves":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        make(path, *given, **more)
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(StorageError, match=r"waves': cannot be made: No space left.*resume"):
+        sweep(tmp_path / "sweep")
+
+
 @pytest.mark.parametrize("half", [False, True], ids=["finished", "half-finished"])
 @some_or_all
 def test_a_damaged_file_of_a_sweep_gives_the_same_results_or_one_message(
