@@ -98,11 +98,13 @@ def agent_of(
             one_key = as_key(key, "act", "pass one for all rows of obs")
             return policy.sample(outputs, draw_noise(policy, jax.random.split(one_key, n)))
 
+        def mode() -> Array:
+            return policy.distribution(outputs).mode()
+
         if is_traced(deterministic):
-            mode = policy.distribution(outputs).mode()
-            action = jnp.where(deterministic, mode, sample())
+            action = jnp.where(deterministic, mode(), sample())
         else:
-            action = policy.distribution(outputs).mode() if deterministic else sample()
+            action = mode() if deterministic else sample()
         return policy.to_env(action), carry
 
     def value(obs: PyTree, carry: PyTree) -> Float[Array, " n"]:

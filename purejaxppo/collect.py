@@ -1,7 +1,8 @@
 """Collects rollouts from the environments."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,45 +63,42 @@ def make_actor(
     Args:
         keep_outputs: store the policy's outputs in rollouts.
     """
+    made = _Stepper(config, env, network, policy, keep_outputs, axis)
+    return Actor(made.init, made.collect)
 
-    def init(key: Key[Array, ""], hparams: Any, data: PyTree) -> ActorState:
-        own = own_rows(jax.random.split(key, config.num_envs), axis)
-        return first_steps(env, network, own)
+
+class _Stepper(NamedTuple):
+    """N environments stepped by a policy."""
+
+    config: Config
+    env: Environment
+    network: Network
+    policy: Policy
+    keep_outputs: bool
+    axis: str | None
+
+    def init(self, key: Key[Array, ""], hparams: Any, data: PyTree) -> ActorState:
+        own = own_rows(jax.random.split(key, self.config.num_envs), self.axis)
+        return first_steps(self.env, self.network, own)
 
     def collect(
-        learner: LearnerState, actors: ActorState, hparams: Any, data: PyTree
+        self, learner: LearnerState, actors: ActorState, hparams: Any, data: PyTree
     ) -> tuple[ActorState, Rollout]:
-        keys, step_keys, noise = _draw(config, policy, actors.keys)
-
-        def step(actors: ActorState, draws: tuple[Array, Array]) -> tuple[ActorState, Any]:
-            step_keys, noise = draws
-            obs = _one_step(normalize_obs(learner.obs_stats, actors.obs))
-            carry, outputs, _ = network.apply(learner.params, actors.carry, obs, actors.start[None])
-            action = policy.sample(outputs[0], noise)
-            env_state, result = env.step(step_keys, actors.env_state, policy.to_env(action))
-            if not config.bootstrap_time_limits:
-                result = result._replace(terminated=result.terminated | result.truncated)
-            cut_value = truncation_value(network, learner, carry, result)
-            done = result.terminated | result.truncated
-            moved = actors._replace(env_state=env_state, obs=result.obs, start=done, carry=carry)
-            return moved, (actors.obs, action, cut_value, result)
-
+        keys, step_keys, noise = _draw(self.config, self.policy, actors.keys)
+        step = partial(self.step, learner)
         moved, (raw_obs, action, cut_value, result) = jax.lax.scan(step, actors, (step_keys, noise))
         obs = normalize_obs(learner.obs_stats, raw_obs)
         done = result.terminated | result.truncated
         start = jnp.concatenate([actors.start[None], done[:-1]])
 
-        def replay(steps: tuple[Any, ...]) -> tuple[Array, Array, Any]:
-            obs, start, action = steps
-            _, outputs, value = network.apply(learner.params, actors.carry, obs, start)
-            log_prob = jnp.asarray(policy.distribution(outputs).log_prob(action))
-            return log_prob, value, outputs if keep_outputs else ()
-
-        whole = network.sequential
-        num_parts = 1 if whole else parts_in_cache(network, start.size, config.num_steps)
+        whole = self.network.sequential
+        num_parts = 1 if whole else parts_in_cache(self.network, start.size, self.config.num_steps)
+        replay = partial(self.replay, learner.params, actors.carry)
         log_prob, value, outputs = _in_parts(replay, (obs, start, action), num_parts)
         last_obs = _one_step(normalize_obs(learner.obs_stats, moved.obs))
-        _, _, last_value = network.apply(learner.params, moved.carry, last_obs, moved.start[None])
+        _, _, last_value = self.network.apply(
+            learner.params, moved.carry, last_obs, moved.start[None]
+        )
         following = jnp.concatenate([value[1:], last_value])
         rollout = Rollout(
             obs=raw_obs,
@@ -118,7 +116,30 @@ def make_actor(
         )
         return moved._replace(keys=keys), rollout
 
-    return Actor(init, collect)
+    def step(
+        self, learner: LearnerState, actors: ActorState, draws: tuple[Array, Array]
+    ) -> tuple[ActorState, Any]:
+        """One step of all environments."""
+        step_keys, noise = draws
+        obs = _one_step(normalize_obs(learner.obs_stats, actors.obs))
+        carry, outputs, _ = self.network.apply(
+            learner.params, actors.carry, obs, actors.start[None]
+        )
+        action = self.policy.sample(outputs[0], noise)
+        env_state, result = self.env.step(step_keys, actors.env_state, self.policy.to_env(action))
+        if not self.config.bootstrap_time_limits:
+            result = result._replace(terminated=result.terminated | result.truncated)
+        cut_value = truncation_value(self.network, learner, carry, result)
+        done = result.terminated | result.truncated
+        moved = actors._replace(env_state=env_state, obs=result.obs, start=done, carry=carry)
+        return moved, (actors.obs, action, cut_value, result)
+
+    def replay(self, params: PyTree, carry: PyTree, steps: Any) -> tuple[Array, Array, Any]:
+        """Log-probabilities, values and outputs of steps `(obs, start, action)`."""
+        obs, start, action = steps
+        _, outputs, value = self.network.apply(params, carry, obs, start)
+        log_prob = jnp.asarray(self.policy.distribution(outputs).log_prob(action))
+        return log_prob, value, outputs if self.keep_outputs else ()
 
 
 def _one_step(obs: PyTree) -> PyTree:

@@ -193,19 +193,9 @@ def make_task(config: Config, **given: Any) -> Task:
     estimate = _advantage(config, given)
 
     def parts(axis: str | None = None) -> Parts:
-        keep = objective.needs_policy_outputs or objective.needs_kl
-        actor = make_actor(config, env, network, policy, keep_outputs=keep, axis=axis)
-        advantage = estimate or make_advantage(config)
-        if objective.whole_episodes:
-            actor = whole_episode_actor(config, objective, env, network, actor)
-            space = env.observation_space
-            own = make_episode_advantage(config, objective, policy, space, axis)
-            advantage = estimate or own
-        improve = objective.step or make_improve
-        made = Parts(
-            config, objective, env, policy, network, optimizer, actor, advantage,
-            make_loss(objective, network, policy),
-            improve(config, objective, network, policy, optimizer=optimizer, axis=axis), axis,
+        made = _parts(
+            config, objective, env=env, policy=policy, network=network, optimizer=optimizer,
+            advantage=estimate, axis=axis,
         )  # fmt: skip
         if "collect" in given:
             made = made._replace(actor=part_checks.as_actor(given["collect"], made))
@@ -227,6 +217,31 @@ def make_task(config: Config, **given: Any) -> Task:
         costs=partial(_costs, env, network),
         warning=partial(_no_episode, config, objective),
     )
+
+
+def _parts(
+    config: Config,
+    objective: Objective,
+    *,
+    env: Environment,
+    policy: Policy,
+    network: Network,
+    optimizer: Optimizer,
+    advantage: Advantage | None,
+    axis: str | None,
+) -> Parts:
+    keep = objective.needs_policy_outputs or objective.needs_kl
+    actor = make_actor(config, env, network, policy, keep_outputs=keep, axis=axis)
+    if objective.whole_episodes:
+        actor = whole_episode_actor(config, objective, env, network, actor)
+        space = env.observation_space
+        advantage = advantage or make_episode_advantage(config, objective, policy, space, axis)
+    improve = objective.step or make_improve
+    return Parts(
+        config, objective, env, policy, network, optimizer, actor,
+        advantage or make_advantage(config), make_loss(objective, network, policy),
+        improve(config, objective, network, policy, optimizer=optimizer, axis=axis), axis,
+    )  # fmt: skip
 
 
 def _remade(given: dict[str, Any], config: Config) -> Task:

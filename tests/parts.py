@@ -38,14 +38,14 @@ def adamw(hparams: ppo.HParams) -> optax.GradientTransformation:
 
 
 def clipped(terms: Any, hparams: ppo.HParams) -> jax.Array:
-    """ppo_clip's loss, written anew."""
+    """ppo_clip's loss, written again."""
     ratio = jnp.exp(terms.log_ratio)
     near = jnp.clip(ratio, 1 - hparams.clip_eps, 1 + hparams.clip_eps)
     return -jnp.minimum(ratio * terms.advantage, near * terms.advantage)
 
 
 def one_step(rollout: ppo.Rollout, hparams: ppo.HParams) -> tuple[jax.Array, jax.Array]:
-    """td0, written anew."""
+    """td0, written again."""
     bootstrap = hparams.gamma * (1 - rollout.terminated) * rollout.next_value
     target = rollout.reward + bootstrap
     return target - rollout.value, target
@@ -62,6 +62,9 @@ class Written:
 
     def close(self) -> None:
         self.closed = True
+
+
+actor_critic = dataclasses.replace(ppo.OBJECTIVES["a2c"], name="actor_critic")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -615,6 +615,27 @@ def test_a_passed_objective_brings_its_defaults(tiny: ppo.Config):
     assert ppo.make_task(config, objective=own).config.num_steps == 1024
 
 
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_an_objective_named_on_the_command_line_brings_its_defaults(command: str, tmp_path: Path):
+    """The host counts steps by the same numbers as the learner."""
+    directory = tmp_path / "r"
+    arguments = (
+        f"{command} --objective parts:actor_critic --total-timesteps 1024 --eval-episodes 2 "
+        f"--run-dir {directory}"
+    ).split()
+    if command == "sweep":
+        arguments += ["--grid", "gamma=0.9,0.99"]
+    assert main(arguments) == 0
+    name = "config.toml" if command == "train" else "sweep.toml"
+    assert "num_envs = 16\nnum_steps = 16\n" in (directory / name).read_text()
+    if command == "train":
+        rows = (directory / "metrics.csv").read_text().splitlines()[1:]
+        assert [int(float(row.split(",")[2])) for row in rows] == [256, 512, 768, 1024]
+    else:
+        with np.load(directory / "curves.npz") as curves:
+            assert sorted(set(curves["env_steps"].tolist())) == [256, 512, 768, 1024]
+
+
 def test_a_file_with_hyperparameters_of_ones_own_trains_again(tmp_path: Path, capsys: Any):
     own = parts.Decay(weight_decay=0.5)
     config = ppo.Config(optimizer="parts:decayed", total_timesteps=512)
@@ -708,3 +729,13 @@ class First(nn.Module):
     def __call__(self, obs: Any) -> Any:
         x = nn.Dense(self.num_outputs + 1)(obs["other"])
         return x[..., :-1], x[..., -1]
+
+
+def test_what_is_no_logger_and_no_callback_is_refused(tiny: ppo.Config, tmp_path: Path):
+    config = dataclasses.replace(tiny, env_id="CartPole-v1")
+    ppo.run(config, run_dir=tmp_path / "r", eval_episodes=2, progress=False)
+    for call in (lambda **x: ppo.run(config, **x), lambda **x: ppo.resume(tmp_path / "r", **x)):
+        with pytest.raises(ppo.ConfigError, match="is not a logger; it needs write"):
+            call(loggers=[print], progress=False)
+        with pytest.raises(ppo.ConfigError, match="callback is of type int: must be a function"):
+            call(callback=7, progress=False)

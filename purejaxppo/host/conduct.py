@@ -87,6 +87,7 @@ class Extras(NamedTuple):
 def conduct(session: Session, prepare: Callable[[], Prepared], extras: Extras) -> Result:
     """Compile, train, evaluate, write."""
     settings, directory, start = session.settings, session.directory, session.start
+    assert session.task.config == settings.config
     if extras.compilation_cache:
         enable_compilation_cache()
     shown = session.progress

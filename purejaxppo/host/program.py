@@ -175,20 +175,7 @@ def compile_program(
         learner = member_learner(learner)
     capacity = min(settings.config.num_updates, CHUNK_CAPACITY)
     root = np.asarray(jax.random.key_data(jax.random.key(settings.run.seed)))
-    num_keys = settings.run.num_seeds if population is None else settings.num_trainings
-
-    def init(root: jax.Array, hparams: HParams, data: PyTree) -> TrainState:
-        keys = jax.random.split(jax.random.wrap_key_data(root), num_keys)
-        # All trials use the same seeds.
-        keys = jnp.tile(keys, settings.num_trainings // num_keys)
-        begin = spread.over(
-            lambda keys, hparams, data: each_seed(
-                lambda row: learner.init(row[0], row[1], data), (keys, hparams)
-            ),
-            (spread.seeds, spread.seeds, PartitionSpec()),
-            spread.states,
-        )
-        return begin(keys, hparams, data)
+    init = _make_init(settings, learner, spread, apart=population is not None)
 
     def chunk(states: TrainState, hparams: HParams, count: jax.Array, data: PyTree) -> Any:
         if population is not None:
@@ -222,6 +209,31 @@ def compile_program(
         spread,
         in_order(traced_chunks.out_info[1]),
     )
+
+
+def _make_init(
+    settings: Settings, learner: Learner, spread: Spread, apart: bool
+) -> Callable[[jax.Array, HParams, PyTree], TrainState]:
+    """`(root key's data, hparams[S], data) -> states[S, ...]`.
+
+    Args:
+        apart: give each run its own random numbers; otherwise all trials use the same seeds.
+    """
+    num_keys = settings.num_trainings if apart else settings.run.num_seeds
+
+    def init(root: jax.Array, hparams: HParams, data: PyTree) -> TrainState:
+        keys = jax.random.split(jax.random.wrap_key_data(root), num_keys)
+        keys = jnp.tile(keys, settings.num_trainings // num_keys)
+        begin = spread.over(
+            lambda keys, hparams, data: each_seed(
+                lambda row: learner.init(row[0], row[1], data), (keys, hparams)
+            ),
+            (spread.seeds, spread.seeds, PartitionSpec()),
+            spread.states,
+        )
+        return begin(keys, hparams, data)
+
+    return init
 
 
 def _bytes(compiled: Any) -> int:

@@ -142,7 +142,8 @@ def run_settings(
     _check_outputs(run_dir, settings.run)
     use_all_cores()
     task = task_of(settings, None, {}) if task is None else task
-    settings = with_devices(settings, task)
+    # A named objective may have other defaults for settings left at auto.
+    settings = with_devices(dataclasses.replace(settings, config=task.config), task)
     with ExitStack() as stack:
         directory = None if run_dir is None else Path(run_dir)
         held = None
@@ -238,18 +239,11 @@ def resume(
         StorageError: as `run`.
     """
     directory = Path(run_dir)
+    _check_extras(loggers, callback)
     use_all_cores()
     given = {"env": env, "env_params": env_params, **parts}
     with old_run(directory) if is_first() else nullcontext() as held:
-        settings = load_settings(directory / CONFIG)
-        if total_timesteps is not None:
-            config = dataclasses.replace(settings.config, total_timesteps=total_timesteps)
-            settings = dataclasses.replace(settings, config=config)
-        if settings.trials:
-            raise ConfigError(
-                f"run_dir = {str(directory)!r}: is a part of a sweep; to resume the sweep: "
-                f"{resume_command(directory)}"
-            )
+        settings = _settings_to_resume(directory, total_timesteps)
         task = task_of(settings, task, given)
         _check_outputs(directory, settings.run)
         choose_spread(settings, task)
@@ -268,6 +262,19 @@ def resume(
         session = Session(settings, task, held, directory, start, last, shown)
         extras = Extras(loggers, callback, compilation_cache, progress)
         return conduct(session, partial(compile_run, session), extras)
+
+
+def _settings_to_resume(directory: Path, total_timesteps: int | None) -> Settings:
+    settings = load_settings(directory / CONFIG)
+    if settings.trials:
+        raise ConfigError(
+            f"run_dir = {str(directory)!r}: is a part of a sweep; to resume the sweep: "
+            f"{resume_command(directory)}"
+        )
+    if total_timesteps is None:
+        return settings
+    config = dataclasses.replace(settings.config, total_timesteps=total_timesteps)
+    return dataclasses.replace(settings, config=config)
 
 
 def _check_some_left(found: Checkpoint) -> None:

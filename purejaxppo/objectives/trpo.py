@@ -70,31 +70,11 @@ def make_trpo(
         if config.advantage_normalization != "none":
             batch = batch._replace(advantage=standardize(batch.advantage, batch.weight, axis))
         flat, unravel = ravel_pytree(learner.params)
-
-        def terms(flat: Vector, part: Batch, count: Array) -> Metrics:
-            old = part.rollout
-            _, outputs, _ = network.apply(unravel(flat), old.carry, old.obs, old.start)
-            values = policy_terms(objective, policy, outputs, part, hparams)
-            return {name: jnp.sum(x * part.weight) / count for name, x in values.items()}
-
-        def kl(flat: Vector, part: Batch, count: Array) -> Array:
-            return kl_from_rollout(network, policy, unravel(flat), part, count)
-
-        def measure(flat: Vector) -> Metrics:
-            return over_all(network, batch, axis, partial(terms, flat))
-
-        def loss(flat: Vector, part: Batch, count: Array) -> Array:
-            return _loss(terms(flat, part, count), hparams)
-
-        def fisher(vector: Vector) -> Vector:
-            def of_part(*part: Any) -> Vector:
-                return second_derivative(lambda x: kl(x, *part), flat, vector)
-
-            return over_all(network, batch, axis, of_part) + hparams.cg_damping * vector
-
-        gradient = over_all(network, batch, axis, lambda *x: jax.grad(loss)(flat, *x))
+        surface = _Surface(objective, network, policy, axis, batch, unravel, hparams)
+        gradient = surface.gradient(flat)
+        fisher = partial(surface.fisher, flat)
         step = natural_step(fisher, -gradient, hparams.trpo_delta, config.cg_iterations)
-        found = search_along(config, measure, flat, step, hparams)
+        found = search_along(config, surface.measure, flat, step, hparams)
         moved = learner._replace(params=unravel(found.flat))
         learner, critic = fit_critic(moved, batch, hparams, data)
         learner = learner._replace(params=critic_of(learner.params, moved.params))
@@ -107,6 +87,50 @@ def make_trpo(
         return learner, metrics
 
     return improve
+
+
+class _Surface(NamedTuple):
+    """The objective and the KL divergence on one batch, as functions of the flat parameters."""
+
+    objective: Objective
+    network: Network
+    policy: Policy
+    axis: str | None
+    batch: Batch
+    unravel: Callable[[Vector], PyTree]
+    hparams: HParams
+
+    def measure(self, flat: Vector) -> Metrics:
+        """Means of the objective's terms."""
+        return self._over_all(partial(self._terms, flat))
+
+    def gradient(self, flat: Vector) -> Vector:
+        """Of the loss."""
+
+        def loss(flat: Vector, part: Batch, count: Array) -> Array:
+            return _loss(self._terms(flat, part, count), self.hparams)
+
+        return self._over_all(lambda *part: jax.grad(loss)(flat, *part))
+
+    def fisher(self, flat: Vector, vector: Vector) -> Vector:
+        """Product of the damped Fisher matrix with a vector."""
+
+        def of_part(part: Batch, count: Array) -> Vector:
+            def kl(x: Vector) -> Array:
+                return kl_from_rollout(self.network, self.policy, self.unravel(x), part, count)
+
+            return second_derivative(kl, flat, vector)
+
+        return self._over_all(of_part) + self.hparams.cg_damping * vector
+
+    def _terms(self, flat: Vector, part: Batch, count: Array) -> Metrics:
+        old = part.rollout
+        _, outputs, _ = self.network.apply(self.unravel(flat), old.carry, old.obs, old.start)
+        values = policy_terms(self.objective, self.policy, outputs, part, self.hparams)
+        return {name: jnp.sum(x * part.weight) / count for name, x in values.items()}
+
+    def _over_all(self, function: Callable[[Batch, Array], PyTree]) -> PyTree:
+        return over_all(self.network, self.batch, self.axis, function)
 
 
 def critic_of(fitted: PyTree, moved: PyTree) -> PyTree:

@@ -1,5 +1,6 @@
 """Runs a sweep: batch by batch, wave by wave, so that it can be interrupted anywhere."""
 
+import dataclasses
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -147,6 +148,9 @@ def start_sweep(
     use_all_cores()
     leave_memory(definition.sweep)
     task = task_of(definition.settings, None, {}) if task is None else task
+    # A named objective may have other defaults for settings left at auto.
+    settings = dataclasses.replace(definition.settings, config=task.config)
+    definition = dataclasses.replace(definition, settings=settings)
     _check_first_batch(definition, task)
     if compilation_cache:
         enable_compilation_cache()
