@@ -80,6 +80,12 @@ def agent_of(
         carry, outputs, value = network.apply(learner.params, carry, inputs, start[None])
         return carry, outputs[0], value[0]
 
+    def checked(obs: PyTree, carry: PyTree, function: str) -> tuple[PyTree, int]:
+        rows = jax.tree.map(jnp.asarray, obs)
+        n = check_obs(rows, shapes, function)
+        check_carry(carry, one_row, n, function)
+        return rows, n
+
     def act(
         key: KeyLike,
         obs: PyTree,
@@ -87,9 +93,7 @@ def agent_of(
         deterministic: bool | Bool[Array, ""] = False,
         start: ArrayLike | None = None,
     ) -> tuple[Array, PyTree]:
-        rows = jax.tree.map(jnp.asarray, obs)
-        n = check_obs(rows, shapes, "act")
-        check_carry(carry, one_row, n, "act")
+        rows, n = checked(obs, carry, "act")
         starts = jnp.zeros(n, bool) if start is None else jnp.asarray(start, bool)
         check_start(starts, n, "act")
         carry, outputs, _ = apply(rows, carry, starts)
@@ -108,9 +112,7 @@ def agent_of(
         return policy.to_env(action), carry
 
     def value(obs: PyTree, carry: PyTree) -> Float[Array, " n"]:
-        rows = jax.tree.map(jnp.asarray, obs)
-        n = check_obs(rows, shapes, "value")
-        check_carry(carry, one_row, n, "value")
+        rows, n = checked(obs, carry, "value")
         scaled = apply(rows, carry, jnp.zeros(n, bool))[2]
         return scaled * reward_scale(learner.reward_stats)
 

@@ -113,6 +113,18 @@ def check_objective_part(config: Config, objective: Objective, given: dict[str, 
         )
 
 
+def check_critic(objective: Objective, network: Network) -> None:
+    """Raise `ConfigError` if the critic must have parameters of its own and has none."""
+    if not objective.fixed_critic:
+        return
+    names = sorted(jax.eval_shape(network.init, jax.random.key(0)))
+    if not any(name.startswith("critic") for name in names):
+        raise ConfigError(
+            f"objective = {objective.name}: fits the critic after the policy's step, so its "
+            f"modules need names that begin with critic; the network's are {', '.join(names)}"
+        )
+
+
 def check_normalized(config: Config, env: Environment) -> None:
     """Raise `ConfigError` if `normalize_obs` is set and observations are dictionaries."""
     if config.normalize_obs and isinstance(parts_of(env.observation_space), dict):

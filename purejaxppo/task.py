@@ -186,6 +186,7 @@ def make_task(config: Config, **given: Any) -> Task:
     check_contract(env, policy)
     check_mask(obs_shapes(env.observation_space), policy)
     part_checks.check_normalized(config, env)
+    part_checks.check_critic(objective, network)
     if (reason := _why_not_divided(config, network, 1)) is not None:
         raise ConfigError(reason)
     hparams = given.get("hparams", HParams())

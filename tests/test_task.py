@@ -562,9 +562,7 @@ def test_trpo_keeps_its_policy_whatever_fits_the_critic(tiny: ppo.Config):
     assert metrics["kl"] == pytest.approx(kl, rel=1e-4)
     assert kl > 1e-4
     with pytest.raises(ppo.ConfigError, match="its modules need names that begin with critic"):
-        ppo.make_train(config, RandomWalk(), network=parts.TwoHeads)(
-            jax.random.key(0), ppo.HParams()
-        )
+        ppo.make_task(config, env=RandomWalk(), network=parts.TwoHeads)
 
 
 def test_a_constant_weight_changes_nothing(tiny: ppo.Config):
