@@ -80,7 +80,7 @@ def agent_of(
         carry, outputs, value = network.apply(learner.params, carry, inputs, start[None])
         return carry, outputs[0], value[0]
 
-    def checked(obs: PyTree, carry: PyTree, function: str) -> tuple[PyTree, int]:
+    def checked(obs: PyTree, carry: PyTree, function: str) -> tuple[PyTree, Any]:
         rows = jax.tree.map(jnp.asarray, obs)
         n = check_obs(rows, shapes, function)
         check_carry(carry, one_row, n, function)

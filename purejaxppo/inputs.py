@@ -180,8 +180,8 @@ def _leaf_shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in leaves}
 
 
-def check_obs(obs: PyTree, shapes: Any, function: str) -> int:
-    """The number of rows of `obs`, leaves `[n, *shape]`.
+def check_obs(obs: PyTree, shapes: Any, function: str) -> Any:
+    """The number of rows of `obs`, leaves `[n, *shape]`: an int, or a symbol during an export.
 
     Raises:
         ConfigError: if a leaf has another shape, or there is no row.
