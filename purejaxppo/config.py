@@ -7,6 +7,7 @@ number that can be traced, so that a whole run can be `vmap`ped over it.
 import dataclasses
 import math
 import sys
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -57,16 +58,16 @@ def _bounded(
     return field(default=default, metadata=rule)
 
 
-class TaskConfig:
+class TaskConfig(ABC):
     """What the host reads of the config of any task: a frozen dataclass with these."""
 
     total_timesteps: int
     """Samples to train on, rounded up to whole updates."""
 
     @property
+    @abstractmethod
     def batch_size(self) -> int:
         """Samples of one update."""
-        raise NotImplementedError
 
     @property
     def num_updates(self) -> int:

@@ -77,10 +77,11 @@ def check_optimizer(optimizer: Any, network: Network, hparams: HParams) -> None:
         )
     params = jax.eval_shape(network.init, jax.random.key(0))
 
-    def changes(params: PyTree) -> PyTree:
+    def changes(params: PyTree, hparams: HParams) -> PyTree:
+        transform = optimizer(hparams)
         return transform.update(params, transform.init(params), params)[0]
 
-    found = _traced("optimizer", changes, params)
+    found = _traced("optimizer", changes, params, hparams)
     if jax.tree.structure(found) != jax.tree.structure(params):
         raise ConfigError(
             f"optimizer: returned a tree of {jax.tree.structure(found)}, but the parameters are "
@@ -161,7 +162,7 @@ def check_update(parts: Any, learner: Learner, passed: tuple[str, ...], hparams:
         _check_loss(parts.objective.loss, hparams)
     state = _traced("collect", learner.init, jax.random.key(0), hparams)
     found = _traced(
-        "collect", lambda s: parts.actor.collect(s.learner, s.actors, hparams, ()), state
+        "collect", lambda s, h: parts.actor.collect(s.learner, s.actors, h, ()), state, hparams
     )
     if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Rollout)):
         raise ConfigError(
@@ -174,7 +175,7 @@ def check_update(parts: Any, learner: Learner, passed: tuple[str, ...], hparams:
                 f"collect: returned {name} of shape {found}; it must be [num_steps, num_envs] = "
                 f"{steps}"
             )
-    estimated = _traced("advantage", lambda r: parts.advantage(r, hparams), rollout)
+    estimated = _traced("advantage", parts.advantage, rollout, hparams)
     count = len(estimated) if isinstance(estimated, tuple) else 1
     shapes = [np.shape(x) for x in estimated] if isinstance(estimated, tuple) else []
     if count not in (2, 3) or any(shape != steps for shape in shapes):
@@ -184,7 +185,7 @@ def check_update(parts: Any, learner: Learner, passed: tuple[str, ...], hparams:
             f"num_envs] = {steps}"
         )
     _check_extra_losses(parts, rollout, steps, state.learner.params, hparams)
-    _traced("objective", lambda s: learner.update(s, hparams), state)
+    _traced("objective", learner.update, state, hparams)
 
 
 def _check_extra_losses(parts: Any, rollout: Any, steps: Any, params: Any, hparams: Any) -> None:
@@ -192,8 +193,8 @@ def _check_extra_losses(parts: Any, rollout: Any, steps: Any, params: Any, hpara
     batch = Batch(rollout, numbers, numbers, numbers)
     for name, extra in parts.objective.extra_losses.items():
         found = _traced(
-            f"extra_losses[{name!r}]", lambda p, b, f=extra: f(p, parts.network, b, hparams),
-            params, batch,
+            f"extra_losses[{name!r}]", lambda p, b, h, f=extra: f(p, parts.network, b, h),
+            params, batch, hparams,
         )  # fmt: skip
         if np.shape(found) != steps:
             raise ConfigError(
@@ -204,7 +205,7 @@ def _check_extra_losses(parts: Any, rollout: Any, steps: Any, params: Any, hpara
 
 def _check_loss(loss: Callable[..., Any], hparams: HParams) -> None:
     samples = jax.ShapeDtypeStruct((3, 5), jnp.float32)
-    found = _traced("objective", lambda *x: loss(Terms(*x), hparams), *[samples] * 4)
+    found = _traced("objective", lambda h, *x: loss(Terms(*x), h), hparams, *[samples] * 4)
     if jax.tree.structure(found) != jax.tree.structure(0) or found.shape != samples.shape:
         shapes = jax.tree.map(lambda x: x.shape, found)
         raise ConfigError(

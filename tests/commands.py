@@ -6,7 +6,8 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,19 @@ def accept_results(sweep: Path) -> None:
     names = (files.RESULTS, files.CURVES, files.WINNER_JSON)
     there = {name: sweep / name for name in names if (sweep / name).exists()}
     files.write_finished(sweep, {name: path.read_bytes() for name, path in there.items()})
+
+
+@contextmanager
+def fusing() -> Iterator[Callable[..., Any]]:
+    """For tests of equal bits across programs that differ: fuses as users' XLA does what `run`
+    compiles, and what is called through the function `(function, *arguments)` that it gives.
+
+    Compiling takes several times as long.
+    """
+    compiled, options = jax.stages.Lowered.compile, {"xla_cpu_use_fusion_emitters": True}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.stages.Lowered, "compile", lambda lowered: compiled(lowered, options))
+        yield lambda function, *given: jax.jit(function).lower(*given).compile()(*given)
 
 
 def parts_of(config: ppo.Config, env: Any = None) -> ppo.Parts:

@@ -35,17 +35,16 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 # takes 5% of the time.
 gc.set_threshold(100_000, 20, 50)
 
+from commands import fusing  # noqa: E402
+
 import purejaxppo as ppo  # noqa: E402  (after the hook, or nothing would be checked)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def fused() -> Iterator[Callable[..., Any]]:
-    """For tests of equal bits across programs that differ: fuses as users' XLA does what `run`
-    compiles, and what is called through the function `(function, *arguments)` that it gives."""
-    compiled, options = jax.stages.Lowered.compile, {"xla_cpu_use_fusion_emitters": True}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax.stages.Lowered, "compile", lambda lowered: compiled(lowered, options))
-        yield lambda function, *given: jax.jit(function).lower(*given).compile()(*given)
+    """See `commands.fusing`."""
+    with fusing() as call:
+        yield call
 
 
 @pytest.fixture

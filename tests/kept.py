@@ -75,7 +75,7 @@ def _absent(hparams: Any) -> Any:
 
 def _parts(task: Task) -> Any:
     """The parts that were passed, if objects of the same class and attributes are alike."""
-    if not hasattr(task.with_config, "args"):
+    if task.passed == ("task",):
         return (task.with_config,)
     found = []
     for name, part in task.with_config.args[0].items():

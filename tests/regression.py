@@ -89,6 +89,17 @@ def line_task(config: LineConfig = LineConfig()) -> ppo.Task:
     )
 
 
+def peaked_task(config: LineConfig = LineConfig(), *, best: int) -> ppo.Task:
+    """Its returns are highest after `best` updates."""
+
+    def evaluate(state: Any, key: Any, num_episodes: int, **_: Any) -> jax.Array:
+        distance = jnp.abs(state.learner.updates - best).astype(jnp.float32)
+        return -distance - jax.random.uniform(key, (num_episodes,))
+
+    with_config = partial(peaked_task, best=best)
+    return dataclasses.replace(line_task(config), evaluate=evaluate, with_config=with_config)
+
+
 def fitted(learning_rate: float, seed: int, config: LineConfig = LineConfig()) -> Any:
     """The same in a plain loop."""
     key, x, y = jax.random.split(jax.random.key(seed), 1)[0], *data_of()

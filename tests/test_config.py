@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.interpreters import partial_eval
 from toy_envs import RandomWalk
 
 import purejaxppo as ppo
@@ -197,26 +198,57 @@ TOGETHER_WITH: dict[str, dict[str, Any]] = {
 HPARAMS = {f.name for f in dataclasses.fields(ppo.HParams)}
 
 
-@functools.cache
-def compiled(config: ppo.Config) -> Any:
-    env = RandomWalk() if config.env_id == "RandomWalk" else None
-    options = {"xla_backend_optimization_level": 0}
-    return jax.jit(ppo.make_train(config, env), compiler_options=options)
-
-
-def outcome(tiny: ppo.Config, settings: dict[str, Any]) -> Any:
+def parts_of_run(tiny: ppo.Config, settings: dict[str, Any]) -> tuple[Any, ppo.HParams]:
     settings = {"env_id": "RandomWalk"} | settings
     config = dataclasses.replace(tiny, **{k: v for k, v in settings.items() if k not in HPARAMS})
-    hparams = ppo.HParams(**{k: v for k, v in settings.items() if k in HPARAMS})
-    _, metrics = compiled(config)(jax.random.key(0), hparams)
-    return metrics
+    return config, ppo.HParams(**{k: v for k, v in settings.items() if k in HPARAMS})
 
 
-@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(ppo.Config)] + sorted(HPARAMS))
-def test_every_option_has_an_effect(name: str, tiny: ppo.Config):
+def train_of(config: ppo.Config) -> Any:
+    return ppo.make_train(config, RandomWalk() if config.env_id == "RandomWalk" else None)
+
+
+@functools.cache
+def compiled(config: ppo.Config) -> Any:
+    return jax.jit(train_of(config), compiler_options={"xla_backend_optimization_level": 0})
+
+
+@functools.cache
+def program(config: ppo.Config) -> str:
+    """What remains of the traced run once everything is removed that its outputs do not need."""
+    traced = jax.make_jaxpr(train_of(config))(jax.random.key(0), ppo.HParams())
+    needed, _ = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
+    return str(needed)
+
+
+def changes_numbers(name: str, tiny: ppo.Config) -> bool:
     base = TOGETHER_WITH.get(name, {})
-    before, after = outcome(tiny, base), outcome(tiny, base | {name: OTHER_VALUES[name]})
-    assert not all(np.array_equal(before[k], after[k], equal_nan=True) for k in before)
+    before, after = (
+        compiled(config)(jax.random.key(0), hparams)[1]
+        for config, hparams in (
+            parts_of_run(tiny, settings) for settings in (base, base | {name: OTHER_VALUES[name]})
+        )
+    )
+    return not all(np.array_equal(before[k], after[k], equal_nan=True) for k in before)
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(ppo.Config)])
+def test_every_setting_changes_the_program(name: str, tiny: ppo.Config):
+    base = TOGETHER_WITH.get(name, {})
+    before, _ = parts_of_run(tiny, base)
+    after, _ = parts_of_run(tiny, base | {name: OTHER_VALUES[name]})
+    assert program(before) != program(after)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(ppo.Config)])
+def test_every_setting_has_an_effect(name: str, tiny: ppo.Config):
+    assert changes_numbers(name, tiny)
+
+
+@pytest.mark.parametrize("name", sorted(HPARAMS))
+def test_every_hyperparameter_has_an_effect(name: str, tiny: ppo.Config):
+    assert changes_numbers(name, tiny)
 
 
 # Files

@@ -27,8 +27,12 @@ from purejaxppo.types import ActorState, Rollout
 
 def trained(config: ppo.Config, hparams: ppo.HParams, updates: int, env: Any = None) -> Any:
     learner = ppo.make_learner(config, env)
-    state = jax.jit(learner.init)(jax.random.key(0), hparams)
-    return ppo.train_chunk(learner, state, hparams, updates)
+
+    @jax.jit
+    def run(key: jax.Array, hparams: ppo.HParams) -> Any:
+        return ppo.train_chunk(learner, learner.init(key, hparams), hparams, updates)
+
+    return run(jax.random.key(0), hparams)
 
 
 def assert_equal_trees(a: Any, b: Any, **tolerance: float) -> None:

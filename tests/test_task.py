@@ -447,6 +447,18 @@ class Concrete(nn.Module):
             {"objective": lambda terms, h: np.asarray(terms.advantage)},
             "objective: cannot be compiled, since Python or NumPy",
         ),
+        (
+            {"objective": lambda terms, h: terms.advantage if h.clip_eps > 0.1 else terms.ratio},
+            "objective: cannot be compiled, since Python or NumPy",
+        ),
+        (
+            {"advantage": lambda rollout, h: (rollout.reward, rollout.reward * float(h.gamma))},
+            "advantage: cannot be compiled, since Python or NumPy",
+        ),
+        (
+            {"optimizer": lambda h: optax.sgd(float(h.learning_rate))},
+            "optimizer: cannot be compiled, since Python or NumPy",
+        ),
         ({"optimizer": lambda h: 7}, "optimizer: returned int; it must be a function hparams"),
         (
             {"optimizer": lambda h: optax.GradientTransformation(

@@ -39,8 +39,10 @@ class Spread(NamedTuple):
     @property
     def states(self) -> Any:
         """Of states `[S, ...]`: a `TrainState` of two specs."""
-        specs: list[Any] = [PartitionSpec(SEEDS), PartitionSpec(SEEDS, ENVS)]
-        return TrainState(*specs)
+        # An undivided run's actors may have leaves without an axis of environments.
+        actors: Any = PartitionSpec(SEEDS) if self.axis is None else PartitionSpec(SEEDS, ENVS)
+        learner: Any = PartitionSpec(SEEDS)
+        return TrainState(learner, actors)
 
     @property
     def rows(self) -> PartitionSpec:

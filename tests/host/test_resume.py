@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from commands import evaluated, logged
 from flax import struct
+from regression import line_task, longer, peaked_task
 from toy_envs import Params, RandomWalk
 
 import purejaxppo as ppo
@@ -24,6 +25,7 @@ from purejaxppo.host.configfile import RunSettings, load_settings
 from purejaxppo.host.rundir import RunWarning
 from purejaxppo.host.saver import Saver
 from purejaxppo.host.signals import StopRequest
+from purejaxppo.types import Learner
 
 conduct = importlib.import_module("purejaxppo.host.conduct")
 LENGTH = 12
@@ -31,6 +33,7 @@ CONFIG = ppo.Config(
     env_id="RandomWalk", total_timesteps=LENGTH * 32, num_steps=8, hidden_sizes=(8,),
     normalize_obs=True, normalize_reward=True, num_minibatches=2,
 )  # fmt: skip
+LINE = line_task(longer(total_timesteps=LENGTH * 8))
 
 
 @struct.dataclass
@@ -162,8 +165,9 @@ def of_seed(states: Any, seed: int) -> Any:
 
 @pytest.mark.parametrize("schedule", ["linear", pytest.param("constant", marks=pytest.mark.slow)])
 def test_extending_stretches_schedules_over_the_new_length(
-    tmp_path: Path, schedule: Any, fused: Any
+    tmp_path: Path, schedule: Any, request: pytest.FixtureRequest
 ):
+    fused = request.getfixturevalue("fused") if schedule == "constant" else None
     config = dataclasses.replace(CONFIG, lr_schedule=schedule)
     short = run(tmp_path / "a", config=config)
     longer = dataclasses.replace(config, total_timesteps=2 * config.total_timesteps)
@@ -190,9 +194,9 @@ def test_extending_stretches_schedules_over_the_new_length(
 
 
 def test_tensorboard_hides_what_was_logged_after_the_checkpoint(tmp_path: Path):
-    run(tmp_path / "a", tensorboard=True, keep=9)
+    run(tmp_path / "a", config=LINE, env=None, tensorboard=True, keep=9)
     cut(tmp_path / "a", 8)
-    resume(tmp_path / "a")
+    resume(tmp_path / "a", env=None, task=LINE)
     files = sorted((tmp_path / "a/tensorboard/seed_0").iterdir(), key=lambda p: p.stat().st_mtime)
     assert len(files) == 2
     from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -205,29 +209,30 @@ def test_tensorboard_hides_what_was_logged_after_the_checkpoint(tmp_path: Path):
         if event.session_log.status == SessionLog.START:
             starts.append(event.step)
         content = content[16 + size :]
-    assert starts == [8 * 32 + 1]
+    assert starts == [8 * 8 + 1]
 
 
 # Which checkpoints there are
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path):
-    config = ppo.Config(total_timesteps=64 * 40, num_steps=16, hidden_sizes=(8,))
-    run(tmp_path / "a", config=config, env=None, checkpoint_every=5, keep=2, eval_episodes=16)
+    task = peaked_task(longer(total_timesteps=40 * 8), best=20)
+    run(tmp_path / "a", config=task, env=None, checkpoint_every=5, keep=2, eval_episodes=16)
     manifests = {
         int(p.parent.name): json.loads(p.read_text())["eval_return"]
         for p in (tmp_path / "a/checkpoints").glob("*/manifest.json")
     }
     summary = json.loads((tmp_path / "a/summary.json").read_text())
     best = summary["best_checkpoint"]
-    assert {35, 40} <= set(manifests) <= {35, 40, best["updates"]}
+    assert best["updates"] == 20
+    assert set(manifests) == {20, 35, 40}
     assert manifests[best["updates"]] == best["eval_return_mean"] == max(manifests.values())
     assert manifests[40] == pytest.approx(summary["eval_return_mean"], rel=1e-6)
-    state = ppo.load(tmp_path / "a", which="best").state
-    assert int(state.learner.updates) == best["updates"]
-    assert int(ppo.load(tmp_path / "a", which=35).state.learner.updates) == 35
+    state = ppo.load(tmp_path / "a", which="best", task=task).state
+    assert int(state.learner.updates) == 20
+    assert int(ppo.load(tmp_path / "a", which=35, task=task).state.learner.updates) == 35
     with pytest.raises(ppo.ConfigError, match=r"no whole checkpoint after 36 updates \(there: "):
-        ppo.load(tmp_path / "a", which=36)
+        ppo.load(tmp_path / "a", which=36, task=task)
 
 
 @pytest.mark.slow
@@ -244,10 +249,9 @@ def test_checkpoints_by_time_and_none_but_the_last(tmp_path: Path):
 
 def test_what_was_not_evaluated_for_a_kill_is_evaluated_after_it(tmp_path: Path):
     """So the best is the same, and kept, wherever the run was killed."""
-    config = ppo.Config(total_timesteps=64 * 12, num_steps=16, hidden_sizes=(8,))
-    options: dict[str, Any] = {"config": config, "env": None, "eval_episodes": 16, "seed": 5}
-    alone = run(tmp_path / "a", keep=9, **options)
-    assert alone.summary["best_checkpoint"]["updates"] < 12
+    task = peaked_task(LINE.config, best=4)
+    alone = run(tmp_path / "a", config=task, env=None, keep=9)
+    assert alone.summary["best_checkpoint"]["updates"] == 4
     for updates in (4, 8):
         other = Path(shutil.copytree(tmp_path / "a", tmp_path / f"b{updates}"))
         cut(other, updates)
@@ -255,8 +259,9 @@ def test_what_was_not_evaluated_for_a_kill_is_evaluated_after_it(tmp_path: Path)
         checkpoint.record_evaluation(checkpoint.read(path), None)
         text = (other / "config.toml").read_text()
         (other / "config.toml").write_text(text.replace("keep = 9", "keep = 1"))
-        resume(other, env=None)
+        resume(other, env=None, task=task)
         assert summary(other)["best_checkpoint"] == alone.summary["best_checkpoint"]
+        assert (other / "checkpoints/000000004").exists()
 
 
 def test_stopping_again_and_again_leaves_no_more_than_are_kept(tmp_path: Path, whole: Any):
@@ -277,10 +282,7 @@ def test_stopping_again_and_again_leaves_no_more_than_are_kept(tmp_path: Path, w
 
 def test_checkpoints_are_whole_whichever_seeds_failed(tmp_path: Path):
     """Numbers 2 and 10 stand in one order as numbers and in the other as texts."""
-    ppo.run(
-        CONFIG, ppo.HParams(learning_rate=1e30), num_seeds=11, run_dir=tmp_path, env=RandomWalk(),
-        eval_episodes=1, progress=False,
-    )  # fmt: skip
+    ppo.run(LINE, ppo.HParams(learning_rate=1e30), num_seeds=11, run_dir=tmp_path, progress=False)
     found, _ = checkpoints.find(tmp_path)
     assert sorted(found.position.failed) == list(range(11))
 
@@ -300,24 +302,35 @@ def test_names_are_ordered_as_numbers(tmp_path: Path):
         checkpoints.find(tmp_path)
 
 
-class Odd(RandomWalk):
+def odd_task(config: Any = LINE.config) -> ppo.Task:
     """Its state has a leaf of no size, and names that are the same once joined by dots."""
 
-    def reset_env(self, key: jax.Array, params: Any) -> Any:
-        obs, state = super().reset_env(key, params)
-        return obs, {"a": {"b": state}, "a.b": jax.random.normal(key), "none": jnp.zeros((0, 3))}
+    def learner(axis: str | None) -> Learner:
+        inner = line_task(config).learner(axis)
 
-    def step_env(self, key: jax.Array, state: Any, action: jax.Array, params: Any) -> Any:
-        obs, inner, *rest = super().step_env(key, state["a"]["b"], action, params)
-        return obs, state | {"a": {"b": inner}}, *rest
+        def init(key: Any, hparams: Any, data: Any = ()) -> ppo.TrainState:
+            odd = {
+                "a": {"b": jnp.ones(2)},
+                "a.b": jax.random.normal(key),
+                "none": jnp.zeros((0, 3)),
+            }
+            return inner.init(key, hparams, data)._replace(actors=odd)
 
-    def is_truncated(self, state: Any, params: Any) -> Any:
-        return super().is_truncated(state["a"]["b"], params)
+        def update(state: ppo.TrainState, hparams: Any, data: Any = ()) -> Any:
+            new, metrics = inner.update(state, hparams, data)
+            return new._replace(actors=state.actors), metrics
+
+        return Learner(init, update)
+
+    return dataclasses.replace(
+        line_task(config), learner=learner, with_config=odd_task,
+        why_not_divided=lambda devices: "odd" if devices > 1 else None,
+    )  # fmt: skip
 
 
 def test_states_of_any_structure_come_back(tmp_path: Path):
-    result = run(tmp_path / "a", env=Odd())
-    state = ppo.load(tmp_path / "a", seed=None, env=Odd()).state
+    result = run(tmp_path / "a", config=odd_task(), env=None)
+    state = ppo.load(tmp_path / "a", odd_task(), seed=None).state
     assert jax.tree.structure(state) == jax.tree.structure(result.states)
     for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(result.states), strict=True):
         assert (x.shape, x.dtype) == (y.shape, y.dtype)
@@ -511,8 +524,8 @@ def test_a_chunk_takes_half_a_second_or_is_one_update(
     monkeypatch.setattr(conduct, "compile_program", slow)
     for module in (conduct, loop):
         monkeypatch.setattr(module, "time", clock)
-    config = dataclasses.replace(CONFIG, total_timesteps=300 * 32)
-    ppo.run(config, env=RandomWalk(), eval_episodes=1, progress=False)
+    config = longer(total_timesteps=300 * 8)
+    ppo.run(line_task(config), progress=False)
     assert sum(counts) == config.num_updates
     assert counts[0] == 1
     assert all(count * seconds <= loop.CHUNK_SECONDS or count == 1 for count in counts)

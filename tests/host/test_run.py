@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import logged
+from commands import fusing, logged
 from toy_envs import Clock, ConstantChain, Params, Poisoned, RandomWalk, Unending
 
 import purejaxppo as ppo
@@ -27,15 +27,17 @@ FILES = {
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, fused: Any) -> tuple[ppo.Config, Any, Path]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[ppo.Config, Any, Path]:
     directory = tmp_path_factory.mktemp("runs") / "with space é"
     config = ppo.Config(
         total_timesteps=1000, num_steps=8, hidden_sizes=(8,), normalize_obs=True, num_minibatches=2
     )
     hparams = ppo.HParams(learning_rate=1e-3)
-    result = ppo.run(
-        config, hparams, seed=3, num_seeds=2, run_dir=directory, eval_episodes=16, tensorboard=True
-    )
+    with fusing():
+        result = ppo.run(
+            config, hparams, seed=3, num_seeds=2, run_dir=directory, eval_episodes=16,
+            tensorboard=True,
+        )  # fmt: skip
     return config, result, directory
 
 
@@ -81,6 +83,7 @@ def test_metrics_are_those_of_train_and_read_back_exactly(finished: Any, fused: 
     jax.tree.map(np.testing.assert_array_equal, states.learner.params, result.states.learner.params)
 
 
+@pytest.mark.usefixtures("fused")
 def test_config_toml_repeats_the_run_bit_for_bit(finished: Any, tmp_path: Path):
     _, result, directory = finished
     settings = load_settings(directory / "config.toml")
