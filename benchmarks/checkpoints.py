@@ -1,10 +1,10 @@
-"""What checkpoints cost: time taken from training, size on disk, time to resume.
+"""Measure the cost of checkpoints: time taken from training, size on disk, time to resume.
 
     python benchmarks/checkpoints.py [--table-only]
 
-Each case trains in pairs, without and with checkpoints, one after the other, `PAIRS` times; the
-cost of one checkpoint, its evaluation included, is the difference over their number. Results go
-to `benchmarks/results/checkpoints.json`, from which the README's table is made.
+Each case is trained `PAIRS` times without and with checkpoints, one after the other. The cost of
+one checkpoint, including its evaluation, is the difference in time divided by their number. Results
+go to `benchmarks/results/checkpoints.json`, from which the table is generated.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from readme import write_table
+from tables import write_table
 
 import purejaxppo as ppo
 from purejaxppo.host.configfile import RunSettings
@@ -41,7 +41,7 @@ CASES: dict[str, tuple[ppo.Config, int]] = {
 
 
 def measure(config: ppo.Config, num_seeds: int, folder: Path) -> dict[str, Any]:
-    """One case; seconds are of one checkpoint."""
+    """Measure one case; the seconds are per checkpoint."""
     every = config.num_updates // (CHECKPOINTS + 1)
     never = float("inf")
     options: dict[str, Any] = {"num_seeds": num_seeds, "checkpoint_unit": "updates"}
@@ -72,8 +72,10 @@ def measure(config: ppo.Config, num_seeds: int, folder: Path) -> dict[str, Any]:
 
 
 def resume_seconds(run: Path) -> float:
-    """From the start of a process, with a warm compilation cache, to where training goes on; for a
-    copy of `run` cut back to its last but one checkpoint."""
+    """Seconds from the start of a process, with a warm compilation cache, until training continues.
+
+    Resumes a copy of `run` without its last checkpoint.
+    """
     with tempfile.TemporaryDirectory() as folder:
         cut = Path(shutil.copytree(run, Path(folder) / "cut"))
         shutil.rmtree(max((cut / "checkpoints").iterdir()))
@@ -91,7 +93,7 @@ def spread(values: list[float]) -> list[float]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as Markdown, and on what they were measured."""
+    """The results as a Markdown table with a footnote on how they were measured."""
     every = RunSettings().checkpoint_every
     lines = [
         "| run | size | one checkpoint takes from training | CPU time | share at the default "
@@ -112,8 +114,8 @@ def table(results: dict[str, Any]) -> str:
         "",
         f"Median [lowest, highest] of {PAIRS} pairs of runs, with and without {CHECKPOINTS} or "
         "more checkpoints; a checkpoint includes its evaluation over 128 episodes per seed; the "
-        f"default interval is {every:.0f} s; a resume is counted from the start of the process, "
-        f"with a warm compilation cache, to where training goes on. {device['cpu_count']} "
+        f"default interval is {every:.0f} s; a resume is timed from the start of the process, "
+        f"with a warm compilation cache, until training continues. {device['cpu_count']} "
         f"{device['platform'].upper()} cores ({versions}). `make bench-checkpoints` repeats it.",
     ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Contestants of the speed benchmark: their virtual environments and their processes."""
+"""Run the contestants of the speed benchmark, each in its own environment and process."""
 
 import json
 import os
@@ -20,11 +20,11 @@ SCRIPTS = {
 }
 OWN_ENVIRONMENT = {"rejax": "rejax", "sbx": "torch", "sb3": "torch"}
 INSTALLED_FIRST = {"torch": "torch=="}
-"""What has to be there before the other requirements, lest they bring another build of it."""
+"""Package to install first, so that the other requirements do not install another build of it."""
 
 
 def python_of(name: str) -> Path:
-    """The interpreter of a contestant; makes its environment unless it is there and up to date."""
+    """The interpreter of a contestant; creates its environment if missing or out of date."""
     if name not in OWN_ENVIRONMENT:
         return Path(sys.executable)
     folder = ENVIRONMENTS / OWN_ENVIRONMENT[name]
@@ -32,7 +32,7 @@ def python_of(name: str) -> Path:
     wanted = PEERS / f"requirements-{folder.name}.txt"
     if stamp.exists() and stamp.read_text() == wanted.read_text():
         return python
-    print(f"making {folder.relative_to(ROOT)} ...", flush=True)
+    print(f"creating {folder.relative_to(ROOT)} ...", flush=True)
     install = [python, "-m", "pip", "install", "--quiet"]
     subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
     if first := INSTALLED_FIRST.get(folder.name):
@@ -44,7 +44,7 @@ def python_of(name: str) -> Path:
 
 
 def environment(cache: Path, accelerator: bool) -> dict[str, str]:
-    """Variables of a contestant's process, whose compilation cache lies below `cache`."""
+    """Environment variables of a contestant's process; its compilation cache is below `cache`."""
     variables = os.environ | {
         "XDG_CACHE_HOME": str(cache),
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
@@ -54,7 +54,7 @@ def environment(cache: Path, accelerator: bool) -> dict[str, str]:
 
 
 class Contestant:
-    """A process that answers requests as `peers/worker.py` states; ends with the context."""
+    """A process that answers requests (see `peers/worker.py`) until the context ends."""
 
     def __init__(
         self, name: str, spec: dict[str, Any], cache: Path, accelerator: bool = False
@@ -108,10 +108,10 @@ def failure(name: str, status: int, errors: str) -> str:
 
 
 def output_of(name: str, script: str, spec: dict[str, Any], cache: Path) -> dict[str, Any]:
-    """The last line, JSON, that a script prints in the environment of contestant `name`.
+    """Run a script in the environment of contestant `name`; parse its last output line as JSON.
 
     Raises:
-        SystemExit: with the end of its standard error, if it fails.
+        SystemExit: if the script fails, with the end of its standard error.
     """
     command = [python_of(name), PEERS / script, json.dumps(spec)]
     done = subprocess.run(

@@ -1,11 +1,11 @@
-"""All objectives on four environments, each with hyperparameters found by an equal search.
+"""Compare all objectives on four environments, each with its own hyperparameter search.
 
     python benchmarks/family.py [--only ENV_ID] [--rates] [--table-only]
 
-For each pair a random search of `TRIALS` trainings of `SEARCH_SEEDS` seeds, and then `NUM_SEEDS`
-fresh seeds with the best of them. Pairs that the results file has already are left as they are.
-Speeds are measured at the end, and again with `--rates`, by a short training of one seed: nothing
-else may run then.
+Each pair of environment and objective gets a random search of `TRIALS` trials with `SEARCH_SEEDS`
+seeds each, and then `NUM_SEEDS` fresh seeds with the best hyperparameters. Pairs that are already
+in the results file are skipped. Speeds are measured at the end, and again with `--rates`, in a
+short run of one seed; nothing else may run on the machine then.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import matplotlib as mpl
 import numpy as np
-from readme import write_table
+from tables import IMAGES, write_table
 
 import purejaxppo as ppo
 from purejaxppo.host.configfile import load_settings
@@ -28,7 +28,7 @@ from purejaxppo.host.stats import bootstrap_interval, interquartile_mean
 from purejaxppo.sweeps.space import apply
 
 HERE = Path(__file__).parent
-RESULTS, PICTURE = HERE / "results/family.json", HERE / "results/family.png"
+RESULTS, PICTURE = HERE / "results/family.json", IMAGES / "family.png"
 TRIALS, SEARCH_SEEDS, NUM_SEEDS = 12, 2, 20
 SEARCH_SEED, FINAL_SEED = 1, 1000
 RATE_STEPS = 200_000
@@ -42,13 +42,13 @@ ENVIRONMENTS: dict[str, dict[str, Any]] = {
         "encoder": "mlp",
     },
 }  # fmt: skip
-"""Breakout through dense layers, which are several times faster on CPU; its limit is gymnax's."""
+"""Breakout uses dense layers, which are several times faster on CPU, and gymnax's time limit."""
 
-ONE_PASS: dict[str, Any] = {"update_epochs": 1, "num_minibatches": 1}
+ONE_EPOCH: dict[str, Any] = {"update_epochs": 1, "num_minibatches": 1}
 OBJECTIVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "reinforce": ({"advantage_normalization": "none"} | ONE_PASS, {}),
-    "reinforce_baseline": ({"advantage_normalization": "none"} | ONE_PASS, {}),
-    "a2c": ({"num_envs": 16, "num_steps": 16} | ONE_PASS, {}),
+    "reinforce": ({"advantage_normalization": "none"} | ONE_EPOCH, {}),
+    "reinforce_baseline": ({"advantage_normalization": "none"} | ONE_EPOCH, {}),
+    "a2c": ({"num_envs": 16, "num_steps": 16} | ONE_EPOCH, {}),
     "trpo": (
         {"num_envs": 16, "num_steps": 128, "update_epochs": 10, "num_minibatches": 16},
         {"trpo_delta": ppo.loguniform(0.003, 0.1), "cg_damping": ppo.loguniform(0.01, 0.3)},
@@ -57,8 +57,8 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ppo_kl_adaptive": ({}, {"target_kl": ppo.loguniform(0.003, 0.1)}),
     "ppo_clip": ({}, {"clip_eps": ppo.uniform(0.05, 0.4)}),
 }
-"""What each changes of the environment's config, and what is searched beside `SPACE`. Standardised
-returns would be a baseline, which `reinforce` is to have none of."""
+"""For each objective, changes to the environment's config, and additions to `SPACE`. `reinforce`
+does not normalise returns, since that would act as a baseline."""
 SPACE = {
     "learning_rate": ppo.loguniform(1e-4, 2e-2),
     "gae_lambda": ppo.uniform(0.8, 1.0),
@@ -78,7 +78,7 @@ def config_of(env_id: str, objective: str) -> tuple[ppo.Config, ppo.HParams]:
     settings = load_settings(HERE.parent / "configs" / f"{about['config']}.toml")
     changes = OBJECTIVES[objective][0]
     if objective.startswith("reinforce"):
-        # Twice the time limit, so that half of a rollout can begin an episode that counts.
+        # Twice the time limit, so that episodes from the first half of a rollout always count.
         changes = changes | {"num_envs": 4, "num_steps": 2 * about["limit"]}
     config = dataclasses.replace(
         settings.config, objective=objective, total_timesteps=about["steps"],
@@ -112,7 +112,7 @@ def measure(env_id: str, objective: str) -> dict[str, Any]:
 
 
 def rate(env_id: str, objective: str, values: dict[str, Any]) -> float:
-    """Environment steps per second of one training, alone on one core."""
+    """Environment steps per second of a single run on one core."""
     config, hparams = config_of(env_id, objective)
     config, hparams = apply(values, config, hparams)
     config = dataclasses.replace(config, total_timesteps=RATE_STEPS)
@@ -121,8 +121,10 @@ def rate(env_id: str, objective: str, values: dict[str, Any]) -> float:
 
 
 def steps_to(metrics: dict[str, np.ndarray], threshold: float) -> np.ndarray:
-    """`[S]` environment steps until the mean over the last 100 episodes' updates or so reaches it;
-    NaN where it does not."""
+    """`[S]` environment steps until the mean return reaches the threshold, NaN if it never does.
+
+    The mean is over the last updates that contain at least 100 episodes.
+    """
     found = []
     for returns, episodes, steps in zip(
         *(metrics[name] for name in ("episode_return", "episodes", "env_steps")), strict=True
@@ -138,7 +140,7 @@ def steps_to(metrics: dict[str, np.ndarray], threshold: float) -> np.ndarray:
 
 
 def curve_of(metrics: dict[str, np.ndarray], points: int = 50) -> dict[str, list[float]]:
-    """Interquartile mean over seeds of the training's returns, at `points` numbers of steps."""
+    """Learning curve of `points` points: interquartile mean over seeds of training returns."""
     steps = metrics["env_steps"][0]
     edges = np.linspace(0, steps[-1], points + 1)
     place = np.clip(np.digitize(steps, edges) - 1, 0, points - 1)
@@ -155,15 +157,15 @@ def curve_of(metrics: dict[str, np.ndarray], points: int = 50) -> dict[str, list
 
 
 def measured(results: dict[str, Any]) -> list[str]:
-    """Environments on which all objectives have been."""
+    """Environments on which all objectives have been measured."""
     rows = results["rows"]
     return [e for e in ENVIRONMENTS if all(f"{e} {name}" in rows for name in OBJECTIVES)]
 
 
 def table(results: dict[str, Any]) -> str:
     lines = [
-        "| environment | objective | return, interquartile mean [95% interval] | seeds at the "
-        "threshold | steps to it | seconds to it |",
+        "| environment | objective | return, interquartile mean [95% interval] | seeds at "
+        "threshold | steps to threshold | seconds to threshold |",
         "|---|---|---|---|---|---|",
     ]
     for env_id in measured(results):
@@ -185,10 +187,10 @@ def table(results: dict[str, Any]) -> str:
             )
     lines += [
         "",
-        f"{NUM_SEEDS} seeds each, with the best hyperparameters of {TRIALS} random ones, tried "
-        f"with {SEARCH_SEEDS} seeds for the same 500,000 steps; the return is that of 128 "
-        "evaluation episodes; steps and seconds (of one core) are the median over seeds until the "
-        "last 100 training episodes reached the threshold. "
+        f"{NUM_SEEDS} seeds each, with the best of {TRIALS} random sets of hyperparameters, each "
+        f"tried with {SEARCH_SEEDS} seeds for the same 500,000 steps. Returns are means over 128 "
+        "evaluation episodes. Steps and seconds (on one core) are medians over seeds until the "
+        "mean of the last 100 training episodes reached the threshold. "
         f"{results['machine']}. `make bench-family` repeats it.",
     ]
     return "\n".join(lines)
@@ -221,7 +223,7 @@ def draw(results: dict[str, Any]) -> None:
 
 
 def fill(results: dict[str, Any], env_ids: list[str], again: bool) -> None:
-    """What is missing, pair by pair; then speeds, of all if `again`."""
+    """Measure all missing pairs; then missing speeds, or all speeds if `again`."""
 
     def save() -> None:
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

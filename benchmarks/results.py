@@ -1,10 +1,10 @@
-"""Train each shipped config with 10 seeds, and write the README's table of results.
+"""Train each shipped config with 10 seeds, and write the table of results.
 
     python benchmarks/results.py [NAME ...] [--table-only]
 
-Names are those of files in `configs/`; without one, all that have a row in the table. Results go to
-`benchmarks/results/learning.json`, a row per config with its versions and device; the README's
-table is made from that file alone.
+Names are those of files in `configs/`; the default is all configs in `TARGETS`. Results go to
+`benchmarks/results/learning.json`, with the versions and device of each run; the table is generated
+from that file alone.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from readme import write_table
+from tables import write_table
 
 import purejaxppo as ppo
 from purejaxppo.host.configfile import load_settings
@@ -20,7 +20,7 @@ from purejaxppo.host.configfile import load_settings
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/learning.json"
 NUM_SEEDS = 10
-# The mean over seeds of the final 128-episode evaluation that each config was made to reach.
+# Target of each config: mean over seeds of the final evaluation over 128 episodes.
 TARGETS = {
     "cartpole": 495.0,
     "acrobot": -80.0,
@@ -33,13 +33,13 @@ TARGETS = {
 
 
 def train(name: str) -> dict[str, Any]:
-    """The summary of a run of `configs/NAME.toml` with 10 seeds."""
+    """Train `configs/NAME.toml` with 10 seeds and return the summary."""
     settings = load_settings(ROOT / "configs" / f"{name}.toml")
     return ppo.run(settings.config, settings.hparams, num_seeds=NUM_SEEDS).summary
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """The results as Markdown, and where and with what they were measured."""
+    """The results as a Markdown table with a footnote on how they were measured."""
     lines = [
         "| config | environment | steps | return [95% interval] | worst seed | target | seconds |",
         "|---|---|---|---|---|---|---|",
@@ -58,10 +58,10 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     versions = ", ".join(f"{k} {one['versions'][k]}" for k in ("jax", "flax", "gymnax"))
     lines += [
         "",
-        f"Final evaluation of 128 episodes, sampled actions, {NUM_SEEDS} seeds trained side by "
-        f"side; seconds are of all of them together, after compiling, on "
-        f"{one['device']['cpu_count']} {one['device']['platform'].upper()} cores that had other "
-        f"work too ({versions}). `make results` repeats it.",
+        f"Final evaluation over 128 episodes per seed with sampled actions; {NUM_SEEDS} seeds are "
+        f"trained in parallel. Seconds are for all seeds together, without compilation, on "
+        f"{one['device']['cpu_count']} {one['device']['platform'].upper()} cores that were shared "
+        f"with other work ({versions}). `make results` repeats it.",
     ]
     return "\n".join(lines)
 

@@ -1,10 +1,10 @@
-"""What each search strategy finds with the same number of environment steps.
+"""Compare the search strategies of sweeps at the same number of environment steps.
 
     python benchmarks/search.py [--repeats N] [--resume] [--table-only]
 
-Acrobot, four hyperparameters. Each strategy searches `--repeats` times with another seed. Its
-result is the return of the winner on at least 1,024 fresh episodes: the return that selected the
-winner is optimistic, and more so the more trials it was selected from.
+Each strategy searches four hyperparameters of Acrobot `--repeats` times with different seeds. Its
+result is the winner's return on at least 1,024 fresh episodes, since the return that selected the
+winner is optimistic, the more so the more trials there were.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from readme import write_table
+from tables import write_table
 
 import purejaxppo as ppo
 from purejaxppo.host.stats import mean_interval
@@ -35,11 +35,11 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "halving": {"trials": 104, "rungs": 2},
     "pbt": {"trials": TRIALS, "interval": 6},
 }
-"""With halving 104 trials begin, which take as many steps as 27 whole ones."""
+"""With halving, 104 trials start, which take about as many steps as 27 full ones."""
 
 
 def search(strategy: Any, seed: int) -> dict[str, float]:
-    """Search once; the winner's return on fresh episodes, and the one that selected it."""
+    """Search once; return the winner's fresh return and selection return."""
     began = time.perf_counter()
     result = ppo.sweep(
         CONFIG, SPACE, strategy=strategy, seed=seed, progress=False, **STRATEGIES[strategy]
@@ -75,8 +75,8 @@ def table(results: dict[str, Any]) -> str:
         "",
         f"{CONFIG.env_id}, {CONFIG.num_updates * CONFIG.batch_size:,} steps per full run; "
         f"{', '.join(SPACE)}. Means over {len(random)} searches with different seeds, paired with "
-        "random search of the same seed. The return is the winner's on 1,024 fresh episodes; the "
-        "selection return, by which it was chosen, is optimistic. `make bench-search` repeats it.",
+        "random search of the same seed. The return is the winner's on 1,024 fresh episodes; its "
+        "selection return is optimistic. `make bench-search` repeats it.",
     ]
     return "\n".join(lines)
 

@@ -1,10 +1,10 @@
-"""How fast purejaxppo trains, beside its peers and beside what the machine can do.
+"""Compare the training speed of purejaxppo with other libraries and the limit of the machine.
 
     python benchmarks/speed.py [--full] [--cases NAME ...] [--repeats N] [--table-only]
 
-Contestants of a case are compiled first, all with empty caches, and then train in turn, one at a
-time, `--repeats` times round. Hyperparameters are the same for all. What is measured goes, case by
-case, into `benchmarks/results/speed.json`, from which the README's table and the figure are made.
+All contestants of a case are compiled first, with empty caches. Then they train in turn, one at a
+time, for `--repeats` rounds. Hyperparameters are the same for all. Results are written case by case
+to `benchmarks/results/speed.json`, from which the tables and the figure are generated.
 """
 
 import argparse
@@ -25,24 +25,24 @@ from pathlib import Path
 from typing import Any
 
 from contestants import ENVIRONMENTS, ROOT, Contestant, output_of
-from readme import write_table
-from speed_report import plot, table
+from speed_report import headline, plot, table
+from tables import IMAGES, write_table
 
 RESULTS = ROOT / "benchmarks/results"
 CORES = os.cpu_count() or 1
 NUM_STEPS = 128
 QUICK_SOLVE_ROUNDS = 3
 FULL_LENGTH = 2
-"""How many times longer the trainings of `--full` are."""
+"""Factor by which runs are longer with `--full`."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Trainings that are compared with each other."""
+    """Runs that are compared with each other."""
 
     num_envs: int
     steps: dict[str, int]
-    """Environment steps of one training and seed, for each contestant."""
+    """Environment steps per run and seed, for each contestant."""
     env: str = "CartPole-v1"
     seeds: int = 1
     limit: bool = False
@@ -94,12 +94,12 @@ SOLVE = {
     "limit": 500_000,
 }
 MEMORY = {"1 x 0.5M": (1, 500_000), "64 x 0.5M": (64, 500_000), "64 x 5M": (64, 5_000_000)}
-"""Seeds, and environment steps of each."""
+"""Number of seeds, and environment steps per seed."""
 
 
 @dataclass
 class Benchmark:
-    """One start of this script, and what it has measured, with what was there before."""
+    """Options of this script, and its results together with those of earlier calls."""
 
     full: bool
     repeats: int
@@ -113,7 +113,7 @@ class Benchmark:
             self.results = json.loads(self.path.read_text(encoding="utf-8"))
 
     def cases(self) -> dict[str, Callable[[], dict[str, Any]]]:
-        """What can be measured, by name."""
+        """Measuring functions of all available cases, by name."""
         table = ACCELERATOR_CASES if self.accelerator else CASES
         measured: dict[str, Callable[[], dict[str, Any]]] = {
             name: lambda case=case: self.race(case)
@@ -136,7 +136,7 @@ class Benchmark:
         self.path.write_text(json.dumps(self.results, indent=2) + "\n", encoding="utf-8")
 
     def race(self, case: Case) -> dict[str, Any]:
-        """All contestants of a case, in turn, and the limit of it."""
+        """Measure all contestants of a case in turn, and the limit of the machine."""
         names = [n for n in case.steps if not self.accelerator or runs_on_accelerator(n)]
         scale = self.scale * (FULL_LENGTH if self.full else 1)
         with ExitStack() as stack:
@@ -166,8 +166,11 @@ class Benchmark:
         return measured
 
     def solve(self) -> dict[str, Any]:
-        """Seconds from the start of a process until it has solved CartPole, or has given up: then
-        ours is counted as never sooner, and a peer with the time until it gave up."""
+        """Measure seconds from the start of a process until it has solved CartPole.
+
+        If ours does not solve it, its time counts as infinite; if a peer does not, its time until
+        it gave up counts.
+        """
         names = ["ours, cold cache", "ours, warm cache", "sbx", *(["sb3"] if self.full else [])]
         rounds = self.repeats if self.full else min(self.repeats, QUICK_SOLVE_ROUNDS)
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
@@ -198,7 +201,7 @@ class Benchmark:
         }
 
     def memory(self) -> dict[str, Any]:
-        """Peak memory of our process, and XLA's figure; long trainings run only in full."""
+        """Measure peak memory of our process and XLA's estimate; long runs only with `--full`."""
         measured = {}
         for name, (seeds, steps) in MEMORY.items():
             case = Case(4, {"ours": steps}, seeds=seeds)
@@ -212,13 +215,13 @@ class Benchmark:
                     "xla_mb": ours.ask("xla_mb")["value"],
                     "peak_rss_mb": run.get("peak_rss_mb"),
                 }
-        return {"trainings": measured}
+        return {"runs": measured}
 
 
 def row(
     ready: dict[str, Any], runs: list[dict[str, Any]], ours: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """A contestant's part of a case's results; `ours_over` is our speed over its, per round."""
+    """Results of a contestant; `ours_over` is our speed divided by its speed, per round."""
     rates = [run["steps"] / run["wall"] for run in runs]
     our_rates = [run["steps"] / run["wall"] for run in ours]
     return ready | {
@@ -232,8 +235,11 @@ def row(
 
 
 def limit(case: Case, ours: dict[str, Any]) -> dict[str, Any]:
-    """Steps per second if stepping and arithmetic went at the machine's rates, on the cores that
-    ours uses, and our fraction of it."""
+    """Upper limit of steps per second, and the fraction of it that ours reaches.
+
+    The limit assumes environment steps and arithmetic at the machine's measured rates, on the cores
+    that ours uses.
+    """
     spec = case.spec("ours", 1.0)
     with tempfile.TemporaryDirectory() as cache:
         one = output_of("ours", "limit.py", spec, Path(cache))
@@ -266,7 +272,7 @@ def hardware(name: str) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Name, family and model, and the widest vector extension: machines of one name differ."""
+    """CPU name, family, model and vector extension; CPUs with the same name can differ."""
     path = Path("/proc/cpuinfo")
     if not path.exists():
         return platform.processor()
@@ -279,7 +285,7 @@ def processor() -> str:
 
 
 def accelerator_name() -> str:
-    """As JAX calls it, fit for a file name; asked in a process that then lets go of the device."""
+    """JAX's name of the accelerator, for file names; a subprocess asks, to free it again."""
     code = "import jax; print(jax.devices()[0].device_kind)"
     done = subprocess.run(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True
@@ -289,19 +295,21 @@ def accelerator_name() -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--full", action="store_true", help="longer runs, more cases and libraries")
     parser.add_argument(
-        "--full", action="store_true", help="longer trainings, more cases and peers"
+        "--cases", nargs="+", metavar="NAME", help="measure only these; keep other results"
     )
-    parser.add_argument("--cases", nargs="+", metavar="NAME", help="only these; keeps the others")
     parser.add_argument("--repeats", type=int, default=5, metavar="N")
-    parser.add_argument("--table-only", action="store_true", help="measure nothing")
-    parser.add_argument("--accelerator", action="store_true", help="on JAX's default device")
+    parser.add_argument("--table-only", action="store_true", help="only write the tables")
+    parser.add_argument(
+        "--accelerator", action="store_true", help="measure on JAX's default device"
+    )
     parser.add_argument(
         "--scale",
         type=float,
         default=1.0,
         metavar="X",
-        help="to try this script: trainings X times as long, results only below .bench",
+        help="to try this script: runs X times as long, results only in .bench",
     )
     args = parser.parse_args()
     if args.repeats < 1 or args.scale <= 0:
@@ -323,11 +331,13 @@ def main() -> None:
         began = time.perf_counter()
         benchmark.measure(name)
         print(f"{name}: measured in {time.perf_counter() - began:.0f} s", flush=True)
-    plot(benchmark.results, path.with_suffix(".png"))
+    pictures = IMAGES if folder == RESULTS else folder
+    plot(benchmark.results, pictures / f"{stem}.png")
     text = table(benchmark.results)
     print(text)
     if folder == RESULTS and not args.accelerator:
         write_table("speed", text)
+        write_table("headline", headline(benchmark.results), script="speed")
 
 
 if __name__ == "__main__":

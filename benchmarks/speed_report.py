@@ -1,4 +1,4 @@
-"""The README's tables and the figure of the speed benchmark, from its results alone."""
+"""Generate the tables and the figure of the speed benchmark from its results."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ class Target(NamedTuple):
     goal: float
     unit: str
     value: Callable[[dict[str, Any]], Any]
-    """From the cases to what was reached: one number, or median, lowest and highest."""
+    """Maps the cases to the result: one number, or median, lowest and highest."""
     at_least: bool = True
 
 
@@ -24,8 +24,8 @@ def over(case: str, peer: str) -> Callable[[dict[str, Any]], list[float]]:
 
 
 def memory_growth(cases: dict[str, Any]) -> float:
-    """Of resident memory where it was measured, else of XLA's figure."""
-    short, long = (cases["memory"]["trainings"][x] for x in ("64 x 0.5M", "64 x 5M"))
+    """Growth of resident memory if it was measured, else of XLA's estimate."""
+    short, long = (cases["memory"]["runs"][x] for x in ("64 x 0.5M", "64 x 5M"))
     key = "peak_rss_mb" if long["peak_rss_mb"] else "xla_mb"
     return long[key] / short[key]
 
@@ -45,9 +45,9 @@ TARGETS = (
     Target("speed over rejax, CartPole, 16 seeds", 2.5, "x", over("seeds-16", "rejax")),
     Target("speed over Stable-Baselines3, CartPole, 1 seed", 40, "x", over("cartpole-4", "sb3")),
     Target("speed over SBX, CartPole, 1 seed", 40, "x", over("cartpole-4", "sbx")),
-    Target("CartPole solved sooner than SBX, warm cache", 15, "x", over("solve", "sbx")),
+    Target("time to solve CartPole, SBX over ours, warm cache", 15, "x", over("solve", "sbx")),
     Target(
-        "compiling at the second start",
+        "compile time at the second start",
         1.0,
         " s",
         lambda cases: cases["cartpole-4"]["contestants"]["ours"]["warm_compile_seconds"],
@@ -57,7 +57,7 @@ TARGETS = (
         "peak memory, 64 seeds of 5M steps over 0.5M steps", 1.1, "x", memory_growth, at_least=False
     ),
     Target(
-        "part of the limit, CartPole, 1024 environments",
+        "fraction of the limit, CartPole, 1024 environments",
         0.5,
         "",
         lambda cases: cases["cartpole-1024"]["limit"]["fraction"],
@@ -66,12 +66,39 @@ TARGETS = (
 
 
 def table(results: dict[str, Any]) -> str:
-    """Everything as Markdown; what was not measured is left out."""
+    """All tables as Markdown; results that were not measured are left out."""
     cases = results["cases"]
     parts = [speeds(cases)]
     if results["hardware"]["name"] == "speed":
         parts = [targets(cases), *parts, extras(cases)]
     return "\n\n".join(part for part in [*parts, footnote(results)] if part)
+
+
+def headline(results: dict[str, Any]) -> str:
+    """A short table of speedups over other libraries, for the README."""
+    cases, hardware = results["cases"], results["hardware"]
+    names = {"rejax": "Rejax", "sbx": "SBX", "sb3": "Stable-Baselines3"}
+    lines = ["| case | steps/s | times as fast as |", "|---|---|---|"]
+    for case, title in HEADLINES.items():
+        found = cases[case]["contestants"]
+        ratios = ", ".join(
+            f"{names[who]} {bracketed(found[who]['ours_over'], '.2f')}"
+            for who in names
+            if who in found
+        )
+        lines.append(f"| {title} | {found['ours']['steps_per_second'][0]:,.0f} | {ratios} |")
+    return "\n".join(lines) + (
+        "\n\nMedian [lowest, highest] of interleaved runs with default calls, on "
+        f"{hardware['cores']} cores of {hardware['cpu']}. `make bench` repeats it."
+    )
+
+
+HEADLINES = {
+    "cartpole-4": "CartPole, 4 environments",
+    "cartpole-64": "CartPole, 64 environments",
+    "breakout-64": "Breakout-MinAtar, 64 environments, dense layers",
+    "seeds-16": "CartPole, 16 seeds",
+}
 
 
 def targets(cases: dict[str, Any]) -> str:
@@ -93,8 +120,8 @@ def targets(cases: dict[str, Any]) -> str:
 
 def speeds(cases: dict[str, Any]) -> str:
     lines = [
-        "| case | contestant | cores | steps/s | steps per CPU second | ours over it | compile | "
-        "compile again | return after steps |",
+        "| case | contestant | cores | steps/s | steps per CPU second | ours / theirs | compile | "
+        "compile (cached) | return after steps |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, case in cases.items():
@@ -113,15 +140,15 @@ def speeds(cases: dict[str, Any]) -> str:
 
 
 def extras(cases: dict[str, Any]) -> str:
-    """Sentences on the limit, the time to a solution, and memory."""
+    """Lists of limits, times to a solution, and memory."""
     lines = []
     for name, limit in ((n, c["limit"]) for n, c in cases.items() if "limit" in c):
         one = limit["one_core"]
         lines.append(
-            f"- Limit of {name}: {limit['steps_per_second']:,.0f} steps/s, of which ours reaches "
-            f"{limit['fraction']:.2f}; on each of {limit['cores']} cores "
-            f"{one['random_steps_per_second']:,.0f} random steps/s, {one['gflops']:.0f} GFLOP/s, "
-            f"and {one['flops_per_step']:,} operations a step."
+            f"- Limit of {name}: {limit['steps_per_second']:,.0f} steps/s; ours reaches "
+            f"{limit['fraction']:.2f} of it. Per core, with {limit['cores']} in use: "
+            f"{one['random_steps_per_second']:,.0f} random steps/s, {one['gflops']:.0f} GFLOP/s; "
+            f"{one['flops_per_step']:,} operations per step."
         )
     for case in (c for name, c in cases.items() if name.startswith("seeds")):
         rates = [
@@ -136,11 +163,11 @@ def extras(cases: dict[str, Any]) -> str:
         steps = [f"{x:,}" if (x := run["solved_after_steps"]) else "never" for run in r["runs"]]
         lines.append(
             f"- CartPole solved by {who}: {bracketed(r['seconds'], '.1f', ' s')} from the start of "
-            f"the process; steps to it: {'; '.join(steps)}."
+            f"the process; environment steps: {'; '.join(steps)}."
         )
-    for name, r in cases.get("memory", {}).get("trainings", {}).items():
-        rss = f", {r['peak_rss_mb']:,.0f} MB resident at most" if r["peak_rss_mb"] else ""
-        lines.append(f"- Memory of {name}: {r['xla_mb']:,.1f} MB by XLA's account{rss}.")
+    for name, r in cases.get("memory", {}).get("runs", {}).items():
+        rss = f", {r['peak_rss_mb']:,.0f} MB peak resident memory" if r["peak_rss_mb"] else ""
+        lines.append(f"- Memory of {name}: {r['xla_mb']:,.1f} MB by XLA's estimate{rss}.")
     return "\n".join(lines)
 
 
@@ -165,8 +192,8 @@ def footnote(results: dict[str, Any]) -> str:
     devices = sorted({c["contestants"]["ours"]["device"] for c in races})
     return (
         f"Median [lowest, highest] of {rounds} rounds{noted} in which the contestants train in "
-        "turn; ratios are taken round by round. Ours is the default call, which chooses how many "
-        "cores to use; peers use what they use. Seeds train side by side and their steps are "
+        "turn; ratios are computed per round. Ours is the default call, which chooses how many "
+        "cores to use; peers run with their defaults. Seeds train in parallel and their steps are "
         f"summed. Compile times include tracing. On {', '.join(devices)}, {hardware['cores']} "
         f"cores of {hardware['cpu']}, with {', '.join(versions)}."
     )
@@ -179,7 +206,7 @@ def bracketed(values: list[float], form: str, unit: str = "") -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Steps per second of each case, and of growing numbers of seeds."""
+    """Plot steps per second of each case, and over the number of seeds."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, LogLocator
 
@@ -239,5 +266,5 @@ def lines(axes: Any, cases: dict[str, Any]) -> None:
     axes.set_xticks(counts, [f"{count}" for count in counts])
     axes.set_xlabel("seeds trained in parallel")
     axes.set_ylabel("environment steps per second, summed")
-    axes.set_title("CartPole, 4 environments a seed")
+    axes.set_title("CartPole, 4 environments per seed")
     axes.legend(frameon=False)

@@ -1,6 +1,6 @@
 """PPO in JAX: the whole training loop as one pure function, to `jit`, `vmap` and shard.
 
-Public names are imported when first used, so that the command line can answer without JAX.
+Public names are imported on first use, so that command-line help does not import JAX.
 """
 
 import importlib
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         TrainState,
     )
 
-_HOMES = {
+_NAMES = {
     "agent": "Agent",
     "config": "Config ConfigError HParams TaskConfig",
     "curves": "curve",
@@ -62,7 +62,7 @@ _HOMES = {
     "train": "train_chunk",
     "types": "Actor ActorState Batch Learner LearnerState Rollout TrainState",
 }
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = [
     "OBJECTIVES",
@@ -115,10 +115,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     importlib.import_module("purejaxppo.types")  # makes HParams a pytree
-    value = getattr(importlib.import_module(f"purejaxppo.{_HOME_OF[name]}"), name)
+    value = getattr(importlib.import_module(f"purejaxppo.{_MODULE_OF[name]}"), name)
     globals()[name] = value
     return value
 

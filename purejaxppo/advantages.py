@@ -1,8 +1,8 @@
 """Advantage estimators: `(rollout, hparams) -> (advantage[T, N], target[T, N])`.
 
-All of them take the value of the true successor, so a truncated episode bootstraps from the value
-of its last observation: only `terminated` cuts the bootstrap, while sums end where either flag is
-set, or the rollout. The papers have no truncation.
+All use the value of the true successor, so a truncated episode bootstraps from the value of its
+last observation. Only `terminated` removes the bootstrap; sums end where either flag is set, or at
+the end of the rollout. The papers do not consider truncation.
 """
 
 import dataclasses
@@ -43,18 +43,18 @@ def gae(rollout: Rollout, hparams: HParams) -> tuple[Steps, Steps]:
 
 
 def td0(rollout: Rollout, hparams: HParams) -> tuple[Steps, Steps]:
-    """One reward and the value after it: A_t = r_t + gamma V(s'_t) - V(s_t)."""
+    """One-step temporal difference: A_t = r_t + gamma V(s'_t) - V(s_t)."""
     return gae(rollout, dataclasses.replace(hparams, gae_lambda=0.0))
 
 
 def monte_carlo(rollout: Rollout, hparams: HParams) -> tuple[Steps, Steps]:
-    """All rewards up to where the episode, or the rollout, ends: A_t = G_t - V(s_t). A value stands
-    for the rest only where either was cut off."""
+    """Monte Carlo: A_t = G_t - V(s_t). G_t sums the rewards to the end of the episode or rollout
+    and bootstraps from the value only if either was cut off."""
     return gae(rollout, dataclasses.replace(hparams, gae_lambda=1.0))
 
 
 def n_step(rollout: Rollout, hparams: HParams, steps: int) -> tuple[Steps, Steps]:
-    """`steps` rewards and the value after them, or fewer where the episode ends sooner.
+    """Sum of `steps` rewards, fewer if the episode ends earlier, and the value after them.
 
     A_t = r_t + ... + gamma^(n-1) r_{t+n-1} + gamma^n V(s_{t+n}) - V(s_t)
     (Mnih et al. 2016, arXiv:1602.01783, section 4).
@@ -64,20 +64,20 @@ def n_step(rollout: Rollout, hparams: HParams, steps: int) -> tuple[Steps, Steps
     done = rollout.terminated | rollout.truncated
     ends = done.at[-1].set(True)
 
-    def longer(_: Any, target: Array) -> Array:
+    def add_reward(_: Any, target: Array) -> Array:
         following = jnp.concatenate([target[1:], target[-1:]])
         return jnp.where(ends, one, rollout.reward + hparams.gamma * following)
 
-    target = jax.lax.fori_loop(1, min(steps, len(done)), longer, one)
+    target = jax.lax.fori_loop(1, min(steps, len(done)), add_reward, one)
     return target - rollout.value, target
 
 
 def lambda_return(rollout: Rollout, hparams: HParams) -> tuple[Steps, Steps]:
     """One reward and the lambda-return after it: A_t = r_t + gamma G_{t+1} - V(s_t).
 
-    Where `gae` has G_t - V(s_t), this has the lambda-return in place of the next value too, as
-    V-trace does (Espeholt et al. 2018, arXiv:1802.01561, section 4.2): at lambda 0 two rewards are
-    seen rather than one, at lambda 1 both are `monte_carlo`.
+    `gae` is G_t - V(s_t). This estimator also replaces the next value by the lambda-return, as
+    V-trace does (Espeholt et al. 2018, arXiv:1802.01561, section 4.2): at lambda 0 it uses two
+    rewards instead of one, at lambda 1 both equal `monte_carlo`.
     """
     _, target = gae(rollout, hparams)
     done = rollout.terminated | rollout.truncated
@@ -89,7 +89,7 @@ def lambda_return(rollout: Rollout, hparams: HParams) -> tuple[Steps, Steps]:
 
 
 def make_advantage(config: Config) -> Advantage:
-    """The estimator that the config names, for rollouts with a value."""
+    """Make the estimator that `config.advantage` names, for rollouts with values."""
     estimators: dict[str, Advantage] = {
         "monte_carlo": monte_carlo,
         "td0": td0,

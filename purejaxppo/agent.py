@@ -24,7 +24,7 @@ from purejaxppo.types import Environment, KeyLike, Network, Policy, PyTree, Trai
 
 
 class Act(Protocol):
-    """`Agent.act`."""
+    """Signature of `Agent.act`."""
 
     def __call__(
         self,
@@ -37,20 +37,20 @@ class Act(Protocol):
 
 
 class Agent(NamedTuple):
-    """A policy and its critic with the normaliser included; `n` is any number of rows from 1."""
+    """A policy and its critic, including the normaliser; `n` is any number of rows from 1."""
 
     initial_carry: Any
     """`n -> carry`, at the start of an episode; `()` for a feed-forward network."""
     act: Act
     """`(key, obs[n, ...], carry, deterministic=False, start=None) -> (action[n, ...], carry)`.
 
-    Actions are what the environment takes: clipped or squashed to its bounds. `deterministic` may
-    be traced; the key is not read where it is True. Where `start[n]` is set, the row's carry is
-    reset before its observation is read. Raises `ConfigError` if a shape does not fit."""
+    Actions are clipped or squashed to the environment's bounds. `deterministic` may be traced; the
+    key is not used if it is True. Where `start[n]` is set, the row's carry is reset before its
+    observation is read. Raises `ConfigError` if a shape does not fit."""
     value: Any
-    """`(obs[n, ...], carry) -> value[n]`: the discounted return the critic expects from here, in
-    units of the environment's reward. `carry` is the one `act` would be given with `obs`. Raises
-    `ConfigError` if a shape does not fit."""
+    """`(obs[n, ...], carry) -> value[n]`: the critic's estimate of the discounted return, in units
+    of the environment's reward. `carry` is the same as for `act` with `obs`. Raises `ConfigError`
+    if a shape does not fit."""
     obs: PyTree
     """Shapes and types of one observation, leaves `[1, ...]`."""
 
@@ -62,12 +62,12 @@ def agent_of(
     state: TrainState,
     function: str = "make_agent",
 ) -> Agent:
-    """The agent of a trained state of one seed; errors name `function`.
+    """Make the agent of a trained state of one seed; errors name `function`.
 
     Raises:
-        ConfigError: if the state is of several seeds, or has other shapes.
+        ConfigError: if the state is of several seeds, or has different shapes.
     """
-    hint = "take one, jax.tree.map(lambda x: x[0], states), or use jax.vmap over them"
+    hint = "select one with jax.tree.map(lambda x: x[0], states), or use jax.vmap"
     check_state(state, function, hint)
     learner = state.learner
     made = jax.eval_shape(network.init, jax.random.key(0))
@@ -77,8 +77,8 @@ def agent_of(
 
     def apply(obs: PyTree, carry: PyTree, start: Array) -> tuple[PyTree, Array, Array]:
         inputs = jax.tree.map(lambda x: x[None], normalize_obs(learner.obs_stats, obs))
-        carry, outputs, value = network.apply(learner.params, carry, inputs, start[None])
-        return carry, outputs[0], value[0]
+        carry, policy_outputs, value = network.apply(learner.params, carry, inputs, start[None])
+        return carry, policy_outputs[0], value[0]
 
     def checked(obs: PyTree, carry: PyTree, function: str) -> tuple[PyTree, Any]:
         rows = jax.tree.map(jnp.asarray, obs)
@@ -96,14 +96,14 @@ def agent_of(
         rows, n = checked(obs, carry, "act")
         starts = jnp.zeros(n, bool) if start is None else jnp.asarray(start, bool)
         check_start(starts, n, "act")
-        carry, outputs, _ = apply(rows, carry, starts)
+        carry, policy_outputs, _ = apply(rows, carry, starts)
 
         def sample() -> Array:
             one_key = as_key(key, "act", "pass one for all rows of obs")
-            return policy.sample(outputs, draw_noise(policy, jax.random.split(one_key, n)))
+            return policy.sample(policy_outputs, draw_noise(policy, jax.random.split(one_key, n)))
 
         def mode() -> Array:
-            return policy.distribution(outputs).mode()
+            return policy.distribution(policy_outputs).mode()
 
         if is_traced(deterministic):
             action = jnp.where(deterministic, mode(), sample())

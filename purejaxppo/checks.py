@@ -1,4 +1,4 @@
-"""Settings are checked against their types and ranges where they are made."""
+"""Checks of settings against their types and ranges, on construction."""
 
 import dataclasses
 import difflib
@@ -22,10 +22,10 @@ FLOAT_MAX = float(np.finfo(np.float32).max)
 
 
 class ConfigError(Exception):
-    """A setting that cannot work: the message gives the value, the rule and the remedy.
+    """An invalid setting; the message gives the value, the rule and the fix.
 
-    Not a `ValueError`, which libraries that construct settings catch and rephrase. A message too
-    long to read is shortened.
+    Not a `ValueError`, because libraries that construct settings catch and rephrase that. Very long
+    messages are shortened.
     """
 
     def __init__(self, message: str):
@@ -37,9 +37,9 @@ class ConfigError(Exception):
 
 
 class EnvParams(Mapping[str, float | int | bool]):
-    """Numbers by name: hashable, and never changed.
+    """An immutable, hashable mapping from names to numbers or booleans.
 
-    Raises `ConfigError` if `values` is no mapping of names to numbers, true or false.
+    Raises `ConfigError` if `values` is not such a mapping.
     """
 
     def __init__(self, values: Mapping[str, float | int | bool] = MappingProxyType({})):
@@ -75,7 +75,7 @@ class EnvParams(Mapping[str, float | int | bool]):
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known name most similar to `name`, if any reaches the cutoff (0 to 1).
 
-    A name of more than 100 characters has none: finding one takes time that grows with its square.
+    None for a name of more than 100 characters, because the search takes quadratic time.
     """
     if len(name) > _LONGEST_NAME:
         return None
@@ -83,15 +83,14 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 
 def check_fields(instance: Any) -> None:
-    """Check each field of a settings dataclass against its type and range, and that it has an
-    effect: with `only_with` in its metadata, `{other: choices}`, it is left at its default unless
-    the other setting is one of the choices.
+    """Check the type, range and effect of each field of a settings dataclass.
 
-    Integers are accepted for floats, lists for tuples. Arrays and tracers are accepted for
-    scalars; concrete ones have each element checked.
+    A field with `only_with` in its metadata, `{other: choices}`, must keep its default unless the
+    other setting is one of the choices. Integers are accepted for floats, lists for tuples. Arrays
+    and tracers are accepted for scalars; each element of a concrete array is checked.
 
     Raises:
-        ConfigError: naming the field, its value, the rule and the remedy.
+        ConfigError: naming the field, its value, the rule and the fix.
     """
     hints = _hints(type(instance))
     for f in dataclasses.fields(instance):
@@ -106,9 +105,9 @@ def check_fields(instance: Any) -> None:
         for other, choices in f.metadata.get("only_with", {}).items():
             chosen = getattr(instance, other, choices[0])
             if chosen not in choices and value != f.default:
-                shown = str(value).lower() if isinstance(value, bool) else value
+                text = str(value).lower() if isinstance(value, bool) else value
                 raise ConfigError(
-                    f"{f.name} = {shown}: has no effect with {other} = {chosen}; leave it out, or "
+                    f"{f.name} = {text}: has no effect with {other} = {chosen}; leave it out, or "
                     f"choose {other} = {' or '.join(choices)}"
                 )
 
@@ -119,8 +118,8 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def _plain(value: Any, hint: Any) -> Any:
-    """A checked value in the type its field has: lists as tuples, NumPy's and whole numbers as
-    Python's own of the right kind."""
+    """Convert a checked value to the type of its field: lists to tuples, NumPy integers to int,
+    integers to float."""
     if isinstance(value, list):
         return tuple(value)
     if hint is int:
@@ -135,7 +134,7 @@ def _check_type(name: str, value: Any, hint: Any, default: Any) -> None:
         hint = functools.reduce(operator.or_, typing.get_args(hint))
     if hint not in (bool, str, int, float) and not choices_of(hint) and not typing.get_args(hint):
         hint = hint if isinstance(hint, type) and issubclass(hint, Mapping) else Any
-    if hint is Any:  # a hyperparameter of a user's own class, or its number under a trace
+    if hint is Any:  # a hyperparameter of a user's own class, or a traced value
         hint = float
     if hint is float or (isinstance(hint, types.UnionType) and float in hint.__args__):
         fits = _is_number(value) or (value is None and isinstance(hint, types.UnionType))
@@ -147,38 +146,38 @@ def _check_type(name: str, value: Any, hint: Any, default: Any) -> None:
     elif typing.get_origin(hint) is tuple:
         item_type = typing.get_args(hint)[0]
         fits = isinstance(value, tuple | list) and all(type(item) is item_type for item in value)
-        kind = "a list of whole numbers" if item_type is int else "a list of texts"
+        kind = "a list of whole numbers" if item_type is int else "a list of strings"
     elif isinstance(hint, type) and issubclass(hint, Mapping):
         fits, kind = isinstance(value, hint), "a table"
     else:
         whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
         fits = whole or _is_array(value) if hint is int else type(value) is hint
-        kind = {int: "a whole number", bool: "true or false", str: "a text"}[hint]
+        kind = {int: "a whole number", bool: "true or false", str: "a string"}[hint]
         kind += " or auto" if default == "auto" else ""
     if not fits:
         raise ConfigError(f"{name} = {value!r}: must be {kind}; the default is {default!r}")
 
 
 def choices_of(hint: Any) -> tuple[str, ...]:
-    """The values of a `Literal`, or of one in a union."""
+    """Return the choices of a `Literal`, alone or in a union."""
     parts = (hint,) if typing.get_origin(hint) is Literal else typing.get_args(hint)
     return tuple(x for p in parts if typing.get_origin(p) is Literal for x in typing.get_args(p))
 
 
 def fits_choice(value: Any, hint: Any) -> bool:
-    """Whether it is one of the choices, or a reference where one may be given."""
+    """Whether a value is one of the choices, or a reference if references are allowed."""
     is_open = str in typing.get_args(hint)
     return value in choices_of(hint) or (is_open and isinstance(value, str) and is_reference(value))
 
 
 def in_words(hint: Any) -> str:
-    """The choices in an error message."""
+    """Return the choices as text for an error message."""
     more = ["package.module:name"] if str in typing.get_args(hint) else []
     return ", ".join([*choices_of(hint), *more])
 
 
 def is_reference(text: str) -> bool:
-    """Whether a setting is a Python object's name, `package.module:name`."""
+    """Whether a setting names a Python object, as `package.module:name`."""
     return _REFERENCE.fullmatch(text) is not None
 
 
@@ -202,7 +201,7 @@ def _is_number(value: Any) -> bool:
 
 
 def is_traced(value: Any) -> bool:
-    """Whether JAX is tracing with this value in place of a number. Does not import JAX."""
+    """Whether a value is a JAX tracer. Does not import JAX."""
     core = sys.modules.get("jax.core")
     return core is not None and isinstance(value, core.Tracer)
 

@@ -63,8 +63,8 @@ def make_actor(
     Args:
         keep_outputs: store the policy's outputs in rollouts.
     """
-    made = _Stepper(config, env, network, policy, keep_outputs, axis)
-    return Actor(made.init, made.collect)
+    stepper = _Stepper(config, env, network, policy, keep_outputs, axis)
+    return Actor(stepper.init, stepper.collect)
 
 
 class _Stepper(NamedTuple):
@@ -94,7 +94,7 @@ class _Stepper(NamedTuple):
         whole = self.network.sequential
         num_parts = 1 if whole else parts_in_cache(self.network, start.size, self.config.num_steps)
         replay = partial(self.replay, learner.params, actors.carry)
-        log_prob, value, outputs = _in_parts(replay, (obs, start, action), num_parts)
+        log_prob, value, policy_outputs = _in_parts(replay, (obs, start, action), num_parts)
         last_obs = _one_step(normalize_obs(learner.obs_stats, moved.obs))
         _, _, last_value = self.network.apply(
             learner.params, moved.carry, last_obs, moved.start[None]
@@ -112,7 +112,7 @@ class _Stepper(NamedTuple):
             truncated=result.truncated,
             mask=jnp.ones_like(value),
             carry=actors.carry,
-            policy_outputs=outputs,
+            policy_outputs=policy_outputs,
         )
         return moved._replace(keys=keys), rollout
 
@@ -122,10 +122,10 @@ class _Stepper(NamedTuple):
         """One step of all environments."""
         step_keys, noise = draws
         obs = _one_step(normalize_obs(learner.obs_stats, actors.obs))
-        carry, outputs, _ = self.network.apply(
+        carry, policy_outputs, _ = self.network.apply(
             learner.params, actors.carry, obs, actors.start[None]
         )
-        action = self.policy.sample(outputs[0], noise)
+        action = self.policy.sample(policy_outputs[0], noise)
         env_state, result = self.env.step(step_keys, actors.env_state, self.policy.to_env(action))
         if not self.config.bootstrap_time_limits:
             result = result._replace(terminated=result.terminated | result.truncated)
@@ -135,11 +135,11 @@ class _Stepper(NamedTuple):
         return moved, (actors.obs, action, cut_value, result)
 
     def replay(self, params: PyTree, carry: PyTree, steps: Any) -> tuple[Array, Array, Any]:
-        """Log-probabilities, values and outputs of steps `(obs, start, action)`."""
+        """Log-probabilities, values and policy outputs of steps `(obs, start, action)`."""
         obs, start, action = steps
-        _, outputs, value = self.network.apply(params, carry, obs, start)
-        log_prob = jnp.asarray(self.policy.distribution(outputs).log_prob(action))
-        return log_prob, value, outputs if self.keep_outputs else ()
+        _, policy_outputs, value = self.network.apply(params, carry, obs, start)
+        log_prob = jnp.asarray(self.policy.distribution(policy_outputs).log_prob(action))
+        return log_prob, value, policy_outputs if self.keep_outputs else ()
 
 
 def _one_step(obs: PyTree) -> PyTree:

@@ -1,7 +1,7 @@
-"""What devices that share one training tell each other: the identity where `axis` is None.
+"""Communication between devices that share one run; the identity if `axis` is None.
 
-`axis` names a mesh axis over which environments are spread. What is learned is the same on every
-device, so that whatever changes it must be summed over all of them first.
+`axis` names a mesh axis over which environments are spread. The learner's state is the same on
+every device, so anything that changes it must first be summed over all devices.
 """
 
 import jax
@@ -13,7 +13,7 @@ from purejaxppo.types import PyTree
 
 
 def all_sum(tree: PyTree, axis: str | None) -> PyTree:
-    """Each leaf summed over the devices, all in one exchange."""
+    """Sum each leaf over the devices, all leaves in one exchange."""
     if axis is None:
         return tree
     flat, unravel = ravel_pytree(tree)
@@ -21,12 +21,12 @@ def all_sum(tree: PyTree, axis: str | None) -> PyTree:
 
 
 def own_key(key: Key[Array, ""], axis: str | None) -> Key[Array, ""]:
-    """A key of each device's own, from one that all of them have."""
+    """Derive a separate key for each device from one that all devices hold."""
     return key if axis is None else jax.random.fold_in(key, jax.lax.axis_index(axis))
 
 
 def own_rows(tree: PyTree, axis: str | None) -> PyTree:
-    """Of leaves `[N, ...]` that all devices have, each device's own `N / devices` rows."""
+    """Select the device's own `N / devices` rows of leaves `[N, ...]` that all devices hold."""
     if axis is None:
         return tree
 
@@ -38,6 +38,6 @@ def own_rows(tree: PyTree, axis: str | None) -> PyTree:
 
 
 def masked_mean(values: Array, mask: Array, axis: str | None = None) -> Array:
-    """Mean over the samples, of all devices, whose `mask` is 1; 0 where there is none."""
+    """Mean over the samples of all devices whose `mask` is 1; 0 if there are none."""
     total, count = all_sum((jnp.sum(values * mask), jnp.sum(mask)), axis)
     return total / jnp.where(count > 0, count, 1.0)

@@ -24,9 +24,9 @@ def _check_read(config: Any) -> None:
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if f.name in READ_BY_SOME and f.name not in reads and value != f.default:
-            shown = str(value).lower() if isinstance(value, bool) else value
+            text = str(value).lower() if isinstance(value, bool) else value
             raise ConfigError(
-                f"{f.name} = {shown}: has no effect with objective = {config.objective}; leave it "
+                f"{f.name} = {text}: has no effect with objective = {config.objective}; leave it "
                 f"out, or choose objective = {' or '.join(readers_of(f.name))}"
             )
 
@@ -42,7 +42,7 @@ def _check_sizes(config: Any) -> None:
         raise ConfigError(
             f"total_timesteps / (num_envs * num_steps) = {config.total_timesteps} / "
             f"{config.batch_size} = {config.num_updates} updates: must be below 2^31; choose a "
-            "smaller total_timesteps, or more num_envs or num_steps"
+            "smaller total_timesteps, or larger num_envs or num_steps"
         )
 
 
@@ -53,7 +53,7 @@ def _check_standardized(config: Any) -> None:
     if config.batch_size == 1:
         raise ConfigError(
             f"advantage_normalization = {config.advantage_normalization} with num_envs * num_steps "
-            "= 1: the normalised advantage of a single sample is always 0; use none, or more "
+            "= 1: the normalised advantage of a single sample is always 0; use none, or larger "
             "num_envs or num_steps"
         )
     per_minibatch = config.advantage_normalization == "minibatch"

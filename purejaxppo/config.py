@@ -1,7 +1,7 @@
-"""The two kinds of setting: `Config` (static, hashable) and `HParams` (traced numbers).
+"""The two kinds of settings: `Config` (static, hashable) and `HParams` (traced).
 
-`Config` holds what fixes shapes and code paths; changing it recompiles. `HParams` holds every
-number that can be traced, so that a whole run can be `vmap`ped over it.
+`Config` holds the settings that fix shapes and code paths; changing one recompiles. `HParams` holds
+the traced hyperparameters, so that a whole run can be `vmap`ped over them.
 """
 
 import dataclasses
@@ -28,12 +28,11 @@ MAX_WIDTH = 2**16
 
 
 AUTO: Any = "auto"
-"""Of settings for which each objective has its own default."""
+"""Value of a setting whose default depends on the objective."""
 
 
 class Chosen:
-    """A value that an objective chose, since the setting was left at auto: another objective
-    replaces it."""
+    """A value that an objective chose for a setting left at auto; another objective replaces it."""
 
 
 class _ChosenNumber(Chosen, int):
@@ -52,14 +51,14 @@ def _bounded(
     open_low: bool = False,
     **only_with: tuple[Any, ...],
 ) -> Any:
-    """A dataclass field whose value must lie in `[low, high]`, or `(low, high]` if `open_low`, and
-    that has an effect only where other settings have certain values."""
+    """A dataclass field whose value must lie in `[low, high]`, or `(low, high]` if `open_low`.
+    `only_with` gives the values of other settings with which it has an effect."""
     rule = {"low": low, "high": high, "open_low": open_low, "only_with": only_with}
     return field(default=default, metadata=rule)
 
 
 class TaskConfig(ABC):
-    """What the host reads of the config of any task: a frozen dataclass with these."""
+    """Base class of a task's config (a frozen dataclass): the fields that the host reads."""
 
     total_timesteps: int
     """Samples to train on, rounded up to whole updates."""
@@ -67,50 +66,50 @@ class TaskConfig(ABC):
     @property
     @abstractmethod
     def batch_size(self) -> int:
-        """Samples of one update."""
+        """Number of samples per update."""
 
     @property
     def num_updates(self) -> int:
-        """Updates of the whole run: total_timesteps / batch_size, rounded up."""
+        """Number of updates of a run: total_timesteps / batch_size, rounded up."""
         return -(-self.total_timesteps // self.batch_size)
 
     @property
     def label(self) -> str:
-        """What is trained on, for titles and directories."""
+        """Name of the environment or data, for titles and directories."""
         return type(self).__name__
 
     @property
     def title(self) -> str:
-        """What is trained, and how."""
+        """Title of the run."""
         return self.label
 
     @property
     def batch_in_words(self) -> str:
-        """What one update is made of."""
+        """Description of the data of one update."""
         return f"{self.batch_size} samples"
 
 
 @dataclass(frozen=True)
 class Config(TaskConfig):
-    """What fixes the shapes and code paths of a run. Static and hashable.
+    """The settings that fix the shapes and code paths of a run. Static and hashable.
 
-    Raises `ConfigError` on construction if a value has the wrong type, is out of range, or does
-    not fit the others.
+    Raises `ConfigError` on construction if a value has the wrong type, is out of range, or
+    contradicts another setting.
     """
 
     env_id: str = "CartPole-v1"
-    """Environment to train on; `purejaxppo envs` lists them. Or package.module:name of your own, or
-    of a function that makes it. Only a label if `env` is passed."""
+    """Environment to train on; `purejaxppo envs` lists them. Or package.module:name of your own
+    environment, or of a function that makes one. Only a label if `env` is passed."""
     env_params: EnvParams = EnvParams()
     """Parameters of the environment by name, such as max_steps_in_episode; the others keep their
     defaults."""
     total_timesteps: int = _bounded(500_000, 1)
     """Environment steps of the run, rounded up to whole updates."""
     num_envs: int = _bounded(AUTO, 1)
-    """Number of environments stepped in parallel (N); auto: 4, 16 with a2c and trpo."""
+    """Number of environments stepped in parallel (N); auto: 4, or 16 with a2c and trpo."""
     num_steps: int = _bounded(AUTO, 1)
-    """Steps of each environment in one rollout (T); auto: 128, 16 with a2c, 1024 with the REINFORCE
-    objectives."""
+    """Steps of each environment in one rollout (T); auto: 128, or 16 with a2c and 1024 with the
+    REINFORCE objectives."""
     objective: (
         Literal[
             "reinforce", "reinforce_baseline", "a2c", "trpo", "ppo_kl", "ppo_kl_adaptive",
@@ -131,27 +130,27 @@ class Config(TaskConfig):
     bootstrap_time_limits: bool = True
     """Bootstrap from the value of the last observation where a time limit ends an episode; false
     treats time limits as terminations. Use false if the limit is part of the task, or with a memory
-    and a fixed limit, since a memory can tell the time and never sees what follows the limit."""
+    and a fixed limit, since a memory can count steps and never sees a step beyond the limit."""
     baseline: Literal["none", "mean", "value", "optimal"] = "value"
     """Baseline of reinforce_baseline: none, the mean return of the other environments, the critic's
-    value, or the baseline of least variance (optimal; discrete observations only)."""
+    value, or the minimum-variance baseline (optimal; discrete observations only)."""
     causality: bool = True
-    """REINFORCE objectives: weight an action by the rewards after it, or else by the return of the
+    """REINFORCE objectives: weight an action by the rewards after it; false uses the return of the
     whole episode."""
     discount_weight: bool = False
     """REINFORCE objectives: weight step t by gamma^t, as in the exact gradient of the discounted
     return. Most implementations leave it out."""
     update_epochs: int = _bounded(AUTO, 1)
-    """Epochs over each rollout; with trpo, of the critic only. auto: 4, 1 with a2c and the
+    """Epochs over each rollout; with trpo, of the critic only. auto: 4, or 1 with a2c and the
     REINFORCE objectives."""
     num_minibatches: int = _bounded(AUTO, 1)
     """Gradient steps per epoch (with trpo, of the critic). Must divide num_envs * num_steps, or
-    num_envs with a memory. auto: 4, 1 with a2c and the REINFORCE objectives."""
+    num_envs with a memory. auto: 4, or 1 with a2c and the REINFORCE objectives."""
     optimizer: Literal["adam"] | str = "adam"
     """Optimiser: adam, or package.module:name of a function that makes an optax transformation from
     HParams. It then replaces gradient clipping, Adam and critic_learning_rate."""
     network: Literal["auto"] | str = "auto"
-    """Network: auto is built from the settings below; or package.module:name of a Flax module, or
+    """Network: auto builds one from the settings below; or package.module:name of a Flax module, or
     of a function that makes one for a number of policy outputs."""
     encoder: Literal["auto", "mlp", "cnn"] = "auto"
     """Observation encoder; auto uses cnn for [height, width, channels], mlp for others."""
@@ -200,7 +199,7 @@ class Config(TaskConfig):
         check_combinations(self)
 
     def with_defaults_of(self, objective: Objective) -> "Config":
-        """What is left at auto as the defaults of an objective passed from Python."""
+        """Set what was left at auto to the defaults of an objective passed from Python."""
         chosen = {**DEFAULTS, **objective.defaults}
         left = {n: v for n, v in chosen.items() if isinstance(getattr(self, n), Chosen)}
         changed = {n: v for n, v in left.items() if getattr(self, n) != v}
@@ -210,7 +209,7 @@ class Config(TaskConfig):
         """Set what is left at auto to the objective's defaults."""
         try:
             chosen = {**DEFAULTS, **objective_of(self).defaults}
-        except (KeyError, TypeError):  # no such objective, which check_fields says
+        except (KeyError, TypeError):  # unknown objective; check_fields raises
             chosen = DEFAULTS
         for name, value in chosen.items():
             given = getattr(self, name)
@@ -225,27 +224,27 @@ class Config(TaskConfig):
 
     @property
     def whole_episodes(self) -> bool:
-        """Whether rollouts begin with new episodes, and only whole ones count."""
+        """Whether rollouts start with new episodes and only whole episodes count."""
         return objective_of(self).whole_episodes
 
     @property
     def has_critic(self) -> bool:
-        """Whether the value is learned."""
+        """Whether a value function is learned."""
         return objective_of(self).has_critic
 
     @property
     def label(self) -> str:
-        """What is trained on."""
+        """Name of the environment."""
         return self.env_id
 
     @property
     def title(self) -> str:
-        """What is trained, and how."""
+        """The environment and the objective."""
         return f"{self.env_id}, {self.objective}"
 
     @property
     def batch_in_words(self) -> str:
-        """What one update is made of."""
+        """Description of the data of one update."""
         epochs = f"{self.update_epochs} epoch{'s' if self.update_epochs > 1 else ''}"
         parts = f"{self.num_minibatches} minibatch{'es' if self.num_minibatches > 1 else ''}"
         return f"{self.num_envs} environments x {self.num_steps} steps ({epochs} of {parts})"
@@ -308,7 +307,7 @@ class HParams:
 
 
 def why_unread(config: Config, name: str) -> str | None:
-    """What makes a hyperparameter useless to a training, in words; None if it has an effect."""
+    """Return why a hyperparameter has no effect on a run; None if it has one."""
     if is_reference(config.objective) or is_reference(config.optimizer):
         return None
     objective = objective_of(config)
@@ -317,6 +316,6 @@ def why_unread(config: Config, name: str) -> str | None:
     found = {f.name: f for f in dataclasses.fields(HParams)}.get(name)
     for other, choices in {} if found is None else found.metadata.get("only_with", {}).items():
         if (chosen := getattr(config, other)) not in choices:
-            no_critic = f"objective = {config.objective}, which learns no value here"
+            no_critic = f"objective = {config.objective}, which has no critic here"
             return no_critic if other == "has_critic" else f"{other} = {chosen}"
     return None

@@ -20,22 +20,21 @@ def curve(
 
         plt.plot(*ppo.curve(metrics))
 
-    Updates are divided into P equal stretches. A point is the mean over its stretch's updates,
-    leaving out those that are not finite: an update in which no episode ended has an
-    `episode_return` of NaN. A stretch without any value repeats the point before it; points before
-    the first value are NaN.
+    Updates are divided into P equal stretches. A point is the mean over the finite values of its
+    stretch: an update in which no episode ended has an `episode_return` of NaN. A stretch without a
+    finite value repeats the previous point; points before the first value are NaN.
 
     Args:
         metrics: of `train`, `train_chunk` or `run`: `[U]`, or with leading axes that `jax.vmap`
             added, `[S, U]`, `[K, S, U]`.
-        points: upper limit of P, which is U where that is smaller.
+        points: maximum of P; P is U if that is smaller.
 
     Returns:
         the environment steps of one run at the end of each stretch `[P]`, and the values
         `[..., P]`.
 
     Raises:
-        ConfigError: if there is no such metric, no update, or `points` is no whole number from 1.
+        ConfigError: if there is no such metric or no update, or `points` is not an integer from 1.
     """
     if name not in metrics:
         near = nearest(name, metrics)
@@ -44,8 +43,8 @@ def curve(
     points = whole_number("points", points, 1)
     steps = np.asarray(metrics["env_steps"], float)
     if not steps.size:
-        raise ConfigError("metrics hold no update: a curve needs at least one")
-    # All runs count alike, but one that failed stops counting.
+        raise ConfigError("metrics contain no updates: a curve needs at least one")
+    # All runs have the same step counts, but a failed run stops counting.
     steps = np.fmax.reduce(steps.reshape((-1, steps.shape[-1])))
     return means_of_stretches(steps, np.asarray(metrics[name], float), points)
 
@@ -53,7 +52,7 @@ def curve(
 def means_of_stretches(
     env_steps: Float[np.ndarray, " U"], values: Float[np.ndarray, "*batch U"], points: int
 ) -> tuple[Float[np.ndarray, " P"], Float[np.ndarray, "*batch P"]]:
-    """What `curve` does, of arrays."""
+    """`curve` of arrays, without checks."""
     stretches = np.array_split(np.arange(len(env_steps)), min(points, len(env_steps)))
     means: list[np.ndarray] = []
     for stretch in stretches:

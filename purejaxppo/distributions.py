@@ -1,7 +1,7 @@
-"""Action space -> `Policy`: how outputs of the policy head become actions.
+"""Policies for action spaces: how outputs of the policy head become actions.
 
-Noise is drawn apart from the parameters (Gumbel for discrete actions, standard normal for
-continuous ones), so that all of a rollout's can be drawn at once.
+Noise is drawn independently of the parameters (Gumbel for discrete actions, standard normal for
+continuous ones), so that the noise of a whole rollout can be drawn at once.
 """
 
 import math
@@ -21,10 +21,10 @@ from purejaxppo.types import Policy
 
 
 def make_policy(config: Config, action_space: Any) -> Policy:
-    """The policy for an action space.
+    """Make the policy for an action space.
 
     Raises:
-        ConfigError: if the space is of no supported kind, its bounds are traced, or
+        ConfigError: if the space is not supported, its bounds are traced, or
             `config.action_distribution` does not fit it.
     """
     if isinstance(action_space, MultiDiscrete) or is_discrete(action_space):
@@ -49,7 +49,7 @@ def make_policy(config: Config, action_space: Any) -> Policy:
         if not np.all(low < high):
             raise ConfigError(
                 f"the action space {action_space} of {config.env_id}: each lower bound must be "
-                "below its upper one"
+                "below its upper bound"
             )
         if config.action_distribution == "tanh_normal":
             return tanh_normal(config, low, high)
@@ -61,23 +61,23 @@ def make_policy(config: Config, action_space: Any) -> Policy:
 
 
 def _best(scores: Float[Array, "*batch K"]) -> Int[Array, "*batch"]:
-    return jnp.argmax(scores, axis=-1).astype(jnp.int32)  # int64 in 64-bit mode
+    return jnp.argmax(scores, axis=-1).astype(jnp.int32)  # argmax returns int64 in 64-bit mode
 
 
 def categorical(num_categories: int) -> Policy:
-    """One choice out of `num_categories`; sampled by the Gumbel-max trick."""
+    """A categorical policy over `num_categories` choices; sampled by the Gumbel-max trick."""
     return Policy(
         num_outputs=num_categories,
         num_free=0,
-        distribution=lambda outputs: distrax.Categorical(logits=outputs),
+        distribution=lambda policy_outputs: distrax.Categorical(logits=policy_outputs),
         noise=lambda key: jax.random.gumbel(key, (num_categories,), jnp.float32),
-        sample=lambda outputs, noise: _best(outputs + noise),
+        sample=lambda policy_outputs, noise: _best(policy_outputs + noise),
         to_env=lambda action: action,
     )
 
 
 class IndependentCategoricals(NamedTuple):
-    """Several categorical choices made side by side; log-probability and entropy add up."""
+    """Several independent categorical choices; log-probabilities and entropies add up."""
 
     parts: tuple[distrax.Categorical, ...]
 
@@ -97,15 +97,15 @@ class IndependentCategoricals(NamedTuple):
 
 
 def multi_categorical(num_categories: tuple[int, ...]) -> Policy:
-    """Choices among `num_categories[0]`, `num_categories[1]`, ... made side by side."""
+    """Independent choices among `num_categories[0]`, `num_categories[1]`, ... categories."""
     spans = list(pairwise(np.cumsum([0, *num_categories]).tolist()))
 
-    def distribution(outputs: Float[Array, "*batch P"]) -> IndependentCategoricals:
-        parts = (distrax.Categorical(logits=outputs[..., a:b]) for a, b in spans)
+    def distribution(policy_outputs: Float[Array, "*batch P"]) -> IndependentCategoricals:
+        parts = (distrax.Categorical(logits=policy_outputs[..., a:b]) for a, b in spans)
         return IndependentCategoricals(tuple(parts))
 
-    def sample(outputs: Array, noise: Array) -> Int[Array, "*batch A"]:
-        scores = outputs + noise
+    def sample(policy_outputs: Array, noise: Array) -> Int[Array, "*batch A"]:
+        scores = policy_outputs + noise
         return jnp.stack([_best(scores[..., a:b]) for a, b in spans], axis=-1)
 
     return Policy(
@@ -118,21 +118,21 @@ def multi_categorical(num_categories: tuple[int, ...]) -> Policy:
     )
 
 
-def _split_gaussian(outputs: Float[Array, "*batch P"]) -> tuple[Array, Array]:
-    mean, log_std = jnp.split(outputs, 2, axis=-1)
+def _split_gaussian(policy_outputs: Float[Array, "*batch P"]) -> tuple[Array, Array]:
+    mean, log_std = jnp.split(policy_outputs, 2, axis=-1)
     return mean, jnp.exp(log_std)
 
 
-def _diagonal_normal(outputs: Float[Array, "*batch P"]) -> distrax.Independent:
-    mean, std = _split_gaussian(outputs)
+def _diagonal_normal(policy_outputs: Float[Array, "*batch P"]) -> distrax.Independent:
+    mean, std = _split_gaussian(policy_outputs)
     return distrax.Independent(distrax.Normal(mean, std), reinterpreted_batch_ndims=1)
 
 
 def _gaussian_parts(size: int) -> dict[str, Any]:
-    """What both Gaussian policies share; inside, actions are vectors of `size`."""
+    """Fields that both Gaussian policies share; before `to_env`, actions are vectors `[size]`."""
 
-    def sample(outputs: Array, noise: Array) -> Float[Array, "*batch A"]:
-        mean, std = _split_gaussian(outputs)
+    def sample(policy_outputs: Array, noise: Array) -> Float[Array, "*batch A"]:
+        mean, std = _split_gaussian(policy_outputs)
         return mean + std * noise
 
     return {
@@ -144,8 +144,8 @@ def _gaussian_parts(size: int) -> dict[str, Any]:
 
 
 def normal(low: np.ndarray, high: np.ndarray) -> Policy:
-    """A diagonal Gaussian; the environment is given the action clipped to `[low, high]`, while
-    the log-probability is that of the action as sampled."""
+    """A diagonal Gaussian. The environment receives the action clipped to `[low, high]`; the
+    log-probability is that of the unclipped action."""
     shape = low.shape
 
     def to_env(action: Float[Array, "*batch A"]) -> Array:
@@ -154,35 +154,35 @@ def normal(low: np.ndarray, high: np.ndarray) -> Policy:
     return Policy(distribution=_diagonal_normal, to_env=to_env, **_gaussian_parts(low.size))
 
 
-# Shares and standard deviations of a mixture of centred Gaussians that has, but for 3e-7, the
-# distribution function of a logistic distribution of scale 1/2, (1 + tanh u) / 2. Found by least
+# Weights and standard deviations of a mixture of zero-mean Gaussians. Within 3e-7, its distribution
+# function is that of a logistic distribution of scale 1/2, (1 + tanh u) / 2. Fitted by least
 # squares over u.
-_SHARES = np.array([0.0214032, 0.188030095, 0.382793961, 0.304346632, 0.0963302344, 0.00709587778])
-_DEVIATIONS = np.array([0.417849025, 0.566216369, 0.762761231, 1.03079552, 1.39304533, 1.89268298])
+_WEIGHTS = np.array([0.0214032, 0.188030095, 0.382793961, 0.304346632, 0.0963302344, 0.00709587778])
+_STDS = np.array([0.417849025, 0.566216369, 0.762761231, 1.03079552, 1.39304533, 1.89268298])
 
 
 def mean_log_cosh(mean: Float[Array, "*batch"], std: Float[Array, "*batch"]) -> Array:
     """E[log cosh u] of a Gaussian u, within 1e-6 at every mean and standard deviation.
 
     Since (log cosh)'' is twice the density of the logistic distribution of scale 1/2, log cosh u =
-    E|u + V| - log 2 with V of that distribution. V is a scale mixture of Gaussians (Andrews and
-    Mallows 1974; Stefanski 1991), here of six, so that u + V is one too, and for each
+    E|u + V| - log 2, where V has that distribution. V is a scale mixture of Gaussians (Andrews and
+    Mallows 1974; Stefanski 1991), here of six, so u + V is a mixture of Gaussians, and for each
 
         E|X| = s sqrt(2 / pi) exp(-m^2 / (2 s^2)) + m erf(m / (s sqrt(2)))  with X ~ N(m, s^2).
     """
-    shares, deviations = (jnp.asarray(x, mean.dtype) for x in (_SHARES, _DEVIATIONS))
-    spread = jnp.sqrt(jnp.square(std)[..., None] + jnp.square(deviations))
+    weights, stds = (jnp.asarray(x, mean.dtype) for x in (_WEIGHTS, _STDS))
+    spread = jnp.sqrt(jnp.square(std)[..., None] + jnp.square(stds))
     scaled = mean[..., None] / (math.sqrt(2) * spread)
     bump = math.sqrt(2 / math.pi) * spread * jnp.exp(-jnp.square(scaled))
     distance = bump + mean[..., None] * jax.lax.erf(scaled)
-    return jnp.sum(shares * distance, axis=-1) - math.log(2)
+    return jnp.sum(weights * distance, axis=-1) - math.log(2)
 
 
 class TanhNormal(NamedTuple):
     """A diagonal Gaussian squashed by tanh and stretched to the bounds of the action space.
 
-    Actions are kept as u, before the squashing: a = centre + half_range tanh(u), where the
-    log-probability stays finite however close a comes to the bounds.
+    Actions are stored as u, before squashing: a = centre + half_range tanh(u). The log-probability
+    then stays finite however close a is to the bounds.
     """
 
     base: distrax.Independent
@@ -200,15 +200,15 @@ class TanhNormal(NamedTuple):
         return jnp.asarray(self.base.entropy()) + jnp.sum(slopes, axis=-1)
 
     def kl_divergence(self, other: "TanhNormal") -> Float[Array, "*batch"]:
-        """That of the Gaussians: one and the same squashing of both does not change it."""
+        """KL divergence of the Gaussians: squashing both in the same way does not change it."""
         return jnp.asarray(self.base.kl_divergence(other.base))
 
     def mode(self) -> Float[Array, "*batch A"]:
-        """The median rather than the mode, whose squashed form may lie at the bounds."""
+        """The median; the mode after squashing may lie at the bounds."""
         return self.mean
 
     def _log_slope(self, action: Array) -> Array:
-        # log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)), which does not cancel at large |u|
+        # log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)), which avoids cancellation at large |u|
         slope = 2.0 * (jnp.log(2.0) - action - jax.nn.softplus(-2.0 * action))
         return slope + jnp.log(self.half_range)
 
@@ -219,7 +219,7 @@ def tanh_normal(config: Config, low: np.ndarray, high: np.ndarray) -> Policy:
     Raises:
         ConfigError: if a bound is not finite.
     """
-    # Environments state "unbounded" as float32's largest number as well as by infinity.
+    # Environments mark unbounded actions by float32's largest number as well as by infinity.
     unbounded = np.maximum(np.abs(low), np.abs(high)) > 1e30
     if np.any(unbounded):
         raise ConfigError(
@@ -229,9 +229,9 @@ def tanh_normal(config: Config, low: np.ndarray, high: np.ndarray) -> Policy:
     shape = low.shape
     centre, half_range = (high + low) / 2, (high - low) / 2
 
-    def distribution(outputs: Float[Array, "*batch P"]) -> TanhNormal:
-        mean, std = _split_gaussian(outputs)
-        return TanhNormal(_diagonal_normal(outputs), mean, std, half_range.reshape(-1))
+    def distribution(policy_outputs: Float[Array, "*batch P"]) -> TanhNormal:
+        mean, std = _split_gaussian(policy_outputs)
+        return TanhNormal(_diagonal_normal(policy_outputs), mean, std, half_range.reshape(-1))
 
     def to_env(action: Float[Array, "*batch A"]) -> Array:
         squashed = jnp.tanh(action.reshape(action.shape[:-1] + shape))
@@ -241,6 +241,6 @@ def tanh_normal(config: Config, low: np.ndarray, high: np.ndarray) -> Policy:
 
 
 def draw_noise(policy: Policy, keys: Key[Array, "*batch"]) -> Array:
-    """`keys[...]` to noise `[..., *shape]`, each key on its own."""
+    """Draw noise `[..., *shape]` from `keys[...]`, separately for each key."""
     flat = jax.vmap(policy.noise)(keys.reshape(-1))
     return flat.reshape(keys.shape + flat.shape[1:])

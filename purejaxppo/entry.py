@@ -31,10 +31,10 @@ def make_learner(
         env_params: its parameters; None uses its defaults.
         axis: a mesh axis over which the environments are spread, for use under `jax.shard_map`:
             each device steps `num_envs / devices` of them, and all learn the same parameters.
-        parts: see `make_task`.
+        **parts: see `make_task`.
 
     Raises:
-        ConfigError: as `make_task`. From `init` and `update`, if they are given a batch of keys or
+        ConfigError: as `make_task`. `init` and `update` raise it for a batch of keys or
             hyperparameters, or a state of several seeds or of a config with different shapes.
     """
     task = as_task(config, "make_learner", env=env, env_params=env_params, **parts)
@@ -90,7 +90,7 @@ def make_train(
         env: an object with gymnax 1.x's interface, which replaces the one that
             `config.env_id` names.
         env_params: its parameters; None uses its defaults.
-        parts: see `make_task`.
+        **parts: see `make_task`.
 
     Raises:
         ConfigError: as `make_task`; when called, if it is not given one key and one number per
@@ -121,7 +121,9 @@ def make_agent(
     If the state has a leading axis of seeds, select one: `jax.tree.map(lambda x: x[0], states)`.
 
     Args:
-        env, env_params, parts: those passed to training, if any were.
+        env: the environment passed to training, if one was.
+        env_params: its parameters, if they were passed.
+        **parts: other parts passed to training.
 
     Raises:
         ConfigError: as `make_task`, or if the state is of several seeds or of a config with
@@ -156,7 +158,9 @@ def evaluate(
             so far. None: an episode that does not end within the environment's own time limit
             (10,000 steps if it states none) has no known return and counts as NaN, as does any
             mean over it.
-        env, env_params, parts: those passed to training, if any were.
+        env: the environment passed to training, if one was.
+        env_params: its parameters, if they were passed.
+        **parts: other parts passed to training.
 
     Raises:
         ConfigError: as `make_agent`, or if `num_episodes` or `max_steps` is not an integer of at

@@ -11,17 +11,17 @@ from purejaxppo.inputs import as_key, whole_number
 from purejaxppo.types import Environment, KeyLike, PyTree
 
 MAX_STEPS_WITHOUT_LIMIT = 10_000
-# Rows of a split and folded-in numbers are the same keys: these lie beyond any number of seeds.
+# `fold_in(key, i)` is row i of `split(key)`; these indices are beyond any number of seeds.
 FINAL_EVALUATION, LATER_EVALUATION, FRESH_EVALUATION = 2**31, 2**31 + 1, 2**31 + 2
 
 
 def evaluation_keys(seed: int, num_seeds: int, purpose: int) -> Key[Array, " S"]:
-    """Keys that share nothing with those of the trainings that `seed` began."""
+    """Keys `[S]` for evaluations, independent of the training keys derived from `seed`."""
     return jax.random.split(jax.random.fold_in(jax.random.key(seed), purpose), num_seeds)
 
 
 class _Episodes(NamedTuple):
-    """Episodes under way side by side, E of them."""
+    """State of E episodes that run in parallel."""
 
     steps: Array
     key: Key[Array, ""]
@@ -42,7 +42,7 @@ def episode_returns(
     max_steps: int | None = None,
     data: PyTree = (),
 ) -> Float[Array, " num_episodes"]:
-    """Undiscounted returns of an agent's fresh episodes, see `evaluate`."""
+    """Undiscounted returns of new episodes of an agent; see `evaluate`."""
     hint = "use jax.vmap(lambda key: ppo.evaluate(config, state, key))(keys)"
     key = as_key(key, "evaluate", hint)
     num_episodes = whole_number("num_episodes", num_episodes, 1)

@@ -1,4 +1,4 @@
-"""A policy as a file, for programs that have jax but not this package."""
+"""Export of a policy to a file, for programs that have JAX but not this package."""
 
 from typing import Any, Unpack
 
@@ -22,21 +22,23 @@ def export_policy(
     env_params: Any = None,
     **parts: Unpack[PartsAndHParams],
 ) -> export.Exported:
-    """The policy, its normaliser included, as StableHLO for CPU, CUDA, ROCm and TPU.
+    """Export the policy, including its normaliser, as StableHLO for CPU, CUDA, ROCm and TPU.
 
-    `exported.serialize()` are bytes that `jax.export.deserialize` takes back; `.call` is then
+    `exported.serialize()` returns bytes that `jax.export.deserialize` reads; `.call` is then
 
         obs[n, ...] -> action[n, ...]
         (obs[n, ...], carry, start[n]) -> (action[n, ...], carry)    with a memory
 
-    for any n. A first carry is all zeros; where `start` is set a row's carry is reset. jax reads
-    such files for at least six months of its own versions after the one that wrote them.
+    for any n. The initial carry is all zeros; where `start` is set, the row's carry is reset. JAX
+    versions of at least the next six months can read such a file.
 
     Args:
         state: of one seed.
         sample: sample actions instead of taking the policy's mode; the first argument is then a
             key, `uint32[2]` as `jax.random.PRNGKey` or `jax.random.key_data` gives it.
-        env, env_params, parts: those passed to training, if any were.
+        env: the environment passed to training, if one was.
+        env_params: its parameters, if they were passed.
+        **parts: other parts passed to training.
 
     Raises:
         ConfigError: as `make_agent`.

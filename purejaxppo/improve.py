@@ -44,8 +44,8 @@ def make_loss(objective: Objective, network: Network, policy: Policy) -> Loss:
         params: PyTree, batch: Batch, hparams: HParams, count: Array, data: PyTree = ()
     ) -> tuple[Float[Array, ""], Metrics]:
         old = batch.rollout
-        _, outputs, value = network.apply(params, old.carry, old.obs, old.start)
-        metrics = policy_terms(objective, policy, outputs, batch, hparams)
+        _, policy_outputs, value = network.apply(params, old.carry, old.obs, old.start)
+        metrics = policy_terms(objective, policy, policy_outputs, batch, hparams)
         metrics["value_loss"] = value_loss(value, old.value, batch.target, hparams.vf_clip_eps)
         for name, extra in objective.extra_losses.items():
             metrics[name] = extra(params, network, batch, hparams)
@@ -63,13 +63,13 @@ def make_loss(objective: Objective, network: Network, policy: Policy) -> Loss:
 def policy_terms(
     objective: Objective,
     policy: Policy,
-    outputs: Float[Array, "T B P"],
+    policy_outputs: Float[Array, "T B P"],
     batch: Batch,
     hparams: HParams,
 ) -> dict[str, Float[Array, "T B"]]:
-    """The terms of the loss and the diagnostics for the policy's `outputs`, per sample."""
+    """The terms of the loss and the diagnostics for `policy_outputs`, per sample."""
     old = batch.rollout
-    distribution = policy.distribution(outputs)
+    distribution = policy.distribution(policy_outputs)
     log_prob = jnp.asarray(distribution.log_prob(old.action))
     terms = Terms(log_prob, log_prob - old.log_prob, batch.advantage)
     has_outputs = not isinstance(old.policy_outputs, tuple)
@@ -91,9 +91,9 @@ def kl_from_rollout(
 ) -> Float[Array, ""]:
     """Sum of KL(pi_old, pi) over the batch, divided by `count`."""
     old = batch.rollout
-    _, outputs, _ = network.apply(params, old.carry, old.obs, old.start)
+    _, policy_outputs, _ = network.apply(params, old.carry, old.obs, old.start)
     before = policy.distribution(old.policy_outputs)
-    kl = before.kl_divergence(policy.distribution(outputs))
+    kl = before.kl_divergence(policy.distribution(policy_outputs))
     return jnp.sum(jnp.asarray(kl) * batch.weight) / count
 
 
@@ -145,7 +145,7 @@ def make_descent(
     can_stop: bool = True,
     axis: str | None = None,
 ) -> Callable[[LearnerState, Batch, HParams, PyTree], tuple[LearnerState, Metrics]]:
-    """Minibatch epochs of any loss, on a batch `[T, N, ...]`.
+    """Make minibatch epochs of any loss, on a batch `[T, N, ...]`.
 
     Args:
         can_stop: whether `target_kl` ends them early.
@@ -157,10 +157,10 @@ def make_descent(
         packed, unpack = optimizer.pack(learner.params)
         transform = optimizer.transform(hparams, learner.params)
         rows, stops = as_rows(network, batch), can_stop and hparams.target_kl is not None
-        each = _Epochs(config, network, loss, axis, stops, transform, unpack, rows, hparams, data)
+        epochs = _Epochs(config, network, loss, axis, stops, transform, unpack, rows, hparams, data)
         key, order_key = jax.random.split(learner.key)
         ((packed, opt_state), _), (metrics, ran) = jax.lax.scan(
-            each.epoch,
+            epochs.epoch,
             ((packed, learner.opt_state), jnp.zeros((), bool)),
             jax.random.split(order_key, config.update_epochs),
         )
@@ -203,8 +203,8 @@ class _Epochs(NamedTuple):
         if not self.stops:
             return (new, stopped), (metrics, ~stopped)
         kept = jax.tree.map(lambda x, y: jnp.where(stopped, x, y), current, new)
-        passed = metrics["approx_kl"] > jnp.asarray(self.hparams.target_kl)
-        return (kept, stopped | passed), (metrics, ~stopped)
+        exceeded = metrics["approx_kl"] > jnp.asarray(self.hparams.target_kl)
+        return (kept, stopped | exceeded), (metrics, ~stopped)
 
     def minibatch(
         self, carry: tuple[PyTree, PyTree], inputs: tuple[Batch, Array]
@@ -231,7 +231,7 @@ def over_all(
     function: Callable[[Batch, Array], PyTree],
 ) -> PyTree:
     """Sum `function(part, count)` over the parts of a batch `[T, N, ...]` and over the devices that
-    share it; `count` is the number of samples, by weight."""
+    share it; `count` is the sum of the samples' weights."""
     total = all_sum(jnp.sum(batch.weight), axis)
     count = jnp.where(total > 0, total, 1.0)
 
@@ -269,7 +269,7 @@ def as_rows(network: Network, batch: Batch) -> Batch:
     def rows(x: Array) -> Array:
         return x.swapaxes(0, 1) if network.sequential else x.reshape((-1, *x.shape[2:]))
 
-    return _but_for_carry(rows, batch)
+    return _except_carry(rows, batch)
 
 
 def as_sequences(network: Network, rows: Batch) -> Batch:
@@ -278,10 +278,10 @@ def as_sequences(network: Network, rows: Batch) -> Batch:
     def sequences(x: Array) -> Array:
         return x.swapaxes(0, 1) if network.sequential else x[None]
 
-    return _but_for_carry(sequences, rows)
+    return _except_carry(sequences, rows)
 
 
-def _but_for_carry(function: Callable[[Array], Array], batch: Batch) -> Batch:
+def _except_carry(function: Callable[[Array], Array], batch: Batch) -> Batch:
     """Apply `function` to all leaves except the carry, which has no time axis."""
     carry = batch.rollout.carry
     changed = jax.tree.map(function, batch._replace(rollout=batch.rollout._replace(carry=())))

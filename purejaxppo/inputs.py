@@ -1,6 +1,6 @@
 """Conversion and checks of the arguments of public functions.
 
-All checks read types and shapes only: they work on traced values and leave nothing in the compiled
+All checks read types and shapes only: they work on traced values and add nothing to the compiled
 program.
 """
 
@@ -18,7 +18,7 @@ from purejaxppo.types import LearnerState, PyTree, TrainState
 
 
 def vmap_axes(hparams: HParams) -> HParams:
-    """The `in_axes` of `jax.vmap` for hyperparameters of which some are arrays `[K, ...]`.
+    """Make the `in_axes` of `jax.vmap` for hyperparameters, some of which are arrays `[K, ...]`.
 
     Arrays are mapped over their leading axis; plain numbers, scalar arrays and None are shared:
 
@@ -29,7 +29,7 @@ def vmap_axes(hparams: HParams) -> HParams:
         an `HParams` that holds 0 for each mapped field and None for all others.
 
     Raises:
-        ConfigError: if `hparams` is no `HParams`, or its arrays differ in their leading lengths.
+        ConfigError: if `hparams` is not an `HParams`, or its arrays have different leading lengths.
     """
     _check_is_hparams(hparams, "vmap_axes")
     lengths = {name: shape[0] for name, shape in _shapes_of(hparams).items() if shape}
@@ -41,15 +41,15 @@ def vmap_axes(hparams: HParams) -> HParams:
                 "mapped together, so their lengths must be equal; for all combinations, nest two "
                 "jax.vmap"
             )
-    # Through the pytree, since axes are not values and must not be checked as such.
+    # Built as a pytree: axes are not hyperparameter values, so the checks must not see them.
     names = [f.name for f in dataclasses.fields(hparams)]
     structure = jax.tree.structure(hparams, is_leaf=lambda x: x is None)
     return jax.tree.unflatten(structure, [0 if name in lengths else None for name in names])
 
 
 def as_key(key: Any, function: str, hint: str) -> Key[Array, ""]:
-    """One typed key from a typed key, or from an old-style `uint32[2]` one of `jax.random.PRNGKey`,
-    which gives the same random numbers.
+    """Return one typed key. An old-style `uint32[2]` key of `jax.random.PRNGKey` is converted and
+    gives the same random numbers.
 
     Args:
         function: the function that was given the key, for the error message.
@@ -61,7 +61,7 @@ def as_key(key: Any, function: str, hint: str) -> Key[Array, ""]:
     if not isinstance(key, jax.Array | np.ndarray):
         seed = key if isinstance(key, int | np.integer) else 0
         raise ConfigError(
-            f"{_shown('key', key)}: {function} takes a JAX random key; use jax.random.key({seed})"
+            f"{_text_of('key', key)}: {function} takes a JAX random key; use jax.random.key({seed})"
         )
     batch = ConfigError(f"key has shape {key.shape}: {function} takes one key; {hint}")
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -74,18 +74,18 @@ def as_key(key: Any, function: str, hint: str) -> Key[Array, ""]:
     if key.dtype == jnp.uint32 and key.shape[1:] == words:
         raise batch
     raise ConfigError(
-        f"{_shown('key', key)}: {function} takes a JAX random key; use jax.random.key(seed) or "
+        f"{_text_of('key', key)}: {function} takes a JAX random key; use jax.random.key(seed) or "
         "jax.random.PRNGKey(seed)"
     )
 
 
 def _key_words() -> Array:
-    """An old-style key of JAX's default generator: `uint32[2]` unless another was chosen."""
+    """An old-style key of JAX's default generator: `uint32[2]` unless another is configured."""
     return jax.random.key_data(jax.random.key(0))
 
 
 def check_config(config: Any, function: str) -> None:
-    """Raise `ConfigError` if `config` is no `Config`, saying how to make one of it."""
+    """Raise `ConfigError` if `config` is not a `Config`, with a hint how to make one."""
     if isinstance(config, Config):
         return
     use = "ppo.Config()"
@@ -93,7 +93,7 @@ def check_config(config: Any, function: str) -> None:
         use = f"ppo.Config(env_id={config!r})"
     elif isinstance(config, dict):
         use = "ppo.Config(**config)"
-    raise ConfigError(f"{_shown('config', config)}: {function} takes a ppo.Config; use {use}")
+    raise ConfigError(f"{_text_of('config', config)}: {function} takes a ppo.Config; use {use}")
 
 
 def check_hparams(hparams: Any, function: str, hint: str) -> None:
@@ -104,7 +104,7 @@ def check_hparams(hparams: Any, function: str, hint: str) -> None:
         hint: how to call it with arrays of hyperparameters, for the error message.
 
     Raises:
-        ConfigError: if it is no `HParams`, or a field is an array.
+        ConfigError: if it is not an `HParams`, or a field is an array.
     """
     _check_is_hparams(hparams, function)
     for name, shape in _shapes_of(hparams).items():
@@ -122,11 +122,11 @@ def _check_is_hparams(hparams: Any, function: str) -> None:
         use = "ppo.HParams(**hparams)"
     elif isinstance(hparams, int | float | jax.Array | np.ndarray):
         use = "for example ppo.HParams(learning_rate=hparams)"
-    raise ConfigError(f"{_shown('hparams', hparams)}: {function} takes ppo.HParams; use {use}")
+    raise ConfigError(f"{_text_of('hparams', hparams)}: {function} takes ppo.HParams; use {use}")
 
 
-def _shown(name: str, value: Any) -> str:
-    """An argument for an error message: its value if that is short, else its type."""
+def _text_of(name: str, value: Any) -> str:
+    """Describe an argument for an error message: by its value if that is short, else its type."""
     if isinstance(value, jax.Array | np.ndarray):
         return f"{name} is {value.dtype}{list(value.shape)}"
     if value is None or isinstance(value, bool | int | float | str | dict | np.generic):
@@ -145,7 +145,7 @@ def check_state(state: Any, function: str, hint: str) -> None:
     if not isinstance(state, TrainState):
         returned = "; train returns (state, metrics)" if isinstance(state, tuple) else ""
         raise ConfigError(
-            f"{_shown('state', state)}: {function} takes the TrainState that train or "
+            f"{_text_of('state', state)}: {function} takes the TrainState that train or "
             f"learner.init returns{returned}"
         )
     if isinstance(state.learner, LearnerState) and state.learner.updates.ndim:
@@ -155,11 +155,11 @@ def check_state(state: Any, function: str, hint: str) -> None:
 
 
 def check_fits(name: str, given: PyTree, expected: PyTree) -> None:
-    """Check that a state, or a part of one, has the leaves and shapes that its config makes.
+    """Check that a state, or a part of one, has the leaves and shapes that its config requires.
 
     Args:
-        name: of `given`, for the error message.
-        expected: anything with the right shapes, as `jax.eval_shape` gives it.
+        name: name of `given`, for the error message.
+        expected: a tree with the right shapes, such as the result of `jax.eval_shape`.
 
     Raises:
         ConfigError: naming the first leaf that differs.
@@ -181,10 +181,10 @@ def _leaf_shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
 
 
 def check_obs(obs: PyTree, shapes: Any, function: str) -> Any:
-    """The number of rows of `obs`, leaves `[n, *shape]`: an int, or a symbol during an export.
+    """Check `obs`, leaves `[n, *shape]`, and return n: an int, or a symbol during an export.
 
     Raises:
-        ConfigError: if a leaf has another shape, or there is no row.
+        ConfigError: if a leaf has a different shape, or there are no rows.
     """
     given, wanted = jax.tree.leaves(obs), jax.tree.leaves(shapes, is_leaf=_is_shape)
     for leaf, shape in zip(given, wanted, strict=False):
@@ -200,7 +200,7 @@ def check_obs(obs: PyTree, shapes: Any, function: str) -> Any:
     if len(given) != len(wanted):
         raise ConfigError(
             f"obs has {len(given)} arrays: {function} takes {len(wanted)}, as the environment "
-            "gives them"
+            "returns them"
         )
     return given[0].shape[0]
 

@@ -1,4 +1,4 @@
-"""Per-sample losses, and the standardising of advantages."""
+"""Per-sample losses, and standardisation of advantages."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,16 +13,16 @@ Samples = Float[Array, "*batch"]
 
 
 def standardize(values: Samples, mask: Samples, axis: str | None = None) -> Samples:
-    """`values` shifted and scaled to mean 0 and standard deviation 1 over the masked samples, of
-    all devices along `axis`; 0 where they are equal but for rounding."""
+    """Shift and scale `values` to mean 0 and standard deviation 1 over the masked samples of all
+    devices along `axis`; 0 if they are equal up to rounding."""
     mean = masked_mean(values, mask, axis)
-    deviation = jnp.sqrt(masked_mean(jnp.square(values - mean), mask, axis))
-    scaled = (values - mean) / (deviation + 1e-8)
-    return jnp.where(deviation > 1e-6 * jnp.abs(mean), scaled, 0.0)
+    std = jnp.sqrt(masked_mean(jnp.square(values - mean), mask, axis))
+    scaled = (values - mean) / (std + 1e-8)
+    return jnp.where(std > 1e-6 * jnp.abs(mean), scaled, 0.0)
 
 
 class Terms(NamedTuple):
-    """What a policy loss is made of, per sample."""
+    """Inputs of a policy loss, per sample."""
 
     log_prob: Samples
     """log pi(a|s)"""
@@ -30,7 +30,7 @@ class Terms(NamedTuple):
     """log pi(a|s) - log pi_old(a|s)"""
     advantage: Samples
     kl: Samples | float = 0.0
-    """KL(pi_old, pi) at s, where the objective needs it."""
+    """KL(pi_old, pi) at s, if the objective needs it."""
 
 
 PolicyLoss = Callable[[Terms, HParams], Samples]
@@ -42,8 +42,8 @@ def policy_gradient(terms: Terms, hparams: HParams) -> Samples:
 
 
 def surrogate(terms: Terms, hparams: HParams) -> Samples:
-    """-r A with r = pi(a|s) / pi_old(a|s): what actions of pi_old say of pi, by importance
-    sampling (Schulman et al. 2015, arXiv:1502.05477, eq. 14)."""
+    """-r A with r = pi(a|s) / pi_old(a|s): importance sampling of pi from actions of pi_old
+    (Schulman et al. 2015, arXiv:1502.05477, eq. 14)."""
     return -jnp.exp(terms.log_ratio) * terms.advantage
 
 
@@ -57,25 +57,24 @@ def clipped_surrogate(terms: Terms, hparams: HParams) -> Samples:
 
         -min(r A, clip(r, 1 - eps, 1 + eps) A)
 
-    `clip_higher` is another eps for the upper end (Yu et al. 2025, arXiv:2503.14476). With
-    `dual_clip` c, where A < 0 the objective is held at c A from below (Ye et al. 2020,
-    arXiv:1912.09729, eq. 5).
+    `clip_higher` replaces eps at the upper end (Yu et al. 2025, arXiv:2503.14476). With `dual_clip`
+    c, the objective is at least c A where A < 0 (Ye et al. 2020, arXiv:1912.09729, eq. 5).
     """
     ratio, advantage = jnp.exp(terms.log_ratio), terms.advantage
     higher = hparams.clip_eps if hparams.clip_higher is None else hparams.clip_higher
     clipped = jnp.clip(ratio, 1.0 - hparams.clip_eps, 1.0 + higher)
     objective = jnp.minimum(ratio * advantage, clipped * advantage)
     if hparams.dual_clip is not None:
-        held = jnp.maximum(objective, hparams.dual_clip * advantage)
-        objective = jnp.where(advantage < 0, held, objective)
+        bounded = jnp.maximum(objective, hparams.dual_clip * advantage)
+        objective = jnp.where(advantage < 0, bounded, objective)
     return -objective
 
 
 def value_loss(
     value: Samples, old_value: Samples, target: Samples, clip_eps: Array | float | None
 ) -> Samples:
-    """Half the squared error of the value; with `clip_eps`, the larger of it and that of a value
-    held within `clip_eps` of the rollout's.
+    """Half the squared error of the value; with `clip_eps`, the larger of it and the error of the
+    value clipped to within `clip_eps` of the rollout's.
 
         max((V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2) / 2
 
@@ -83,8 +82,8 @@ def value_loss(
     """
     error = jnp.square(value - target)
     if clip_eps is not None:
-        held = old_value + jnp.clip(value - old_value, -clip_eps, clip_eps)
-        error = jnp.maximum(error, jnp.square(held - target))
+        clipped = old_value + jnp.clip(value - old_value, -clip_eps, clip_eps)
+        error = jnp.maximum(error, jnp.square(clipped - target))
     return 0.5 * error
 
 

@@ -14,7 +14,7 @@ ACTION_MASK = "action_mask"
 
 
 def honour_mask(network: Network, policy: Policy) -> Network:
-    """`network` with the outputs of forbidden actions set to the lowest float, so that they are
+    """Wrap `network` to set the outputs of forbidden actions to the lowest float, so that they are
     never sampled and do not contribute to log-probabilities, entropies, modes and KL divergences.
     The network reads the rest of the observation.
 
@@ -23,14 +23,14 @@ def honour_mask(network: Network, policy: Policy) -> Network:
     """
     if policy.num_free:
         raise ConfigError(
-            f"{ACTION_MASK}: masks discrete actions, and these are continuous; leave it out of the "
-            "observation"
+            f"{ACTION_MASK}: works with discrete actions, but these are continuous; leave it out "
+            "of the observation"
         )
 
     def apply(params: PyTree, carry: PyTree, obs: PyTree, start: Array) -> Any:
-        carry, outputs, value = network.apply(params, carry, without_mask(obs), start)
+        carry, policy_outputs, value = network.apply(params, carry, without_mask(obs), start)
         allowed = jnp.asarray(obs[ACTION_MASK], bool)
-        return carry, jnp.where(allowed, outputs, jnp.finfo(outputs.dtype).min), value
+        return carry, jnp.where(allowed, policy_outputs, jnp.finfo(policy_outputs.dtype).min), value
 
     return network._replace(apply=apply)
 
@@ -40,7 +40,7 @@ def is_masked(obs: PyTree) -> bool:
 
 
 def without_mask(obs: PyTree) -> PyTree:
-    """An observation, or a space, without the mask; if one entry remains, that entry itself."""
+    """Return an observation or space without the mask; if one entry remains, that entry itself."""
     rest = {name: x for name, x in obs.items() if name != ACTION_MASK}
     return next(iter(rest.values())) if len(rest) == 1 else rest
 

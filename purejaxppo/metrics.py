@@ -1,4 +1,4 @@
-"""The metrics of an update."""
+"""Metrics of an update."""
 
 from functools import partial
 
@@ -23,13 +23,13 @@ def count_episodes(
     rollouts, belong to finished episodes. The steps after it are carried over to the next rollout.
     """
     count = partial(jnp.sum, dtype=jnp.int32)  # otherwise int64 in 64-bit mode
-    under_way = jnp.cumsum(done[::-1], axis=0)[::-1] == 0
+    unfinished = jnp.cumsum(done[::-1], axis=0)[::-1] == 0
     any_done = jnp.any(done, axis=0)
-    finished_return = jnp.sum(reward * ~under_way, axis=0) + any_done * actors.episode_return
-    finished_length = count(~under_way, axis=0) + any_done * actors.episode_length
+    finished_return = jnp.sum(reward * ~unfinished, axis=0) + any_done * actors.episode_return
+    finished_length = count(~unfinished, axis=0) + any_done * actors.episode_length
     actors = actors._replace(
-        episode_return=jnp.sum(reward * under_way, axis=0) + ~any_done * actors.episode_return,
-        episode_length=count(under_way, axis=0) + ~any_done * actors.episode_length,
+        episode_return=jnp.sum(reward * unfinished, axis=0) + ~any_done * actors.episode_return,
+        episode_length=count(unfinished, axis=0) + ~any_done * actors.episode_length,
     )
     sums = (count(done), jnp.sum(finished_return), count(finished_length))
     episodes, returns, lengths = all_sum(sums, axis)

@@ -23,14 +23,14 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 _SMALLEST_PIXEL_IMAGE = 36
 PART_SIZE = 2**17
-"""Numbers that the widest layer may make of one part of a batch on CPU: half a megabyte."""
+"""Maximum number of outputs of the widest layer for one part of a batch on CPU (0.5 MB)."""
 
 
 @cache
 def orthogonal(gain: float) -> Callable[..., Array]:
     """Orthogonal initialiser scaled by `gain`, one draw at a time under `vmap`.
 
-    Batched QR factorisation on CPU can block for ever with few cores; the sequential form gives
+    Batched QR factorisation on CPU can block forever with few cores; the sequential form gives
     the same bits. The initialiser is cached and jitted because Flax traces it in every `apply` to
     check shapes.
     """
@@ -46,10 +46,10 @@ def orthogonal(gain: float) -> Callable[..., Array]:
 
 @jax.custom_vjp
 def product(x: Float[Array, "R F"], kernel: Float[Array, "F G"]) -> Float[Array, "R G"]:
-    """`x @ kernel`, differentiated so that no product on CPU has to transpose as it goes.
+    """`x @ kernel`, with a gradient that avoids fused transposes on CPU.
 
-    The kernel's gradient is `x.T @ g`. XLA on CPU is faster at transposing first and multiplying
-    after, by the narrower of the two, but folds the one into the other again unless held apart.
+    The kernel's gradient is `x.T @ g`. On CPU, XLA is faster if it first transposes the narrower of
+    the two and then multiplies, but fuses both steps unless a barrier separates them.
     """
     return x @ kernel
 
@@ -67,10 +67,10 @@ def _product_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Arra
 
 
 def _transposed_product_on_cpu(x: Float[Array, "R F"], g: Float[Array, "R G"]) -> Array:
-    hold = jax.lax.optimization_barrier
+    barrier = jax.lax.optimization_barrier
     if g.shape[1] < min(16, x.shape[1]):
-        return hold(hold(g.T) @ x).T
-    return hold(x.T) @ g
+        return barrier(barrier(g.T) @ x).T
+    return barrier(x.T) @ g
 
 
 product.defvjp(_product_forward, _product_backward)
@@ -89,7 +89,7 @@ def dense(features: int, gain: float, name: str | None = None) -> nn.Dense:
 class PatchConv(nn.Module):
     """A convolution of stride 1 without padding, as one product of all patches with the kernel.
 
-    For a few small kernels this is many times as fast on CPU as XLA's own convolution, above all
+    For a few small kernels this is many times faster on CPU than XLA's own convolution, especially
     inside a scan and under `vmap`. Parameters are those of `nn.Conv`.
     """
 
@@ -109,7 +109,7 @@ class PatchConv(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Observations to features: convolutions if asked for, then dense layers."""
+    """Maps observations to features: optional convolutions, then dense layers."""
 
     convolutions: bool
     hidden_sizes: tuple[int, ...]
@@ -129,8 +129,8 @@ class Encoder(nn.Module):
 
 
 def _convolutions(image: tuple[int, ...]) -> list[nn.Module]:
-    """Layers of Mnih et al. 2015 for pixel images, one small one (Young and Tian 2019, MinAtar)
-    for grids. To be called inside a compact module, whose submodules they become."""
+    """The layers of Mnih et al. 2015 for pixel images, a small one (Young and Tian 2019, MinAtar)
+    for grids. Call it inside a compact module, so that they become its submodules."""
     if min(image) < _SMALLEST_PIXEL_IMAGE:
         return [PatchConv(16, min(3, *image), name="Conv_0")]
     return [
@@ -147,7 +147,7 @@ def _convolutions(image: tuple[int, ...]) -> list[nn.Module]:
 
 
 class Memory(nn.Module):
-    """A recurrent cell over `[T, B, F]`, its carry reset before each step that has `start`."""
+    """A recurrent cell over `[T, B, F]`; its carry is reset before each step with `start` set."""
 
     kind: str
     size: int
@@ -172,7 +172,7 @@ class Memory(nn.Module):
 
 
 class Trunk(nn.Module):
-    """An encoder, and a memory where there is one, over rows: R = T * B."""
+    """An encoder and an optional memory, over rows: R = T * B."""
 
     encoder: Callable[..., Encoder]
     memory: str
@@ -193,8 +193,8 @@ class Trunk(nn.Module):
 class ActorCritic(nn.Module):
     """Policy outputs and value over rows: R = T * B.
 
-    Rows and not `[T, B]`, because XLA's matrix products on CPU are half as fast on three axes.
-    Parameters that are the critic's own are under names that begin with `critic`.
+    Rows instead of `[T, B]`, because XLA's matrix products on CPU are half as fast on three axes.
+    The critic's own parameters have names that begin with `critic`.
     """
 
     trunk: Callable[..., Trunk]
@@ -215,22 +215,22 @@ class ActorCritic(nn.Module):
             actor_carry, actor = self.trunk(name="actor")(actor_carry, obs, start)
             critic_carry, critic = self.trunk(name="critic")(critic_carry, obs, start)
             carry = (actor_carry, critic_carry) if carry else ()
-        outputs = dense(self.num_outputs, 0.01, "actor_head")(actor)
+        policy_outputs = dense(self.num_outputs, 0.01, "actor_head")(actor)
         if self.num_free:
             init = nn.initializers.constant(self.log_std_init)
             free = self.param("actor_log_std", init, (self.num_free,), jnp.float32)
-            free = jnp.broadcast_to(free, (outputs.shape[0], self.num_free))
-            outputs = jnp.concatenate([outputs, free], axis=-1)
+            free = jnp.broadcast_to(free, (policy_outputs.shape[0], self.num_free))
+            policy_outputs = jnp.concatenate([policy_outputs, free], axis=-1)
         value = dense(1, 1.0, "critic_head")(critic)
-        return carry, outputs, value[..., 0]
+        return carry, policy_outputs, value[..., 0]
 
 
 def make_network(config: Config, observation_space: Any, policy: Policy) -> Network:
-    """The actor-critic that the config describes.
+    """Make the actor-critic that the config describes.
 
     Raises:
-        ConfigError: if the observation space is of no supported kind, or the encoder does not
-            fit its shape.
+        ConfigError: if the observation space is not supported, or the encoder does not fit its
+            shape.
     """
     spaces = parts_of(observation_space)
     masked = is_masked(spaces)
@@ -268,8 +268,8 @@ def make_network(config: Config, observation_space: Any, policy: Policy) -> Netw
     ) -> tuple[PyTree, Float[Array, "T B P"], Float[Array, "T B"]]:
         rows = prepare(obs).reshape((-1, *shape))
         result: Any = module.apply({"params": params}, carry, rows, start)
-        carry, outputs, value = result
-        return carry, outputs.reshape((*start.shape, -1)), value.reshape(start.shape)
+        carry, policy_outputs, value = result
+        return carry, policy_outputs.reshape((*start.shape, -1)), value.reshape(start.shape)
 
     def layers(key: Key[Array, ""]) -> PyTree:
         obs, start = jnp.zeros((1, *shape), jnp.float32), jnp.ones((1, 1), bool)
@@ -283,11 +283,11 @@ def make_network(config: Config, observation_space: Any, policy: Policy) -> Netw
 
 
 def parts_in_cache(network: Network, num_rows: int, divisible: int) -> int:
-    """Into how many equal parts to cut a batch of rows, along an axis of the length `divisible`,
-    so that on CPU what the layers make of a part stays in a core's cache.
+    """Number of equal parts into which to divide a batch of rows, along an axis of length
+    `divisible`, so that on CPU the layers' outputs for one part fit into a core's cache.
 
-    For programs for CPU only: choose by `jax.lax.platform_dependent`, since the backend where a
-    program is traced need not be the one it is compiled for.
+    For CPU programs only: select by `jax.lax.platform_dependent`, since a program may be traced on
+    a different backend than the one it is compiled for.
     """
     wanted = max(1, num_rows * network.width // PART_SIZE)
     return next(n for n in range(min(wanted, divisible), 0, -1) if divisible % n == 0)
@@ -296,7 +296,7 @@ def parts_in_cache(network: Network, num_rows: int, divisible: int) -> int:
 def _observation_reader(
     config: Config, space: Any
 ) -> tuple[Callable[[Array], Array], tuple[int, ...]]:
-    """How an observation becomes floats, and the shape of one that has."""
+    """Return a function that converts observations to floats, and the converted shape."""
     if is_discrete(space):
         return lambda obs: jax.nn.one_hot(obs, space.n, dtype=jnp.float32), (int(space.n),)
     if is_box(space):
@@ -308,7 +308,7 @@ def _observation_reader(
 
 
 def _floats(obs: Array) -> Array:
-    """Pixels of 0 to 255 come as 8-bit integers and leave as 0 to 1."""
+    """Convert to float32; 8-bit pixels from 0 to 255 are scaled to 0 to 1."""
     return obs.astype(jnp.float32) / 255.0 if obs.dtype == jnp.uint8 else obs.astype(jnp.float32)
 
 

@@ -1,4 +1,4 @@
-"""Running statistics, and what is normalised by them.
+"""Running statistics, and normalisation of observations and rewards by them.
 
 Statistics are initialised from one rollout with the initial parameters. They are frozen during each
 rollout and its update, and refreshed afterwards, so the network sees the same inputs when it acts
@@ -21,7 +21,7 @@ _EPSILON = 1e-8
 
 
 def init_stats(shape: tuple[int, ...]) -> RunningStats:
-    """Statistics of no sample: mean 0 and variance 1."""
+    """Statistics before the first sample: mean 0 and variance 1."""
     zeros, ones = (partial(make, dtype=jnp.float32) for make in (jnp.zeros, jnp.ones))
     return RunningStats(zeros(()), zeros(shape), ones(shape))
 
@@ -29,12 +29,12 @@ def init_stats(shape: tuple[int, ...]) -> RunningStats:
 def update_stats(
     stats: RunningStats, samples: Array, mask: Array, axis: str | None = None
 ) -> RunningStats:
-    """Add `samples[T, N, ...]` of all devices along `axis`, each weighed by `mask[T, N]`, to the
+    """Add `samples[T, N, ...]` of all devices along `axis`, each weighted by `mask[T, N]`, to the
     moments.
 
-    The parallel form of Welford's algorithm (Chan, Golub and LeVeque 1983, eq. 2.1), which
-    loses no precision where the mean is large against the deviation. Variances are those of
-    the population (divided by the count).
+    The parallel form of Welford's algorithm (Chan, Golub and LeVeque 1983, eq. 2.1), which stays
+    precise if the mean is much larger than the standard deviation. Variances are population
+    variances (divided by the count).
     """
     samples = samples.astype(jnp.float32)
     weight = mask.reshape(mask.shape + (1,) * (samples.ndim - mask.ndim))
@@ -42,8 +42,8 @@ def update_stats(
     batch_count = all_sum(jnp.sum(mask), axis)
     denominator = jnp.maximum(batch_count, 1.0)
     batch_mean = all_sum(jnp.sum(samples * weight, axes), axis) / denominator
-    deviations = jnp.sum(jnp.square(samples - batch_mean) * weight, axes)
-    batch_var = all_sum(deviations, axis) / denominator
+    squares = jnp.sum(jnp.square(samples - batch_mean) * weight, axes)
+    batch_var = all_sum(squares, axis) / denominator
 
     total = stats.total + batch_count
     share = batch_count / jnp.maximum(total, 1.0)
@@ -54,9 +54,9 @@ def update_stats(
 
 
 def normalize_obs(stats: RunningStats | tuple[()], obs: PyTree) -> PyTree:
-    """`obs[..., *shape]` less the mean, over the deviation, clipped to +-10.
+    """Subtract the mean from `obs[..., *shape]`, divide by the standard deviation, clip to +-10.
 
-    Empty statistics, of a config that does not normalise, leave it as it is.
+    With empty statistics (normalisation disabled), return `obs` unchanged.
     """
     if not isinstance(stats, RunningStats):
         return obs
@@ -65,15 +65,15 @@ def normalize_obs(stats: RunningStats | tuple[()], obs: PyTree) -> PyTree:
 
 
 def reward_scale(stats: RunningStats | tuple[()]) -> Array:
-    """What one unit of scaled reward is worth in the environment's units."""
+    """Value of one unit of scaled reward in units of the environment's reward."""
     if not isinstance(stats, RunningStats):
         return jnp.ones((), jnp.float32)
     return jnp.sqrt(stats.var + _EPSILON)
 
 
 def scale_reward(stats: RunningStats | tuple[()], reward: Float[Array, "T N"]) -> Array:
-    """Rewards over the deviation of the discounted return, clipped to +-10; never shifted,
-    which would change the task where episodes differ in length."""
+    """Divide rewards by the standard deviation of the discounted return, clipped to +-10. They are
+    not shifted, which would change the task if episodes differ in length."""
     if not isinstance(stats, RunningStats):
         return reward
     return jnp.clip(reward / reward_scale(stats), -REWARD_CLIP, REWARD_CLIP)
@@ -85,10 +85,10 @@ def discounted_returns(
     done: Bool[Array, "T N"],
     gamma: Array | float,
 ) -> tuple[Float[Array, " N"], Float[Array, "T N"]]:
-    """The running return `R_t = gamma R_{t-1} + r_t`, set to 0 after (not before) a done.
+    """The running return `R_t = gamma R_{t-1} + r_t`, reset to 0 after (not before) a done step.
 
     Returns:
-        the running return to go on from, and the returns of each step.
+        the running return after the last step, and the returns of each step.
     """
 
     def step(running: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -106,8 +106,8 @@ def refresh_statistics(
     hparams: HParams,
     axis: str | None = None,
 ) -> tuple[LearnerState, ActorState]:
-    """Take a rollout, its observations and rewards as the environment gave them, into the running
-    statistics that the config asks for."""
+    """Add a rollout to the running statistics that the config enables. Its observations and rewards
+    are those of the environment, not normalised."""
     if isinstance(learner.obs_stats, RunningStats):
         stats = update_stats(learner.obs_stats, raw.obs, raw.mask, axis)
         learner = learner._replace(obs_stats=stats)

@@ -22,7 +22,7 @@ _OWN_METRICS = (
     "grad_norm", "learning_rate", "env_steps", "episodes", "episode_return", "episode_length",
     "explained_variance", "seconds", "seed", "update",
 )  # fmt: skip
-_OF_THE_NETWORK = (
+_NETWORK_SETTINGS = (
     "encoder", "memory", "hidden_sizes", "memory_size", "activation", "shared_trunk",
     "log_std_init",
 )  # fmt: skip
@@ -55,7 +55,7 @@ def check_no_effect(part: str, config: Config) -> None:
     """Raise `ConfigError` if a setting of the default network is given with a user's part."""
     for f in dataclasses.fields(Config):
         value = getattr(config, f.name)
-        if f.name in _OF_THE_NETWORK and value != f.default:
+        if f.name in _NETWORK_SETTINGS and value != f.default:
             raise ConfigError(
                 f"{f.name} = {value}: has no effect with a {part} of your own; leave it out"
             )
@@ -92,8 +92,8 @@ def check_optimizer(optimizer: Any, network: Network, hparams: HParams) -> None:
     ):
         if leaf.shape != wanted.shape:
             raise ConfigError(
-                f"optimizer: its change of {jax.tree_util.keystr(path)} has the shape "
-                f"{leaf.shape}, and the parameter {wanted.shape}; they must agree"
+                f"optimizer: its update of {jax.tree_util.keystr(path)} has shape {leaf.shape}, "
+                f"but the parameter has shape {wanted.shape}; they must agree"
             )
 
 

@@ -1,4 +1,4 @@
-"""Makes `HParams` and its subclasses pytrees; apart, since settings are read without JAX."""
+"""Makes `HParams` and its subclasses pytrees; a separate module, so that `config` needs no JAX."""
 
 import dataclasses
 from typing import Any
@@ -16,8 +16,8 @@ def register_hparams(kind: type[HParams]) -> None:
         return [(jax.tree_util.GetAttrKey(n), getattr(hparams, n)) for n in names]
 
     def unflatten(_: None, values: Any) -> HParams:
-        """Past `__post_init__`: what transforms put into a pytree (gradients, axes) needs no
-        check."""
+        """Skips `__post_init__`: values that transforms put into a pytree (gradients, axes) are not
+        checked."""
         hparams = object.__new__(kind)
         for f, value in zip(dataclasses.fields(kind), values, strict=True):
             object.__setattr__(hparams, f.name, value)

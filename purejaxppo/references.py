@@ -22,8 +22,8 @@ def resolve(setting: str, reference: str) -> Any:
     except Exception as error:  # whatever the module raises while it is imported
         raise ConfigError(
             f"{setting} = {reference!r}: module {module_name} cannot be imported: "
-            f"{type(error).__name__}: {first_line(error)}; it is looked for in the current "
-            "directory and in PYTHONPATH"
+            f"{type(error).__name__}: {first_line(error)}; it is searched for in the "
+            "current directory and PYTHONPATH"
         ) from error
     for name in path.split("."):
         if not hasattr(found, name):
@@ -70,5 +70,5 @@ def called(name: str, function: Any, *arguments: Any) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of its message."""
+    """Return the first line of an error's message."""
     return (str(error).strip().splitlines() or [""])[0]

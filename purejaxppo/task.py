@@ -103,7 +103,7 @@ NAMES = ("env", "env_params", *PartArguments.__annotations__)
 """Names of all parts."""
 
 
-def _no_difference(devices: int) -> str | None:
+def _always_none(_: Any) -> str | None:
     return None
 
 
@@ -135,16 +135,16 @@ class Task:
     """The metric that progress and the learning curve show."""
     data: PyTree = ()
     """Arrays that are not learned, differentiated or saved."""
-    why_not_divided: Callable[[int], str | None] = _no_difference
-    """`devices -> reason` why one run cannot be spread over so many devices, or None if it can."""
+    why_not_divided: Callable[[int], str | None] = _always_none
+    """`devices -> reason` why one run cannot be spread over this number of devices, or None."""
     costs: Callable[[], tuple[float, int]] | None = None
     """Floating-point operations of the network per sample, and its number of parameters. Used to
     choose the number of CPU cores of a single run. None uses one core."""
-    warning: Callable[[Any], str | None] = _no_difference
+    warning: Callable[[Any], str | None] = _always_none
     """`metrics[u, S] -> warning`, or None if there is nothing to warn about."""
 
     def __reduce__(self) -> Any:
-        """Pickled as the call that makes it: its functions cannot be."""
+        """Pickle the call that makes the task, since its functions cannot be pickled."""
         return _of_config, (self.with_config, self.config)
 
     def agent(self, state: TrainState, function: str = "make_agent") -> Agent:
@@ -174,7 +174,7 @@ def make_task(config: Config, **given: Any) -> Task:
             Parts are only traced for this check, not run.
     """
     check_config(config, "make_task")
-    given = _known(given)
+    given = _check_names(given)
     passed = tuple(name for name in NAMES if name in given)
     objective = _objective(config, given)
     config = config.with_defaults_of(objective)
@@ -210,7 +210,7 @@ def make_task(config: Config, **given: Any) -> Task:
         learner=learner,
         evaluate=partial(_evaluate, first),
         make_agent=lambda state, function: agent_of(env, policy, network, state, function),
-        with_config=partial(_remade, given),
+        with_config=partial(_remake, given),
         parts=parts,
         hparams=hparams,
         passed=passed,
@@ -245,7 +245,7 @@ def _parts(
     )  # fmt: skip
 
 
-def _remade(given: dict[str, Any], config: Config) -> Task:
+def _remake(given: dict[str, Any], config: Config) -> Task:
     return make_task(config, **given)
 
 
@@ -255,7 +255,7 @@ def as_task(config: Any, function: str, **given: Any) -> Task:
     Raises:
         ConfigError: as `make_task`, or if parts are given together with a task.
     """
-    given = _known(given)
+    given = _check_names(given)
     if isinstance(config, Task):
         given.pop("hparams", None)
         if given:
@@ -275,10 +275,10 @@ def own_class(hparams: Any) -> Any:
     return hparams if own else None
 
 
-def _known(given: dict[str, Any]) -> dict[str, Any]:
+def _check_names(given: dict[str, Any]) -> dict[str, Any]:
     for name in given:
         if name not in (*NAMES, "hparams"):
-            raise TypeError(f"{name!r} is no part; the parts are {', '.join(NAMES)}")
+            raise TypeError(f"{name!r} is not a part; the parts are {', '.join(NAMES)}")
     return {name: part for name, part in given.items() if part is not None}
 
 

@@ -1,4 +1,4 @@
-"""The whole training as one pure function, and the same in chunks."""
+"""Several updates as one pure function, compiled once."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,19 +16,19 @@ Train = Callable[[KeyLike, HParams], tuple[TrainState, Metrics]]
 def train_chunk(
     learner: Learner, state: TrainState, hparams: HParams, num_updates: int, *data: PyTree
 ) -> tuple[TrainState, Metrics]:
-    """Do `num_updates` updates, compiled once per `learner` and number.
+    """Run `num_updates` updates; compiled once per `learner` and number.
 
     Several chunks in a row equal one long chunk, bit for bit.
 
     Args:
-        data: a learner's `data`, in place of its task's.
+        data: the learner's `data`, which replaces the task's.
 
     Returns:
         the state, and metrics `[num_updates]`.
 
     Raises:
-        ConfigError: if an argument has the wrong type, or the state is of several seeds, or of a
-            config that makes other shapes.
+        ConfigError: if an argument has the wrong type, or the state is of several seeds or of a
+            config with different shapes.
     """
     if not isinstance(learner, Learner):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The pytrees that flow through one update, and the functions that pass them on.
+"""The pytrees of one update, and the types of the functions that pass them on.
 
 Axis letters, used on every array in this package:
 
@@ -71,12 +71,12 @@ class Policy(NamedTuple):
     """Outputs that do not depend on it but are parameters (log standard deviations); P is the sum
     of both."""
     distribution: Callable[[Float[Array, "*batch P"]], Any]
-    """`outputs[..., P]` to a distribution with `log_prob`, `entropy`, `mode` and
+    """`policy_outputs[..., P]` to a distribution with `log_prob`, `entropy`, `mode` and
     `kl_divergence(other)`, KL(this, other)."""
     noise: Callable[[Key[Array, ""]], Array]
     """One action's worth of noise, independent of the parameters."""
     sample: Callable[[Float[Array, "*batch P"], Array], Array]
-    """`(outputs[..., P], noise[..., ...]) -> action[..., ...]`."""
+    """`(policy_outputs[..., P], noise[..., ...]) -> action[..., ...]`."""
     to_env: Callable[[Array], Array]
 
 
@@ -124,7 +124,7 @@ class Rollout(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The loss's input: sequences `[T, B, ...]` for a sequential network, else steps
+    """Input of the loss: sequences `[T, B, ...]` for a sequential network, else steps
     `[1, B, ...]`."""
 
     rollout: Rollout
@@ -184,13 +184,13 @@ class TrainState(NamedTuple):
 
 
 class Init(Protocol):
-    """`Learner.init`."""
+    """Signature of `Learner.init`."""
 
     def __call__(self, key: KeyLike, hparams: Any, data: PyTree = ...) -> TrainState: ...
 
 
 class Update(Protocol):
-    """`Learner.update`."""
+    """Signature of `Learner.update`."""
 
     def __call__(
         self, state: TrainState, hparams: Any, data: PyTree = ...

@@ -29,7 +29,7 @@ def network_of_module(module: Any, obs: PyTree, policy: Policy) -> Network:
     """
     num_outputs = policy.num_outputs + policy.num_free
     if isinstance(module, type) or not isinstance(module, nn.Module):
-        module = _made(module, num_outputs)
+        module = _make_module(module, num_outputs)
     sequential = hasattr(module, "initial_carry")
     masked = is_masked(obs)
     rows = without_mask(obs) if masked else obs
@@ -56,16 +56,18 @@ def network_of_module(module: Any, obs: PyTree, policy: Policy) -> Network:
         variables = {"params": params}
         if not sequential:
             flat = jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), obs)
-            outputs, value = call(variables, (), flat)
-            return carry, *_floats(outputs.reshape((*start.shape, -1)), value.reshape(start.shape))
+            policy_outputs, value = call(variables, (), flat)
+            return carry, *_floats(
+                policy_outputs.reshape((*start.shape, -1)), value.reshape(start.shape)
+            )
 
         def step(carry: PyTree, inputs: tuple[PyTree, Array]) -> tuple[PyTree, Any]:
             obs, start = inputs
             fresh = initial_carry(start.shape[0])
             return call(variables, select_rows(start, fresh, carry), obs)
 
-        carry, (outputs, value) = jax.lax.scan(step, carry, (obs, start))
-        return carry, *_floats(outputs, value)
+        carry, (policy_outputs, value) = jax.lax.scan(step, carry, (obs, start))
+        return carry, *_floats(policy_outputs, value)
 
     two = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype), rows)
     width = _check_module(
@@ -75,12 +77,12 @@ def network_of_module(module: Any, obs: PyTree, policy: Policy) -> Network:
     return honour_mask(network, policy) if masked else network
 
 
-def _floats(outputs: Array, value: Array) -> tuple[Array, Array]:
+def _floats(policy_outputs: Array, value: Array) -> tuple[Array, Array]:
     """Cast to float32, whatever type the module computes in."""
-    return outputs.astype(jnp.float32), value.astype(jnp.float32)
+    return policy_outputs.astype(jnp.float32), value.astype(jnp.float32)
 
 
-def _made(function: Any, num_outputs: int) -> nn.Module:
+def _make_module(function: Any, num_outputs: int) -> nn.Module:
     """Call `function(num_outputs)`. Raises `ConfigError` if it does not return a module."""
     wanted = "a Flax Linen module, or a function num_outputs -> module"
     if not callable(function):
@@ -105,7 +107,7 @@ def _check_module(
 ) -> int:
     """Check a module's shapes on two observations. Returns the size of its largest layer output
     for one observation."""
-    shown = jax.tree.map(lambda x: list(x.shape), obs)
+    given = jax.tree.map(lambda x: list(x.shape), obs)
     try:
         variables = jax.eval_shape(first, jax.random.key(0))
         carry = jax.eval_shape(lambda: initial_carry(2))
@@ -118,7 +120,7 @@ def _check_module(
     except Exception as error:  # whatever a user's module raises
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ConfigError(
-            f"network: cannot be applied to observations of shape {shown}: "
+            f"network: cannot be applied to observations of shape {given}: "
             f"{type(error).__name__}: {reason}"
         ) from error
     if "params" not in variables:
@@ -131,7 +133,7 @@ def _check_module(
     shapes = [np.shape(x) for x in found] if isinstance(found, tuple) else [np.shape(found)]
     if shapes != [(2, num_outputs), (2,)]:
         raise ConfigError(
-            f"network: returned shapes {shapes} for observations of shape {shown}; it must return "
+            f"network: returned shapes {shapes} for observations of shape {given}; it must return "
             f"policy_outputs[B, {num_outputs}] and value[B], here [(2, {num_outputs}), (2,)]"
         )
     return max(1, *(x.size // 2 for x in jax.tree.leaves(layers)))
@@ -144,11 +146,11 @@ def _check_carry(found: Any, carry: PyTree) -> Any:
             "network: a recurrent module must return (carry, (policy_outputs, value)), but this "
             f"one returned {type(found).__name__}"
         )
-    new, outputs = found
+    new, result = found
     shapes = [[(x.shape, x.dtype) for x in jax.tree.leaves(tree)] for tree in (carry, new)]
     if shapes[0] != shapes[1]:
         raise ConfigError(
             f"network: its carry has leaves {shapes[1]}, but initial_carry returns {shapes[0]}; "
             "they must agree"
         )
-    return outputs
+    return result

@@ -1,4 +1,4 @@
-"""The command line in processes of its own, and what it leaves."""
+"""Helpers: command lines in separate processes, and checks of the files they write."""
 
 import csv
 import json
@@ -34,7 +34,7 @@ class Process:
             )  # fmt: skip
 
     def until(self, condition: Callable[[], Any]) -> Any:
-        """Wait for it, while the process lives."""
+        """Wait until the condition holds; fail if the process ends first."""
         give_up = time.monotonic() + PATIENCE
         while not (value := condition()):
             assert self.popen.poll() is None, self.text()
@@ -46,7 +46,7 @@ class Process:
         return self.popen.wait(PATIENCE)
 
     def text(self) -> str:
-        """What it said; never a traceback."""
+        """The output, which must not contain a traceback."""
         text = self.out.read_text() + self.err.read_text()
         assert "Traceback" not in text, text
         return text
@@ -59,22 +59,22 @@ some_or_all = pytest.mark.parametrize(
 
 
 def some(found: list[Any], count: int | None) -> list[Any]:
-    """`count` cases, at random with a fixed seed, or all."""
+    """`count` random cases with a fixed seed, or all if `count` is None."""
     return found if count is None else random.Random(0).sample(found, min(count, len(found)))
 
 
 def accept_results(sweep: Path) -> None:
-    """Take a sweep's results, which a test has changed, for those that it wrote."""
+    """Mark results that a test changed as the ones the sweep wrote."""
     names = (files.RESULTS, files.CURVES, files.WINNER_JSON)
-    there = {name: sweep / name for name in names if (sweep / name).exists()}
-    files.write_finished(sweep, {name: path.read_bytes() for name, path in there.items()})
+    existing = {name: sweep / name for name in names if (sweep / name).exists()}
+    files.write_finished(sweep, {name: path.read_bytes() for name, path in existing.items()})
 
 
 @contextmanager
 def fusing() -> Iterator[Callable[..., Any]]:
-    """For tests of equal bits across programs that differ: fuses as users' XLA does what `run`
-    compiles, and what is called through the function `(function, *arguments)` that it gives.
+    """Compile with XLA's default loop fusion, to compare different programs bit for bit.
 
+    Applies to `run` and to calls through the function `(function, *arguments)` that it yields.
     Compiling takes several times as long.
     """
     compiled, options = jax.stages.Lowered.compile, {"xla_cpu_use_fusion_emitters": True}
@@ -84,15 +84,15 @@ def fusing() -> Iterator[Callable[..., Any]]:
 
 
 def parts_of(config: ppo.Config, env: Any = None) -> ppo.Parts:
-    """What one update is made of, on one device."""
+    """The parts of one update, on one device."""
     parts = ppo.make_task(config, env=env).parts
     assert parts is not None
     return parts(None)
 
 
 def collected(parts: ppo.Parts, state: ppo.TrainState, hparams: Any = None) -> Any:
-    """The next actors, and a rollout with observations as the network reads them and as the
-    environment gave them."""
+    """Collect a rollout: the next actors, the rollout with observations as the network reads them,
+    and the environment's raw observations."""
     actors, raw = parts.actor.collect(*state, hparams, ())
     return actors, raw._replace(obs=normalize_obs(state.learner.obs_stats, raw.obs)), raw.obs
 
@@ -116,7 +116,7 @@ def evaluated(directory: Path) -> list[list[str]]:
 
 
 def assert_same_end(one: Path, other: Path) -> None:
-    """Parameters, everything else of the state, metrics and evaluation, bit for bit."""
+    """Compare parameters, the rest of the state, metrics and evaluation bit for bit."""
     assert logged(one) == logged(other)
     states = [ppo.load(directory, seed=None).state for directory in (one, other)]
     for x, y in zip(*map(jax.tree.leaves, states), strict=True):

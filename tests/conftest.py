@@ -1,4 +1,4 @@
-"""Shapes and types of annotated functions in most numerical modules are checked in tests."""
+"""Checks shapes and types of annotated functions in most numerical modules during tests."""
 
 import gc
 import os
@@ -24,7 +24,7 @@ LEVEL = (
 )
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {LEVEL}".strip()
 
-# Pretend devices, over which several seeds are spread by default.
+# Simulated devices, over which several seeds are spread by default.
 jax.config.update("jax_num_cpu_devices", 4)
 
 # Compiled programs are kept between test runs here, not in the user's cache folder.
@@ -68,6 +68,6 @@ def tiny() -> ppo.Config:
 
 @pytest.fixture
 def one_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What this process has compiled need not be compiled by those it starts."""
+    """Processes that a test starts use the compilation cache of this process."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(Path(".pytest_cache/xla").absolute()))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")

@@ -1,4 +1,4 @@
-"""Programs that a worker compiles once, for all of its tests with the same settings."""
+"""A cache of compiled programs for all tests of a worker with the same settings."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from purejaxppo.host.session import Session
 from purejaxppo.sweeps import plan, winner
 from purejaxppo.task import Task
 
-_kept: dict[Any, Any] = {}
+_programs: dict[Any, Any] = {}
 _COMPILE, _COMPILE_PROGRAM = jax.stages.Lowered.compile, conduct.compile_program
 
 
@@ -20,28 +20,28 @@ def keep_programs(replace: Callable[[Any, str, Any], None]) -> None:
     """Have `run`, `resume` and `sweep` compile each program once.
 
     Args:
-        replace: `setattr`, or a test's.
+        replace: `setattr`, or that of a test's `monkeypatch`.
     """
     compile_run, prepare, kind = run.compile_run, plan.prepare, winner.Evaluation
 
     def compiled(session: Session) -> Any:
         begins = session.start.states is None
         name = f"run {begins and 'begins'}"
-        return _keep(name, session.settings, session.task, lambda: compile_run(session))
+        return _cached(name, session.settings, session.task, lambda: compile_run(session))
 
     def prepared(settings: Settings, task: Task, population: Any = None) -> Any:
         name = f"wave {population}"
-        return _keep(name, settings, task, lambda: prepare(settings, task, population))
+        return _cached(name, settings, task, lambda: prepare(settings, task, population))
 
     def evaluation(settings: Settings, task: Task) -> Any:
-        return _keep("winner", settings, task, lambda: kind(settings, task))
+        return _cached("winner", settings, task, lambda: kind(settings, task))
 
     replace(run, "compile_run", compiled)
     replace(plan, "prepare", prepared)
     replace(winner, "Evaluation", evaluation)
 
 
-def _keep(name: str, settings: Settings, task: Task, make: Callable[[], Any]) -> Any:
+def _cached(name: str, settings: Settings, task: Task, make: Callable[[], Any]) -> Any:
     patched = (
         jax.stages.Lowered.compile is not _COMPILE
         or conduct.compile_program is not _COMPILE_PROGRAM
@@ -49,21 +49,21 @@ def _keep(name: str, settings: Settings, task: Task, make: Callable[[], Any]) ->
     given = _parts(task)
     if patched or given is None:
         return make()
-    # These are not compiled in.
+    # The program does not depend on these settings.
     host = dataclasses.replace(
         settings.run, checkpoint_every=1.0, checkpoint_unit="seconds", eval_every=float("inf"),
         eval_unit="updates", keep=1, tensorboard=False,
     )  # fmt: skip
     hparams = settings.trials[0] if settings.trials else settings.hparams
-    unlike = dataclasses.replace(settings, run=host, hparams=_absent(hparams), trials=())
-    key = (name, dump_settings(unlike), len(settings.trials), given)
-    if key not in _kept:
-        _kept[key] = make()
-    return _kept[key]
+    relevant = dataclasses.replace(settings, run=host, hparams=_none_pattern(hparams), trials=())
+    key = (name, dump_settings(relevant), len(settings.trials), given)
+    if key not in _programs:
+        _programs[key] = make()
+    return _programs[key]
 
 
-def _absent(hparams: Any) -> Any:
-    """The default of each hyperparameter but for those that are None, or are not."""
+def _none_pattern(hparams: Any) -> Any:
+    """Default hyperparameters, changed only to be None exactly where `hparams` are None."""
     default = type(hparams)()
     changes = {
         f.name: None if getattr(hparams, f.name) is None else 2.0
@@ -74,7 +74,7 @@ def _absent(hparams: Any) -> Any:
 
 
 def _parts(task: Task) -> Any:
-    """The parts that were passed, if objects of the same class and attributes are alike."""
+    """A key for the parts that were passed; None if they cannot be compared."""
     if task.passed == ("task",):
         return (task.with_config,)
     found = []

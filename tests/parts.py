@@ -1,4 +1,4 @@
-"""Parts of one's own, as a user writes them."""
+"""Custom parts, as a user writes them."""
 
 import dataclasses
 from typing import Any
@@ -38,14 +38,14 @@ def adamw(hparams: ppo.HParams) -> optax.GradientTransformation:
 
 
 def clipped(terms: Any, hparams: ppo.HParams) -> jax.Array:
-    """ppo_clip's loss, written again."""
+    """A reimplementation of ppo_clip's loss."""
     ratio = jnp.exp(terms.log_ratio)
     near = jnp.clip(ratio, 1 - hparams.clip_eps, 1 + hparams.clip_eps)
     return -jnp.minimum(ratio * terms.advantage, near * terms.advantage)
 
 
 def one_step(rollout: ppo.Rollout, hparams: ppo.HParams) -> tuple[jax.Array, jax.Array]:
-    """td0, written again."""
+    """A reimplementation of td0."""
     bootstrap = hparams.gamma * (1 - rollout.terminated) * rollout.next_value
     target = rollout.reward + bootstrap
     return target - rollout.value, target

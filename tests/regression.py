@@ -1,4 +1,4 @@
-"""A task that is no reinforcement learning: a line fitted by gradient descent."""
+"""A task other than reinforcement learning: a line fitted by gradient descent."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -101,7 +101,7 @@ def peaked_task(config: LineConfig = LineConfig(), *, best: int) -> ppo.Task:
 
 
 def fitted(learning_rate: float, seed: int, config: LineConfig = LineConfig()) -> Any:
-    """The same in a plain loop."""
+    """The parameters fitted by a plain loop."""
     key, x, y = jax.random.split(jax.random.key(seed), 1)[0], *data_of()
     params = jnp.zeros(config.degree + 1)
     for _ in range(config.num_updates):

@@ -1,4 +1,4 @@
-"""Estimators against plain loops, their textbook forms, their limits and hand-worked numbers."""
+"""Estimators against plain loops, textbook formulas, limiting cases and hand-worked numbers."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def as_numpy(rollout: Rollout) -> dict[str, np.ndarray]:
 
 
 def double_loop(r: dict[str, np.ndarray], gamma: float, lam: float) -> np.ndarray:
-    """The definition: A_t = sum_k (gamma lambda)^k delta_{t+k}, up to the episode's end."""
+    """The definition: A_t = sum_k (gamma lambda)^k delta_{t+k}, up to the end of the episode."""
     advantage = np.zeros((T, N))
     for n in range(N):
         for t in range(T):
@@ -73,7 +73,7 @@ def lambda_return(r: dict[str, np.ndarray], gamma: float, lam: float) -> np.ndar
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("gamma", "lam"), [(0.99, 0.95), (0.9, 0.5), (1.0, 1.0), (0.5, 0.0)])
-def test_gae_is_the_double_loop_and_the_lambda_return(seed: int, gamma: float, lam: float):
+def test_gae_equals_double_loop_and_lambda_return(seed: int, gamma: float, lam: float):
     rollout, hparams = random_rollout(seed), ppo.HParams(gamma=gamma, gae_lambda=lam)
     advantage, target = jax.jit(gae)(rollout, hparams)
     numbers = as_numpy(rollout)
@@ -83,7 +83,7 @@ def test_gae_is_the_double_loop_and_the_lambda_return(seed: int, gamma: float, l
 
 
 def n_step_return(r: dict[str, np.ndarray], gamma: float, n: int) -> np.ndarray:
-    """sum_{k<n} gamma^k r_{t+k} + gamma^n V(s_{t+n}), as far as episode and rollout go."""
+    """sum_{k<n} gamma^k r_{t+k} + gamma^n V(s_{t+n}), up to the end of the episode or rollout."""
     returns = np.zeros((T, N))
     for env in range(N):
         for t in range(T):
@@ -100,7 +100,7 @@ def n_step_return(r: dict[str, np.ndarray], gamma: float, n: int) -> np.ndarray:
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("steps", [1, 3, T + 5])
-def test_n_step_returns_are_the_double_loop(seed: int, steps: int):
+def test_n_step_returns_equal_double_loop(seed: int, steps: int):
     rollout, r = random_rollout(seed), as_numpy(random_rollout(seed))
     config = ppo.Config(advantage="n_step", bootstrap_steps=steps)
     advantage, target = jax.jit(make_advantage(config))(rollout, ppo.HParams(gamma=0.9))
@@ -109,9 +109,9 @@ def test_n_step_returns_are_the_double_loop(seed: int, steps: int):
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_the_other_estimators_are_what_they_say(seed: int):
-    """One step of TD; returns to the end, or the value where a rollout or time limit cuts them off;
-    one reward and the lambda-return after it."""
+def test_other_estimators_match_their_definitions(seed: int):
+    """One-step TD; returns to the end, with the value if a rollout or time limit cuts them off; one
+    reward and the lambda-return after it."""
     rollout, r = random_rollout(seed), as_numpy(random_rollout(seed))
     hparams = ppo.HParams(gamma=0.9, gae_lambda=0.6)
 
@@ -132,7 +132,7 @@ def test_the_other_estimators_are_what_they_say(seed: int):
     np.testing.assert_allclose(found("lambda_return")[1], lambda_return(r, 0.9, 0.6), atol=2e-5)
 
 
-def test_jit_changes_nothing():
+def test_gae_is_the_same_under_jit():
     rollout, hparams = random_rollout(7), ppo.HParams()
     with jax.disable_jit():
         plain = gae(rollout, hparams)
@@ -148,7 +148,7 @@ def test_lambda_0_is_one_step_td():
     np.testing.assert_allclose(advantage, td, atol=1e-5)
 
 
-def test_lambda_1_is_monte_carlo_whatever_the_critic_says():
+def test_lambda_1_is_monte_carlo_for_any_critic():
     rollout = random_rollout(2)
     ended = rollout.terminated.at[-1].set(True)
     rollout = rollout._replace(
@@ -164,7 +164,7 @@ def test_lambda_1_is_monte_carlo_whatever_the_critic_says():
 
 
 def test_a_time_limit_bootstraps_and_a_termination_does_not():
-    """By hand, gamma = lambda = 1/2: delta = 1 + V'/2 - V, or 1 - V where it terminated."""
+    """By hand, gamma = lambda = 1/2: delta = 1 + V'/2 - V, or 1 - V after a termination."""
     rollout = jax.tree.map(lambda x: x[:2, :3], random_rollout(0))
     flags = jnp.array([[False, False, True], [False, False, False]])
     rollout = rollout._replace(

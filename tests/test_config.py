@@ -1,4 +1,4 @@
-"""Settings: what is refused and how, what transforms may do with them, and that each matters."""
+"""Settings: errors, behaviour under transforms, and the effect of each setting."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ BAD_CONFIGS = [
     ({"num_envs": True}, "must be a whole number"),
     ({"total_timesteps": -5}, "must be at least 1"),
     ({"normalize_obs": 1}, "must be true or false"),
-    ({"env_id": 3}, "must be a text"),
+    ({"env_id": 3}, "must be a string"),
     ({"activation": "rellu"}, "did you mean relu?"),
     ({"hidden_sizes": (64, 0)}, "each width must be at least 1"),
     ({"hidden_sizes": (10**12,)}, "at most 65536"),
@@ -33,7 +33,7 @@ BAD_CONFIGS = [
     (
         {"num_envs": 1, "num_steps": 1, "num_minibatches": 1, "advantage_normalization": "batch"},
         "advantage_normalization = batch with num_envs * num_steps = 1: the normalised advantage "
-        "of a single sample is always 0; use none, or more num_envs or num_steps",
+        "of a single sample is always 0; use none, or larger num_envs or num_steps",
     ),
     (
         {"num_envs": 1, "num_steps": 1, "num_minibatches": 1, "objective": "trpo"},
@@ -65,10 +65,10 @@ def test_bad_config(settings: dict[str, Any], message: str):
     assert message in str(error.value)
 
 
-def test_what_is_recommended_for_single_samples_learns():
-    """A policy learns from one sample per update that is not normalised."""
+def test_settings_recommended_for_single_samples_learn():
+    """A policy learns from one unnormalised sample per update."""
     ppo.Config(num_minibatches=512, advantage_normalization="batch")
-    ppo.Config(num_minibatches=512, objective="trpo")  # whose policy step takes the whole batch
+    ppo.Config(num_minibatches=512, objective="trpo")  # its policy step uses the whole batch
     config = ppo.Config(
         num_envs=1, num_steps=1, num_minibatches=1, advantage_normalization="none",
         hidden_sizes=(4,), total_timesteps=512,
@@ -107,12 +107,12 @@ def test_bad_hparams(settings: dict[str, Any], message: str):
     assert message in str(error.value)
 
 
-def test_config_is_hashable_and_takes_lists():
+def test_config_is_hashable_and_accepts_lists():
     assert type(ppo.Config(num_envs=np.int64(8)).num_envs) is int
     assert hash(ppo.Config(hidden_sizes=[32, 32])) == hash(ppo.Config(hidden_sizes=(32, 32)))
 
 
-def test_transforms_may_put_anything_into_hparams():
+def test_transforms_may_put_any_values_into_hparams():
     hparams = ppo.HParams(gamma=0.9)
     slopes = jax.grad(lambda h: -(h.gamma**2) - h.learning_rate)(hparams)
     assert slopes.gamma == pytest.approx(-1.8)
@@ -122,7 +122,7 @@ def test_transforms_may_put_anything_into_hparams():
     assert len(jax.tree.leaves(ppo.HParams(target_kl=0.1))) == len(jax.tree.leaves(hparams)) + 1
 
 
-# No option without effect
+# Every setting has an effect
 
 OTHER_VALUES: dict[str, Any] = {
     "env_id": "Acrobot-v1",
@@ -174,7 +174,7 @@ OTHER_VALUES: dict[str, Any] = {
     "adam_eps": 1e-2,
 }
 REINFORCE = {"num_steps": 12, "update_epochs": 1, "num_minibatches": 1}
-# Where a setting acts only together with another, both sides have the other.
+# If a setting has an effect only with another, both runs have the other.
 TOGETHER_WITH: dict[str, dict[str, Any]] = {
     "bootstrap_steps": {"advantage": "n_step"},
     "baseline": {"objective": "reinforce_baseline"} | REINFORCE,
@@ -215,7 +215,7 @@ def compiled(config: ppo.Config) -> Any:
 
 @functools.cache
 def program(config: ppo.Config) -> str:
-    """What remains of the traced run once everything is removed that its outputs do not need."""
+    """The traced run after dead-code elimination."""
     traced = jax.make_jaxpr(train_of(config))(jax.random.key(0), ppo.HParams())
     needed, _ = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
     return str(needed)
@@ -254,7 +254,7 @@ def test_every_hyperparameter_has_an_effect(name: str, tiny: ppo.Config):
 # Files
 
 
-def test_settings_come_back_from_their_file(tmp_path: Path):
+def test_settings_round_trip_through_a_file(tmp_path: Path):
     settings = Settings(
         ppo.Config(env_id='odd "name"\n\x7f é', hidden_sizes=(), normalize_obs=True),
         ppo.HParams(learning_rate=1 / 3, target_kl=0.02, max_grad_norm=float("inf"), ent_coef=0),

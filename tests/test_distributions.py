@@ -25,7 +25,7 @@ def box(n: int) -> spaces.Box:
     return spaces.Box(LOW, HIGH, (n,))
 
 
-def test_categorical_samples_come_from_its_probabilities():
+def test_categorical_samples_match_its_probabilities():
     policy = policy_for(spaces.Discrete(4))
     logits = jnp.array([0.0, 1.0, -1.0, 2.0])
     noise = draw_noise(policy, jax.random.split(jax.random.key(0), 40_000))
@@ -35,7 +35,7 @@ def test_categorical_samples_come_from_its_probabilities():
     np.testing.assert_array_less(np.abs(counts / 40_000 - expected), 4 * error)
 
 
-def test_multi_categorical_adds_up_over_its_parts():
+def test_multi_categorical_is_the_sum_of_its_parts():
     policy = policy_for(ppo.MultiDiscrete((3, 2)))
     outputs = jnp.array([0.5, -1.0, 0.0, 1.0, -1.0])
     distribution = policy.distribution(outputs)
@@ -64,7 +64,7 @@ def test_out_of_range_actions_are_clipped_for_the_environment_only():
 
 
 def test_tanh_normal_is_a_density_over_the_action_space():
-    """Integrated over actions between the bounds it gives 1, and minus its mean log the entropy."""
+    """Over the actions it integrates to 1, and its mean negative logarithm is the entropy."""
     policy = policy_for(box(1), action_distribution="tanh_normal")
     for mean, std in [(0.0, 0.5), (0.7, 0.3), (-0.5, 1.0)]:
         outputs = jnp.array([mean, np.log(std)])
@@ -80,7 +80,7 @@ def test_tanh_normal_is_a_density_over_the_action_space():
 
 
 def entropy_by_integration(mean: float, log_std: float) -> float:
-    """Of 4 tanh(u): that of u, log 4, and E[log(1 - tanh(u)^2)], split where |u| has its bend."""
+    """Entropy of 4 tanh(u): H(u) + log 4 + E[log(1 - tanh(u)^2)], split at the kink of |u|."""
     std = np.exp(log_std)
 
     def integrand(u: float) -> float:
@@ -92,8 +92,8 @@ def entropy_by_integration(mean: float, log_std: float) -> float:
     return 0.5 * np.log(2 * np.pi * np.e) + log_std + np.log(4.0) + slope
 
 
-def test_entropy_of_tanh_normal_and_its_gradient_are_right_at_every_scale():
-    """Against integration, whose derivatives are taken by central differences."""
+def test_entropy_of_tanh_normal_and_its_gradient_at_every_scale():
+    """Against integration, differentiated by central differences."""
     policy, step = policy_for(box(1), action_distribution="tanh_normal"), 1e-4
     entropy = jax.jit(jax.value_and_grad(lambda x: policy.distribution(x).entropy()))
     for log_std in (3.0, 2.0, 1.0, 0.0, -0.5, -2.0, -5.0, 4.0):
@@ -132,6 +132,6 @@ def test_actions_have_the_shape_of_the_space():
         (spaces.Tuple([spaces.Discrete(2)]), "auto", "not supported"),
     ],
 )
-def test_spaces_that_do_not_fit_are_refused(space: object, kind: str, words: str):
+def test_unsupported_spaces_are_refused(space: object, kind: str, words: str):
     with pytest.raises(ppo.ConfigError, match=words):
         policy_for(space, action_distribution=kind)

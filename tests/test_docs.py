@@ -1,21 +1,161 @@
-"""The code of the documentation's pages runs."""
+"""The code in the README and on the site's pages runs, and the reference is complete."""
 
+import inspect
 import re
+import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 
-PAGES = sorted(Path("docs").glob("*.md"))
+import purejaxppo as ppo
+from purejaxppo.cli import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    ROOT / "README.md",
+    *sorted(path for path in (ROOT / "docs").rglob("*.md") if "reference" not in path.parts),
+]
+BLOCK = re.compile(r"```(python|bash)\n(.*?)```", re.DOTALL)
+WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf-8"))]
+STEPS = 1024
+"""Environment steps of the runs on the pages, in place of those that they name."""
+
+SLOW = ("get-started", "sweeps", "index")
+"""Pages whose code compiles much that the other pages compile too."""
+
+_slow = pytest.mark.slow
+_pages = [
+    pytest.param(page, every, marks=[_slow] if every or page.stem in SLOW else [], id=name)
+    for page in WITH_CODE
+    for every, name in ((False, page.stem), (True, f"{page.stem}-all"))
+]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_python_blocks_of_a_page_run(page: Path):
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Runs of a page take few steps, in an empty directory that also has `configs/`."""
+    mpl.use("agg")
+    config = ppo.Config
+
+    def capped(**given: Any) -> ppo.Config:
+        wanted = given.pop("total_timesteps", STEPS)
+        return config(total_timesteps=min(wanted, STEPS), **given)
+
+    monkeypatch.setattr(ppo, "Config", capped)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize(("page", "every"), _pages)
+def test_the_code_of_a_page_runs(page: Path, every: bool):
+    """Commands without a run directory are only parsed, unless `every`."""
     names: dict[str, Any] = {"__name__": "__main__"}
-    for block in blocks:
-        exec(compile(block, str(page), "exec"), names)
-    if page.stem == "your-own-parts":
-        params = names["result"].states.learner.params
-        np.testing.assert_allclose(params, [[2, -1], [2, -1]], atol=0.01)
+    for language, block in BLOCK.findall(page.read_text(encoding="utf-8")):
+        if language == "python":
+            exec(compile(block, str(page), "exec"), names)
+        else:
+            for arguments in commands(block):
+                assert status(shortened(arguments, every)) == 0, arguments
+    check = RESULTS.get(page.stem)
+    if check is not None:
+        check(names)
+
+
+def status(arguments: list[str]) -> Any:
+    try:
+        return main(arguments)
+    except SystemExit as stopped:  # --help
+        return stopped.code
+
+
+def commands(block: str) -> list[list[str]]:
+    """Arguments of the commands of a block, which are all of `purejaxppo`."""
+    lines = block.replace("\\\n", " ").splitlines()
+    found = [words for line in lines if (words := shlex.split(line, comments=True))]
+    assert all(words[0] == "purejaxppo" for words in found), block
+    return [words[1:] for words in found]
+
+
+def shortened(arguments: list[str], every: bool) -> list[str]:
+    if arguments[0] == "resume":
+        return [str(2 * STEPS) if word == "600_000" else word for word in arguments]
+    if arguments[0] not in ("train", "sweep") or "--help" in arguments:
+        return arguments
+    short = [*arguments, "--total-timesteps", str(STEPS), "--eval-episodes", "4"]
+    if every or "--run-dir" in arguments or "--print-config" in arguments:
+        return short
+    return [*short, "--print-config" if arguments[0] == "train" else "--dry-run"]
+
+
+def is_fitted(names: dict[str, Any]) -> None:
+    params = names["result"].states.learner.params
+    np.testing.assert_allclose(params, [[2, -1], [2, -1]], atol=0.01)
+
+
+def has_its_shape(names: dict[str, Any]) -> None:
+    assert names["metrics"]["episode_return"].shape[:2] == (64, 4)
+
+
+RESULTS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "your-own-parts": is_fitted,
+    "README": has_its_shape,
+}
+
+
+def test_every_public_name_is_in_the_reference_and_has_a_docstring():
+    pages = (ROOT / "docs/reference").glob("*.md")
+    found = [
+        name
+        for page in pages
+        for name in re.findall(r"^::: purejaxppo\.(\w+)$", page.read_text(), re.MULTILINE)
+    ]
+    assert sorted(found) == sorted(ppo.__all__)
+    for name in set(found) - {"OBJECTIVES"}:
+        text = inspect.getdoc(getattr(ppo, name)) or ""
+        assert len(text) > 20, name
+        assert not text.startswith(f"{name}("), name  # what NamedTuple and dataclass make
+
+
+def test_the_readme_stays_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_algorithms_page_lists_what_the_table_holds():
+    page = (ROOT / "docs/algorithms.md").read_text(encoding="utf-8")
+    for objective in ppo.OBJECTIVES.values():
+        own = ", ".join(f"`{x}`" for x in sorted(objective.reads - {"bootstrap_time_limits"}))
+        chosen = ", ".join(f"{name} = {value}" for name, value in objective.defaults.items())
+        words = objective.maximises.replace("|", r"\|")
+        assert f"| `{objective.name}` | {words} | {own} | {chosen} |" in page
+
+
+STIFF = (
+    r"\btrainings\b", r"\bgo(es|ne|ing)? on (with|from|by)\b", r"\banew\b", r"\bonce more\b",
+    r"\bfor ever\b", r"\bwithout a word\b", r"\bsuch a one\b", r"\bwhat (comes|came) (of|to)\b",
+    r"\bdealt out\b", r"\bat hand\b", r"\b(steered|weighed)\b", r"\bof another (run|training)\b",
+    r"\bwhere it is given\b", r"nobody's", r"\bby others\b", r"\bis there already\b",
+)  # fmt: skip
+"""Phrases for which there is a plainer one: runs, continues, again, forever, distributed, ..."""
+
+
+def test_the_text_has_none_of_the_phrases_that_it_once_had():
+    folders = ("purejaxppo", "docs", "configs", "benchmarks", "notebooks", "tests")
+    paths = [
+        path
+        for folder in folders
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".md", ".toml", ".ipynb") and path.name != Path(__file__).name
+    ]
+    stiff = re.compile("|".join(STIFF), re.IGNORECASE)
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:90]}"
+        for path in [*paths, *ROOT.glob("*.md"), ROOT / "Makefile"]
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if stiff.search(line)
+    ]
+    assert not found, "\n".join(found)

@@ -39,7 +39,7 @@ def trained(config: ppo.Config, env: Any = None) -> ppo.TrainState:
 @pytest.mark.parametrize(
     "env_id", ["CartPole-v1", pytest.param("Pendulum-v1", marks=pytest.mark.slow)]
 )
-def test_ten_lines_without_the_package_give_the_agents_actions(
+def test_exported_policy_gives_the_agents_actions_without_the_package(
     tmp_path: Path, capsys: Any, env_id: str
 ):
     config = small(env_id=env_id, normalize_obs=True)
@@ -66,7 +66,7 @@ def test_ten_lines_without_the_package_give_the_agents_actions(
 
 
 @pytest.mark.parametrize("memory", [pytest.param("gru", marks=pytest.mark.slow), "lstm"])
-def test_a_memory_goes_in_and_out(memory: Any):
+def test_exported_memory_is_an_input_and_output(memory: Any):
     config = small(memory=memory, memory_size=4)
     state = trained(config)
     agent, policy = ppo.make_agent(config, state), ppo.export_policy(config, state)
@@ -83,7 +83,7 @@ def test_a_memory_goes_in_and_out(memory: Any):
             np.testing.assert_allclose(x, y, atol=1e-6)
 
 
-def test_samples_are_the_agents_for_the_same_key():
+def test_exported_samples_equal_the_agents_for_the_same_key():
     config, env = small(), Target()
     state = trained(config, env)
     policy = ppo.export_policy(config, state, sample=True, env=env)

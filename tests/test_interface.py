@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +17,6 @@ from jaxtyping import config as type_checks
 from toy_envs import RandomWalk
 
 import purejaxppo as ppo
-from purejaxppo.types import LearnerState
 
 
 def small(**changes: Any) -> ppo.Config:
@@ -70,7 +68,7 @@ def test_an_old_style_key_gives_the_same_bits_as_a_typed_one(
 # Batches of hyperparameters
 
 
-def test_vmap_axes_maps_arrays_and_shares_all_else():
+def test_vmap_axes_maps_arrays_and_shares_other_values():
     hparams = ppo.HParams(
         learning_rate=jnp.array([1e-4, 1e-3]), gamma=np.array([0.9, 0.99]), ent_coef=jnp.zeros(())
     )
@@ -104,7 +102,7 @@ def test_seeds_and_learning_rates_can_be_vmapped_in_both_ways():
 
 @pytest.fixture
 def as_users_call() -> Iterator[None]:
-    """Without the tests' own checks of types, which would come first."""
+    """Disable the tests' own type checks, which would raise first."""
     type_checks.update("jaxtyping_disable", True)
     yield
     type_checks.update("jaxtyping_disable", False)
@@ -318,7 +316,7 @@ REFUSED: list[tuple[Callable[[Any, Any], Any], str]] = [
 
 @pytest.mark.usefixtures("as_users_call")
 @pytest.mark.parametrize(("call", "message"), REFUSED, ids=range(len(REFUSED)))
-def test_a_wrong_argument_is_named_with_the_rule_and_the_fix(
+def test_errors_name_the_argument_the_rule_and_the_fix(
     call: Callable[[Any, Any], Any], message: str, learner: ppo.Learner, state: ppo.TrainState
 ):
     with pytest.raises(ppo.ConfigError) as error:
@@ -328,7 +326,7 @@ def test_a_wrong_argument_is_named_with_the_rule_and_the_fix(
 
 
 @pytest.mark.usefixtures("as_users_call")
-def test_keys_and_observations_may_be_numpys(learner: ppo.Learner, state: ppo.TrainState):
+def test_keys_and_observations_may_be_numpy_arrays(learner: ppo.Learner, state: ppo.TrainState):
     key: Any = np.asarray(jax.random.PRNGKey(0))
     assert_same(learner.init(key, HPARAMS).learner.key, learner.init(KEY, HPARAMS).learner.key)
     agent = agent_of(state)
@@ -338,7 +336,7 @@ def test_keys_and_observations_may_be_numpys(learner: ppo.Learner, state: ppo.Tr
 # Curves
 
 
-def test_a_curve_has_the_means_of_stretches_and_no_gaps_after_the_first_value():
+def test_curve_has_means_of_stretches_and_no_gaps_after_the_first_value():
     nan = np.nan
     metrics = {
         "env_steps": jnp.array([[10, 20, 30, 40, 50]] * 2),
@@ -355,14 +353,14 @@ def test_a_curve_has_the_means_of_stretches_and_no_gaps_after_the_first_value():
     np.testing.assert_array_equal(steps, [30, 50])
     assert values.shape == (1, 2, 2)
     assert np.isnan(values).all()
-    # A run that failed keeps its count of steps; the axis is that of the others.
+    # A failed run stops counting steps; the axis is that of the other runs.
     metrics["env_steps"] = jnp.array([[10, 10, 10, 10, 10], [10, 20, 30, 40, 50]])
     np.testing.assert_array_equal(ppo.curve(metrics, points=3)[0], [20, 40, 50])
     with pytest.raises(ppo.ConfigError, match="did you mean episode_return"):
         ppo.curve(metrics, "episode_returns")
     with pytest.raises(ppo.ConfigError, match="points = 0: must be at least 1"):
         ppo.curve(metrics, points=0)
-    with pytest.raises(ppo.ConfigError, match="metrics hold no update"):
+    with pytest.raises(ppo.ConfigError, match="metrics contain no updates"):
         ppo.curve(jax.tree.map(lambda x: x[:, :0], metrics))
 
 
@@ -401,27 +399,3 @@ def test_a_second_process_compiles_nothing(tmp_path: Path):
     assert first[1] > 0
     assert second == (first[1], 0)
     assert any((tmp_path / "purejaxppo").iterdir())
-
-
-# The README
-
-
-def test_the_readmes_python_blocks_run(monkeypatch: pytest.MonkeyPatch):
-    """Those before the host loop, with a config that is quick to compile."""
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    quick = small(update_epochs=1)
-    monkeypatch.setattr(
-        ppo, "Config", lambda **given: dataclasses.replace(quick, env_id=given["env_id"])
-    )
-    text = Path("README.md").read_text(encoding="utf-8")
-    section = text.split("\n## From Python\n")[1].split("\n## ")[0]
-    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    blocks = [block for block in blocks if "run_dir" not in block]
-    assert len(blocks) >= 5
-    names: dict[str, Any] = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
-    assert isinstance(names["state"].learner, LearnerState)
-    assert names["value"].shape == names["action"].shape

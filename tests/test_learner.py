@@ -1,4 +1,4 @@
-"""Updates and whole trainings: what must hold of them, and learning of what is known."""
+"""Updates and whole runs: invariants, and learning of known optima."""
 
 import dataclasses
 import functools
@@ -55,8 +55,8 @@ def assert_equal_trees(a: Any, b: Any, **tolerance: float) -> None:
 
 @pytest.mark.parametrize("normalize_reward", [False, True])
 def test_a_time_limit_is_not_a_termination(normalize_reward: bool):
-    """Reward 1 for ever under a limit of 5 steps: V = 1 / (1 - gamma) = 10; cut at the limit it
-    would stay below 5."""
+    """Reward 1 forever under a limit of 5 steps: V = 1 / (1 - gamma) = 10. Without bootstrapping at
+    the limit it would stay below 5."""
     config = ppo.Config(
         num_envs=8, num_steps=16, total_timesteps=128 * 150, hidden_sizes=(16,),
         lr_schedule="constant", normalize_reward=normalize_reward,
@@ -109,9 +109,9 @@ def test_next_value_is_the_value_of_the_true_successor(tiny: ppo.Config, memory:
 # Statistics
 
 
-def test_statistics_are_frozen_in_a_rollout_and_the_first_observation_is_normalised_too():
-    """NumPy over what four updates saw: update k normalises by all that came before it, and the
-    first by a rollout of `init`'s own, whose actors are not those of the first update."""
+def test_statistics_are_frozen_in_a_rollout_and_normalise_the_first_observation():
+    """Against NumPy over four updates: update k normalises by all samples before it, and the first
+    update by a separate rollout of `init`, with other actors."""
     config = ppo.Config(num_envs=3, num_steps=16, num_minibatches=2, hidden_sizes=(8,),
                         normalize_obs=True, normalize_reward=True)  # fmt: skip
     parts = parts_of(config, RandomWalk())
@@ -121,7 +121,7 @@ def test_statistics_are_frozen_in_a_rollout_and_the_first_observation_is_normali
     update = jax.jit(learner.update)
     returns: list[np.ndarray] = []
 
-    def take_in(rollout: Rollout, running: np.ndarray) -> np.ndarray:
+    def add_returns(rollout: Rollout, running: np.ndarray) -> np.ndarray:
         for reward, terminated, truncated in zip(
             rollout.reward, rollout.terminated, rollout.truncated, strict=True
         ):
@@ -135,7 +135,7 @@ def test_statistics_are_frozen_in_a_rollout_and_the_first_observation_is_normali
     _, rollout, raw = collect(state.learner._replace(obs_stats=()), first)
     assert np.abs(np.asarray(raw[0]) - np.asarray(state.actors.obs)).max() > 0.1
     seen = [np.asarray(raw, np.float64).reshape(-1, 2)]
-    take_in(rollout, np.zeros(3))
+    add_returns(rollout, np.zeros(3))
     running = np.zeros(3)
     assert state.learner.obs_stats.total == state.learner.reward_stats.total == 3 * 16
     for _ in range(4):
@@ -144,9 +144,9 @@ def test_statistics_are_frozen_in_a_rollout_and_the_first_observation_is_normali
         before = np.concatenate(seen)
         expected = np.clip((np.asarray(raw) - before.mean(0)) / before.std(0), -10, 10)
         np.testing.assert_allclose(rollout.obs, expected, atol=2e-4)
-        # not by their own batch's moments, nor left as they are
+        # neither by their own batch's moments nor unchanged
         assert np.abs(np.asarray(rollout.obs[0]) - np.asarray(raw[0])).max() > 0.1
-        running = take_in(rollout, running)
+        running = add_returns(rollout, running)
         seen.append(np.asarray(raw, np.float64).reshape(-1, 2))
         state, _ = update(state, hparams)
         np.testing.assert_allclose(state.learner.reward_stats.var, np.var(returns), rtol=1e-3)
@@ -154,7 +154,7 @@ def test_statistics_are_frozen_in_a_rollout_and_the_first_observation_is_normali
 
 
 def test_the_first_update_is_normalised():
-    """Its value loss is that of later updates, although returns of Pendulum are some -1,000."""
+    """Its value loss is like later ones, although Pendulum's returns are about -1,000."""
     config = ppo.Config(
         env_id="Pendulum-v1", num_envs=4, num_steps=64, total_timesteps=256 * 8,
         hidden_sizes=(16,), update_epochs=1, normalize_obs=True, normalize_reward=True,
@@ -172,9 +172,11 @@ def test_the_first_update_is_normalised():
     ],
     ids=str,
 )
-def test_first_statistics_draw_nothing_that_others_draw(tiny: ppo.Config, settings: dict[str, Any]):
-    """Everything but the statistics is as without them, under vmap too; steps that do not count are
-    left out."""
+def test_first_statistics_change_no_other_random_numbers(
+    tiny: ppo.Config, settings: dict[str, Any]
+):
+    """The rest of the state is the same without statistics, also under vmap. Masked steps are left
+    out."""
     plain = dataclasses.replace(tiny, **settings)
     config = dataclasses.replace(plain, normalize_obs=True, normalize_reward=True)
     keys = jax.random.split(jax.random.key(0), 2)
@@ -201,7 +203,7 @@ class Infinite(RandomWalk):
         return obs, state, jnp.inf, terminated, info
 
 
-def test_first_statistics_that_are_not_finite_are_left_out(tiny: ppo.Config):
+def test_first_statistics_that_are_not_finite_are_discarded(tiny: ppo.Config):
     config = dataclasses.replace(tiny, normalize_obs=True, normalize_reward=True)
     learner = ppo.make_learner(config, Infinite())
     state = jax.jit(learner.init)(jax.random.key(0), ppo.HParams())
@@ -215,16 +217,16 @@ def test_first_statistics_that_are_not_finite_are_left_out(tiny: ppo.Config):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"normalize_obs": True, "normalize_reward": True},
-        {"env_id": "Pendulum-v1", "normalize_obs": True},
+        pytest.param({"normalize_obs": True, "normalize_reward": True}, marks=pytest.mark.slow),
+        pytest.param({"env_id": "Pendulum-v1", "normalize_obs": True}, marks=pytest.mark.slow),
         {"env_id": "Pendulum-v1", "normalize_obs": True, "action_distribution": "tanh_normal"},
         {"memory": "gru", "shared_trunk": True, "normalize_obs": True},
-        {"memory": "lstm", "shared_trunk": True},
+        pytest.param({"memory": "lstm", "shared_trunk": True}, marks=pytest.mark.slow),
     ],
 )
 def test_the_first_minibatch_has_ratio_1_and_no_kl(settings: dict[str, Any]):
-    """Later than the first update, so that normalisers are in use and carries are not zero. A
-    rollout's numbers and a loss's may round differently in the last bit."""
+    """Checked after four updates, when normalisers are in use and carries are not zero. Rollout and
+    loss may round differently in the last bit."""
     config = ppo.Config(update_epochs=1, num_minibatches=1, **settings)
     parts = parts_of(config)
     policy, network = parts.policy, parts.network
@@ -252,8 +254,8 @@ def test_the_first_minibatch_has_ratio_1_and_no_kl(settings: dict[str, Any]):
 @pytest.mark.parametrize(
     "normalization", ["minibatch", pytest.param("batch", marks=pytest.mark.slow), "none"]
 )
-def test_a_minibatch_in_parts_teaches_the_same(normalization: str, monkeypatch: Any):
-    """64 samples by a layer of 16 are one part, or 8 of 8 samples."""
+def test_a_minibatch_in_parts_gives_the_same_update(normalization: str, monkeypatch: Any):
+    """64 samples with a layer of 16 units are one part, or 8 parts of 8 samples."""
     config = ppo.Config(
         num_envs=8, num_steps=32, hidden_sizes=(16,), advantage_normalization=normalization
     )
@@ -266,9 +268,9 @@ def test_a_minibatch_in_parts_teaches_the_same(normalization: str, monkeypatch: 
 
 
 @pytest.mark.parametrize("objective", ["ppo_clip", pytest.param("trpo", marks=pytest.mark.slow)])
-def test_a_program_for_an_accelerator_is_not_cut_into_parts(objective: Any, monkeypatch: Any):
-    """Nor one for CPU left whole, whichever backend it is traced on: loops of the lowered program,
-    with parts of 8 samples and with parts that hold everything."""
+def test_only_programs_for_cpu_are_divided_into_parts(objective: Any, monkeypatch: Any):
+    """On whichever backend they are traced. Counts the loops of the lowered program, with parts of
+    8 samples and with one part for all samples."""
     config = ppo.Config(num_envs=8, num_steps=32, hidden_sizes=(16,), objective=objective)
 
     def loops(platform: str, part_size: int) -> int:
@@ -283,7 +285,7 @@ def test_a_program_for_an_accelerator_is_not_cut_into_parts(objective: Any, monk
 
 
 def test_the_first_minibatch_ratio_is_exactly_1_with_the_default_sizes():
-    """With a learning rate of 0 every minibatch is a first one."""
+    """With a learning rate of 0, every minibatch is like the first."""
     config, hparams = ppo.Config(normalize_obs=True), ppo.HParams(learning_rate=0.0)
     _, metrics = trained(config, hparams, 3)
     np.testing.assert_array_equal(metrics["approx_kl"], 0.0)
@@ -291,9 +293,9 @@ def test_the_first_minibatch_ratio_is_exactly_1_with_the_default_sizes():
 
 
 @pytest.mark.parametrize("memory", [pytest.param("gru", marks=pytest.mark.slow), "lstm"])
-def test_replaying_a_rollout_reproduces_what_was_acted_on(memory: str):
-    """Two rollouts in a row, episodes ending inside: each action's log-probability under the
-    stepwise network equals that of the replayed sequence, and the carry goes on across rollouts."""
+def test_replaying_a_rollout_reproduces_its_log_probabilities(memory: str):
+    """Two rollouts in a row, with episodes ending inside: each action's log-probability under the
+    stepwise network equals that of the replayed sequence, and the carry continues between them."""
     config = ppo.Config(memory=memory, num_envs=4, num_steps=24, hidden_sizes=(16,))
     parts = parts_of(config, RandomWalk())
     policy, network = parts.policy, parts.network
@@ -417,9 +419,9 @@ def test_gradients_are_clipped_by_their_global_norm(tiny: ppo.Config):
     assert norms[np.inf] == pytest.approx(float(metrics["grad_norm"]), rel=1e-4)
 
 
-def test_target_kl_leaves_out_the_epochs_after_the_one_that_passes_it(tiny: ppo.Config):
-    """One full batch an epoch: the first has no KL and the second passes the limit, so ten epochs
-    are two, metrics included, but for the order of the batch."""
+def test_target_kl_skips_the_epochs_after_the_one_that_exceeds_it(tiny: ppo.Config):
+    """With one full batch per epoch, the first has no KL and the second exceeds the limit, so ten
+    epochs equal two, including metrics, up to the order of the batch."""
     results = {}
     for epochs, target_kl in [(2, None), (10, None), (10, 1e-9), (10, 1e9)]:
         config = dataclasses.replace(tiny, update_epochs=epochs, num_minibatches=1)
@@ -434,7 +436,7 @@ def test_target_kl_leaves_out_the_epochs_after_the_one_that_passes_it(tiny: ppo.
     assert free["approx_kl"] > 2 * two[1]["approx_kl"]
 
 
-def test_critic_learning_rate_moves_the_critic_alone(tiny: ppo.Config):
+def test_critic_learning_rate_changes_only_the_critic(tiny: ppo.Config):
     parts, learner, batch = fixed_batch(tiny)
     hparams = ppo.HParams(learning_rate=0.0, critic_learning_rate=1e-3)
     new, _ = jax.jit(parts.improve)(learner, batch, hparams, ())
@@ -458,7 +460,7 @@ def test_learning_rate_schedules(tiny: ppo.Config, schedule: Any, factors: list[
 # Metrics
 
 
-def test_episode_metrics_are_those_of_a_loop_over_episodes():
+def test_episode_metrics_equal_a_loop_over_episodes():
     rng = np.random.default_rng(0)
     reward = rng.normal(size=(3, 20, 4)).astype(np.float32)
     done = rng.random((3, 20, 4)) < 0.1
@@ -503,7 +505,7 @@ def test_step_counts_do_not_overflow():
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-5, 1.0, 1e12])
-def test_explained_variance_is_right_at_every_scale(scale: float):
+def test_explained_variance_at_every_scale(scale: float):
     rng = np.random.default_rng(0)
     target, noise = rng.normal(3, 1, (2, 40, 5)) * scale
     mask = (rng.random((40, 5)) < 0.7).astype(np.float32)
@@ -516,7 +518,7 @@ def test_explained_variance_is_right_at_every_scale(scale: float):
 
 @pytest.mark.parametrize("target", [0.0, 0.1, -3e7])
 def test_explained_variance_of_constant_targets_is_nan(target: float):
-    """Also of those that differ by rounding, here in the last bit."""
+    """Also if targets differ by rounding, here in the last bit."""
     targets = jnp.full(64, target, jnp.float32).at[0].multiply(1 + 2**-23)
     assert np.isnan(explained_variance(jnp.arange(64.0), targets, jnp.ones(64)))
 
@@ -546,8 +548,8 @@ for changes in (
 
 
 @pytest.mark.usefixtures("one_cache")
-def test_64_bit_mode_changes_no_type_of_ours():
-    """What an environment makes may be wider; what is learned and counted has 32 bits."""
+def test_learner_and_metrics_stay_32_bit_in_64_bit_mode():
+    """Arrays of the environment may have 64 bits."""
     variables = os.environ | {"JAX_ENABLE_X64": "1"}
     done = subprocess.run(
         [sys.executable, "-c", WIDE], env=variables, capture_output=True, text=True, check=False
@@ -572,7 +574,7 @@ def test_continuous_actions_learn_the_best_one_within_bounds(kind: Any):
         action_distribution=kind, log_std_init=-0.5,
     )  # fmt: skip
     state, metrics = trained(config, ppo.HParams(learning_rate=3e-3, ent_coef=0.0), 150, Target())
-    assert np.min(metrics["episode_return"]) > -10.0  # no action out of bounds reached it
+    assert np.min(metrics["episode_return"]) > -10.0  # it received no action out of bounds
     agent = ppo.make_agent(config, state, env=Target())
     action, _ = agent.act(jax.random.key(0), jnp.ones((1, 2)), (), deterministic=True)
     assert action.shape == (1, 1)
@@ -582,8 +584,8 @@ def test_continuous_actions_learn_the_best_one_within_bounds(kind: Any):
 @pytest.mark.slow
 @pytest.mark.parametrize(("memory", "low", "high"), [("gru", 0.9, 1.0), ("none", -0.35, 0.35)])
 def test_memory_chain_needs_a_memory(memory: Any, low: float, high: float):
-    """The answer is shown in the first steps and asked for in the last: a policy without a
-    memory has an expected return of 0."""
+    """The answer is visible in the first steps and needed in the last: a policy without a memory
+    has an expected return of 0."""
     config = ppo.Config(
         env_id="MemoryChain-bsuite", memory=memory, num_envs=32, num_steps=32,
         total_timesteps=60 * 1024, hidden_sizes=(32,), memory_size=32,
@@ -594,8 +596,8 @@ def test_memory_chain_needs_a_memory(memory: Any, low: float, high: float):
 
 
 def test_time_limits_can_count_as_terminations(tiny: ppo.Config):
-    """Reward 1 per step and a limit of 5: returns to the limit, 1 + 0.9 + ..., where bootstrapping
-    adds the critic's value of what follows."""
+    """Reward 1 per step and a limit of 5: targets are returns to the limit, 1 + 0.9 + ..., to which
+    bootstrapping would add the critic's value."""
     hparams = ppo.HParams(gamma=0.9, gae_lambda=1.0)
     targets = {}
     for bootstraps in (True, False):

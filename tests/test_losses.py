@@ -20,10 +20,10 @@ from purejaxppo.losses import (
     ("ratio", "advantage", "loss", "slope"),
     [
         (1.1, 2.0, -2.2, -2.0),  # inside the range: -r A
-        (1.5, 2.0, -2.4, 0.0),  # above, A > 0: held at 1.2 A, no gradient
+        (1.5, 2.0, -2.4, 0.0),  # above, A > 0: clipped to 1.2 A, no gradient
         (0.5, 2.0, -1.0, -2.0),  # below, A > 0: not clipped
         (1.5, -2.0, 3.0, 2.0),  # above, A < 0: not clipped
-        (0.5, -2.0, 1.6, 0.0),  # below, A < 0: held at 0.8 A, no gradient
+        (0.5, -2.0, 1.6, 0.0),  # below, A < 0: clipped to 0.8 A, no gradient
     ],
 )
 def test_clipped_surrogate(ratio: float, advantage: float, loss: float, slope: float):
@@ -39,7 +39,7 @@ def test_clipped_surrogate(ratio: float, advantage: float, loss: float, slope: f
 def test_value_loss_clipped_and_not():
     value, old, target = jnp.array([3.0, 3.0, 0.1]), jnp.zeros(3), jnp.array([2.0, 4.0, 1.0])
     np.testing.assert_allclose(value_loss(value, old, target, None), [0.5, 0.5, 0.405])
-    # Held at 0.5, 0.5 and 0.1: the larger error counts.
+    # Clipped to 0.5, 0.5 and 0.1: the larger error counts.
     np.testing.assert_allclose(value_loss(value, old, target, 0.5), [1.125, 6.125, 0.405])
     slope = jax.grad(lambda v: value_loss(v, old, target, 0.5).sum())(value)
     np.testing.assert_allclose(slope, [0.0, 0.0, -0.9], atol=1e-6)
@@ -55,7 +55,7 @@ def test_approximate_kl_is_never_negative_and_estimates_the_kl():
     assert estimate == pytest.approx(np.sum(p * np.log(p / q)), rel=1e-5)
 
 
-def test_masked_steps_count_for_nothing():
+def test_masked_steps_are_ignored():
     rng = np.random.default_rng(0)
     values, mask = rng.normal(3, 5, (7, 9)).astype(np.float32), rng.random((7, 9)) < 0.6
     weights = jnp.asarray(mask, jnp.float32)
@@ -67,6 +67,6 @@ def test_masked_steps_count_for_nothing():
 
 
 @pytest.mark.parametrize("value", [99.343, 0.1, -3.0, 0.0])
-def test_equal_advantages_standardise_to_0_and_not_to_their_rounding(value: float):
+def test_equal_advantages_standardise_to_0_despite_rounding(value: float):
     values = jnp.full((1000,), value, jnp.float32)
     np.testing.assert_array_equal(standardize(values, jnp.ones(1000)), 0.0)

@@ -1,4 +1,4 @@
-"""Networks: initialisation, sequences against single steps, and what they read."""
+"""Networks: initialisation, sequences against single steps, and observations."""
 
 import flax.linen as nn
 import jax
@@ -47,7 +47,7 @@ def test_patch_conv_is_a_convolution(key: jax.Array):
 
 
 @pytest.mark.parametrize("shape", [(40, 3, 5), (40, 3, 2), (40, 20, 17), (40, 1, 1)])
-def test_gradients_of_a_product_are_its_transposed_products(shape: tuple[int, int, int]):
+def test_gradients_of_a_product_equal_transposed_products(shape: tuple[int, int, int]):
     rows, inputs, outputs = shape
     random = np.random.default_rng(0)
     x, kernel, g = (
@@ -72,7 +72,7 @@ def test_width_is_that_of_the_widest_layer():
     assert network_for(spaces.Box(0, 1, (10, 9, 4))).width == 8 * 7 * 16
 
 
-def test_a_seed_is_initialised_alike_alone_and_under_vmap():
+def test_a_seed_is_initialised_equally_alone_and_under_vmap():
     network = network_for()
     keys = jax.random.split(jax.random.key(3), 4)
     together = jax.vmap(network.init)(keys)
@@ -83,8 +83,8 @@ def test_a_seed_is_initialised_alike_alone_and_under_vmap():
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("memory", ["none", "gru", "lstm"])
-def test_a_sequence_is_its_steps_one_after_the_other(memory: str, shared: bool):
-    """With episodes that start inside the sequence, each row at other times."""
+def test_a_sequence_equals_its_single_steps(memory: str, shared: bool):
+    """With episodes that start inside the sequence, at different times in each row."""
     network = network_for(memory=memory, shared_trunk=shared)
     key = jax.random.key(1)
     params, obs = network.init(key), jax.random.normal(key, (12, 5, 3))
@@ -100,7 +100,7 @@ def test_a_sequence_is_its_steps_one_after_the_other(memory: str, shared: bool):
 
 
 @pytest.mark.parametrize("memory", ["gru", "lstm"])
-def test_start_forgets_all_that_came_before(memory: str):
+def test_start_resets_the_memory(memory: str):
     network = network_for(memory=memory)
     key = jax.random.key(2)
     params, obs = network.init(key), jax.random.normal(key, (6, 1, 3))
@@ -112,13 +112,13 @@ def test_start_forgets_all_that_came_before(memory: str):
     assert np.abs(remembered[3:] - after).max() > 1e-5
 
 
-def test_actor_and_critic_share_parameters_or_do_not(key: jax.Array):
+def test_actor_and_critic_share_parameters_if_configured(key: jax.Array):
     assert set(network_for(shared_trunk=True).init(key)) == {"shared", "actor_head", "critic_head"}
     separate = {"actor", "critic", "actor_head", "critic_head"}
     assert set(network_for(shared_trunk=False).init(key)) == separate
 
 
-def test_pixels_are_read_as_numbers_from_0_to_1(key: jax.Array):
+def test_pixels_are_scaled_to_0_to_1(key: jax.Array):
     network = network_for(spaces.Box(0, 255, (40, 40, 3), jnp.uint8))
     params, start = network.init(key), jnp.ones((1, 1), bool)
     assert "Conv_2" in params["actor"]["encoder"]
@@ -142,6 +142,6 @@ def test_discrete_observations_are_one_hot(key: jax.Array):
         (spaces.Dict({"a": VECTOR}), {}, "flatten"),
     ],
 )
-def test_observations_that_do_not_fit_are_refused(space: object, settings: dict, words: str):
+def test_unsupported_observations_are_refused(space: object, settings: dict, words: str):
     with pytest.raises(ppo.ConfigError, match=words):
         network_for(space, **settings)

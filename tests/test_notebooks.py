@@ -1,4 +1,4 @@
-"""Notebooks run from top to bottom."""
+"""Notebooks run from top to bottom without errors."""
 
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ SHORTER = {
         'optimization_level": 1': 'optimization_level": 0',
     },
 }
-"""What is replaced in the code, so that it trains for a shorter time."""
+"""Replacements in the code that shorten training."""
 
 
-def outputs(name: str, folder: Path, shorter: dict[str, str]) -> list[Any]:
-    """Of all cells of a notebook that was run."""
+def run_notebook(name: str, folder: Path, shorter: dict[str, str]) -> list[Any]:
+    """Run a notebook and return the outputs of all cells."""
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     for number, written in shorter.items():
         cells = [c for c in notebook.cells if c.cell_type == "code" and number in c.source]
@@ -44,12 +44,10 @@ def test_every_notebook_has_a_shorter_form():
     assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == set(SHORTER)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(x, marks=() if x == "01_quickstart" else pytest.mark.slow) for x in SHORTER],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHORTER)
 def test_notebook_runs_for_a_shorter_time(name: str, tmp_path: Path):
-    found = outputs(name, tmp_path, SHORTER[name])
+    found = run_notebook(name, tmp_path, SHORTER[name])
     assert not [out for out in found if out.output_type == "error"]
     assert pictures(found) >= 2
 
@@ -57,8 +55,8 @@ def test_notebook_runs_for_a_shorter_time(name: str, tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHORTER)
 def test_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Compiled in full, as they train for longer than they compile."""
+    """With full compiler optimisation, since training takes longer than compiling."""
     monkeypatch.delenv("XLA_FLAGS")
-    found = outputs(name, tmp_path, {})
+    found = run_notebook(name, tmp_path, {})
     assert not [out for out in found if out.output_type == "error"]
     assert pictures(found) >= 2

@@ -24,7 +24,7 @@ CASES = [
     for family in ("categorical", "normal", "tanh_normal", "multi_categorical")
     for value_loss in ("unclipped", "clipped")
 ]
-# float32 against float64; gradients are of the order of 1e-2, being those of a mean over 64.
+# float32 against float64; gradients of a mean over 64 samples are of the order of 1e-2.
 TOLERANCE = {"rtol": 1e-5, "atol": 5e-7}
 
 Case = dict[str, Any]
@@ -50,7 +50,7 @@ def policy_for(case: Case) -> Policy:
 
 
 def batch_of(case: Case) -> Batch:
-    """`[B, ...]` to a batch of `[1, B, ...]`; what the loss does not read is NaN."""
+    """A batch `[1, B, ...]` from arrays `[B, ...]`; fields that the loss does not read are NaN."""
     unread = jnp.full_like(case["value"][None], jnp.nan)
     no = jnp.zeros(unread.shape, bool)
     rollout = Rollout(
@@ -95,20 +95,20 @@ def compute(case: Case) -> dict[str, np.ndarray]:
     return {"loss": loss} | terms | by_name
 
 
-def test_loss_and_gradients_are_those_of_pytorch(case: Case):
+def test_loss_and_gradients_match_pytorch(case: Case):
     for name, computed in compute(case).items():
         expected = case[f"expected/{name}"]
         np.testing.assert_allclose(computed, expected, err_msg=name, **TOLERANCE)
 
 
-def test_log_probabilities_are_those_of_pytorch(case: Case):
+def test_log_probabilities_match_pytorch(case: Case):
     distribution = policy_for(case).distribution(jnp.asarray(case["outputs"]))
     log_prob = distribution.log_prob(jnp.asarray(case["action"]))
     np.testing.assert_allclose(log_prob, case["expected/log_prob"], **TOLERANCE)
 
 
 def test_samples_lie_on_every_branch_of_the_loss(case: Case):
-    """Or agreement would show little: at least 3 samples on each side of every clip."""
+    """At least 3 samples lie on each side of every clip, so that agreement is meaningful."""
     ratio = np.exp(case["expected/log_prob"] - case["old_log_prob"])
     inside = abs(ratio - 1) < case["clip_eps"]
     for side in (inside, ~inside & (ratio < 1), ~inside & (ratio > 1)):

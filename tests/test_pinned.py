@@ -1,8 +1,8 @@
-"""Updates on fixed data, pinned: what a change for speed must not change.
+"""Pinned results of updates on fixed data, which optimisations for speed must not change.
 
-The numbers were computed by the form of the update that came before the first of those changes:
-parameters as they were, one sample after the other. They are this package's own output, so they
-tell that something has changed, not what is right; `test_parity.py` does that.
+The numbers were computed by the update before the first optimisation, with unflattened parameters
+and samples in order. They are this package's own output, so they detect changes but do not show
+what is right; `test_parity.py` does that.
 """
 
 from typing import Any
@@ -72,8 +72,8 @@ PINNED: dict[str, list[float]] = {
 
 
 def sums_after_one_update(settings: dict[str, Any]) -> np.ndarray:
-    """A weighted sum of each parameter array after 3 epochs of one minibatch each, whose order of
-    samples is of no account."""
+    """A weighted sum of each parameter array after 3 epochs of one minibatch each, for which the
+    order of samples does not matter."""
     config = ppo.Config(
         num_envs=3, num_steps=5, total_timesteps=150, update_epochs=3, num_minibatches=1,
         hidden_sizes=(4,), **settings,

@@ -1,4 +1,4 @@
-"""Random orders: that they are orders, and random."""
+"""Random orders are permutations, and random."""
 
 import re
 
@@ -18,16 +18,16 @@ def orders(n: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("n", [1, 100, 256, 257, 652, 1000])
-def test_each_is_a_permutation_and_keys_give_different_ones(n: int):
+def test_orders_are_permutations_and_differ_between_keys(n: int):
     drawn = orders(n)
     np.testing.assert_array_equal(np.sort(drawn, axis=1), np.tile(np.arange(n), (DRAWS, 1)))
     assert len(np.unique(drawn, axis=0)) >= min(n, DRAWS)
 
 
 @pytest.mark.parametrize("n", [256, 257, 300, 1000])
-def test_they_are_as_uniform_as_chance_allows(n: int):
-    """Against what uniformly random permutations give, each within about 4 deviations: where a
-    number lands (chi-squared), what follows it, how many stay, how far the order is kept."""
+def test_orders_are_uniformly_random(n: int):
+    """Against uniformly random permutations, within about 4 standard deviations: positions
+    (chi-squared), successors, fixed points, and correlation with the original order."""
     drawn = orders(n)
     for position in (0, 1, n // 2, n - 1):
         counts = np.histogram(drawn[:, position], bins=10, range=(0, n))[0]
@@ -43,8 +43,8 @@ def test_they_are_as_uniform_as_chance_allows(n: int):
 
 
 @pytest.mark.parametrize("n", [257, 652])
-def test_numbers_that_land_outside_are_sent_through_again_until_they_do_not(n: int):
-    """Against walking each number on its own, for as many orders as show every case."""
+def test_cycle_walking_equals_walking_each_number_on_its_own(n: int):
+    """For 50 orders, which include every case."""
     sides = _sides(-(-n // 8) * 8)
     end = sides[0] * sides[1]
     assert n < end < n + 32
@@ -66,7 +66,7 @@ def test_numbers_that_land_outside_are_sent_through_again_until_they_do_not(n: i
 
 @pytest.mark.parametrize("n", [1025, 131_073, 3 * 2**16, 2**20 + 7])
 def test_work_is_little_more_than_n_at_every_size(n: int):
-    """What lies beyond n is few numbers, and loops go over those alone."""
+    """Few numbers lie at n or above, and loops run over those only."""
     hlo = jax.jit(lambda key: random_order(key, n)).lower(jax.random.key(0)).as_text()
     loops = [line for line in hlo.splitlines() if "stablehlo.while" in line]
     sizes = [int(size) for line in loops for size in re.findall(r"tensor<(\d+)xui32>", line)]
@@ -74,8 +74,8 @@ def test_work_is_little_more_than_n_at_every_size(n: int):
 
 
 def test_a_minibatch_is_a_random_sample():
-    """How many of the first half of the batch land in the first of 4 minibatches is spread as
-    drawing without replacement spreads it, with variance n/4 * 1/4 * (3n/4) / (n - 1)."""
+    """The number of samples of the batch's first half in the first of 4 minibatches has the
+    variance of drawing without replacement, n/4 * 1/4 * (3n/4) / (n - 1)."""
     n = 512
     in_first = np.sum(orders(n)[:, : n // 4] < n // 2, axis=1)
     expected = n / 4 / 4 * (3 * n / 4) / (n - 1)
@@ -83,7 +83,7 @@ def test_a_minibatch_is_a_random_sample():
     assert np.var(in_first) == pytest.approx(expected, rel=4 * np.sqrt(2 / DRAWS))
 
 
-def test_it_has_no_sort():
+def test_random_order_does_not_sort():
     hlo = jax.jit(lambda key: random_order(key, 512)).lower(jax.random.key(0)).as_text()
     assert "sort" not in hlo
     assert jnp.issubdtype(random_order(jax.random.key(0), 512).dtype, jnp.int32)

@@ -1,4 +1,4 @@
-"""Tasks: one seam for everything that is trained; parts of one's own."""
+"""Tasks: the interface for everything that is trained, and custom parts."""
 
 import dataclasses
 import json
@@ -29,10 +29,10 @@ EVERY_5: dict[str, Any] = {
 }  # fmt: skip
 
 
-# A task of another kind, through the same host
+# A task other than reinforcement learning, with the same host
 
 
-def test_a_regression_runs_and_ends_where_a_plain_loop_does(tmp_path: Path):
+def test_a_regression_equals_a_plain_loop(tmp_path: Path):
     result = ppo.run(line_task(), HPARAMS, run_dir=tmp_path / "r", **EVERY_5)
     np.testing.assert_allclose(
         result.states.learner.params[0], fitted(0.3, seed=0), rtol=1e-4, atol=1e-6
@@ -56,7 +56,7 @@ def test_a_regression_resumes_bit_for_bit(tmp_path: Path, fused: Any):
 
 @pytest.mark.parametrize(("devices", "seeds"), [(2, 2), (2, 1)])
 def test_a_regression_is_spread_over_devices(devices: int, seeds: int):
-    """By seeds, or by the samples of one."""
+    """By seeds, or by the samples of one seed."""
     given: dict[str, Any] = {"num_seeds": seeds, "eval_episodes": 4, "progress": False}
     one = ppo.run(line_task(), HPARAMS, devices=1, **given)
     two = ppo.run(line_task(), HPARAMS, devices=devices, **given)
@@ -93,10 +93,10 @@ def test_a_task_that_does_not_act_has_no_agent():
         ppo.make_agent(line_task(), ppo.TrainState((), ()))
 
 
-# Hyperparameters of one's own
+# Custom hyperparameters
 
 
-def test_hyperparameters_of_ones_own_are_traced_mapped_and_kept(tmp_path: Path):
+def test_custom_hyperparameters_are_traced_mapped_and_saved(tmp_path: Path):
     train = ppo.make_train(line_task())
     decays = jnp.array([0.0, 1.0])
     hparams = LineHParams(learning_rate=0.3, weight_decay=decays)
@@ -121,7 +121,7 @@ def learned(config: ppo.Config, **given: Any) -> Any:
     return jax.jit(train)(jax.random.key(0), ppo.HParams(learning_rate=0.01))
 
 
-def test_a_part_written_anew_gives_the_numbers_of_ours(tiny: ppo.Config):
+def test_reimplemented_parts_equal_the_built_in_ones(tiny: ppo.Config):
     _, ours = learned(tiny)
     _, own = learned(tiny, objective=parts.clipped)
     np.testing.assert_allclose(own["policy_loss"], ours["policy_loss"], rtol=1e-4, atol=1e-6)
@@ -137,7 +137,7 @@ def test_a_part_written_anew_gives_the_numbers_of_ours(tiny: ppo.Config):
 
 
 @pytest.mark.parametrize("module", [parts.TwoHeads, parts.Recurrent])
-def test_a_network_of_ones_own_trains_evaluates_resumes_and_is_exported(
+def test_a_custom_network_trains_evaluates_loads_and_is_exported(
     module: Any, tiny: ppo.Config, tmp_path: Path
 ):
     config = dataclasses.replace(tiny, hidden_sizes=(64, 64), memory_size=64)
@@ -158,7 +158,7 @@ def test_a_network_of_ones_own_trains_evaluates_resumes_and_is_exported(
         ppo.resume(tmp_path / "r", env=RandomWalk(), progress=False)
 
 
-def test_a_recurrent_module_forgets_where_an_episode_starts(tiny: ppo.Config):
+def test_a_recurrent_module_is_reset_where_an_episode_starts(tiny: ppo.Config):
     config = dataclasses.replace(tiny, hidden_sizes=(64, 64), memory_size=64)
     task = ppo.make_task(config, env=RandomWalk(), network=parts.Recurrent)
     assert task.parts is not None
@@ -173,8 +173,8 @@ def test_a_recurrent_module_forgets_where_an_episode_starts(tiny: ppo.Config):
     assert np.abs(np.asarray(whole[3:] - never[3:])).max() > 1e-3
 
 
-def test_weights_of_an_estimator_count(tiny: ppo.Config):
-    """Weights of 1 change nothing; of 0 for every second environment, as if there were half."""
+def test_weights_of_an_estimator_are_applied(tiny: ppo.Config):
+    """Weights of 1 change nothing; weights of 0 for every second environment do."""
     config = dataclasses.replace(tiny, num_minibatches=1, advantage_normalization="none")
 
     def weighted(weight: Any) -> Any:
@@ -206,8 +206,8 @@ def test_extra_losses_are_learned_and_logged(tiny: ppo.Config, tmp_path: Path):
     assert ",size,seconds" in (tmp_path / "r/metrics.csv").read_text().splitlines()[0]
 
 
-def test_an_actor_of_ones_own_makes_the_rollouts(tiny: ppo.Config):
-    """Every reward doubled."""
+def test_a_custom_actor_collects_the_rollouts(tiny: ppo.Config):
+    """It doubles every reward."""
 
     def doubled(made: ppo.Parts) -> ppo.Actor:
         def collect(*arguments: Any) -> Any:
@@ -241,7 +241,7 @@ def test_loggers_and_callbacks_see_every_update(tiny: ppo.Config, tmp_path: Path
     assert sum(count for _, count in seen) == seen[-1][0] == 3
 
 
-def test_a_callback_ends_a_run_which_can_be_resumed(tmp_path: Path, fused: Any):
+def test_a_run_that_a_callback_stopped_can_be_resumed(tmp_path: Path, fused: Any):
     given: dict[str, Any] = {"eval_episodes": 4, "progress": False}
     ppo.run(line_task(), HPARAMS, run_dir=tmp_path / "whole", **given)
     stopped = ppo.run(
@@ -253,7 +253,7 @@ def test_a_callback_ends_a_run_which_can_be_resumed(tmp_path: Path, fused: Any):
     np.testing.assert_array_equal(*(x.learner.params for x in states))
 
 
-def test_action_masks_are_honoured_everywhere():
+def test_action_masks_are_applied_everywhere():
     """In sampling, log-probabilities, entropies, modes and divergences."""
     config = ppo.Config(num_envs=8, num_steps=16, hidden_sizes=(8,), objective="ppo_kl")
     task, made = ppo.make_task(config, env=Masked()), parts_of(config, Masked())
@@ -281,8 +281,7 @@ def test_action_masks_are_honoured_everywhere():
 
 
 class Masked(RandomWalk):
-    """A random walk with a third action; one of the three is never allowed, which depends on
-    time."""
+    """A random walk with a third action; which of the three is forbidden depends on time."""
 
     def _obs(self, obs: jax.Array) -> dict[str, jax.Array]:
         forbidden = jnp.abs(obs[0]).astype(jnp.int32) % 3
@@ -311,7 +310,7 @@ class Masked(RandomWalk):
 # From the command line
 
 
-def test_parts_are_named_on_the_command_line_and_found_again(tmp_path: Path, capsys: Any):
+def test_parts_named_on_the_command_line_are_found_again(tmp_path: Path, capsys: Any):
     run = str(tmp_path / "r")
     command = (
         "--env-id toy_envs:RandomWalk --network parts:TwoHeads --optimizer parts:adamw "
@@ -346,26 +345,24 @@ def test_parts_are_named_on_the_command_line_and_found_again(tmp_path: Path, cap
         ("--loggers parts:adamw", "loggers"),
     ],
 )
-def test_parts_that_cannot_be_had_end_in_one_message(
+def test_parts_that_cannot_be_loaded_give_a_one_line_error(
     option: str, message: str, tmp_path: Path, capsys: Any
 ):
     arguments = [*option.split(), "--run-dir", str(tmp_path / "r"), "--total-timesteps=512"]
     assert main(["train", *arguments]) == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
-def test_a_checkpoint_names_no_module_that_config_toml_does_not(tiny: ppo.Config, tmp_path: Path):
+def test_a_checkpoint_and_config_toml_must_name_the_same_modules(tiny: ppo.Config, tmp_path: Path):
     config = dataclasses.replace(
         tiny, env_id="CartPole-v1", network="parts:TwoHeads", hidden_sizes=(64, 64), memory_size=64
     )
     ppo.run(config, run_dir=tmp_path / "r", eval_episodes=2, progress=False)
     path = tmp_path / "r/config.toml"
     path.write_text(path.read_text().replace("parts:TwoHeads", "parts:Recurrent"))
-    with pytest.raises(
-        ppo.ConfigError, match=r"names network = 'parts:TwoHeads', and config\.toml"
-    ):
+    with pytest.raises(ppo.ConfigError, match=r"'parts:TwoHeads', but config\.toml has 'parts:Rec"):
         ppo.load(tmp_path / "r")
 
 
@@ -382,7 +379,7 @@ def test_each_objective_has_defaults_that_work(name: str, tmp_path: Path, capsys
     ppo.make_task(ppo.Config(objective=name))
 
 
-def test_what_is_left_at_auto_follows_the_objective():
+def test_settings_left_at_auto_follow_the_objective():
     config = ppo.Config(objective="a2c")
     assert (config.num_envs, config.num_steps, config.update_epochs) == (16, 16, 1)
     changed = dataclasses.replace(config, objective="ppo_clip")
@@ -392,28 +389,19 @@ def test_what_is_left_at_auto_follows_the_objective():
     assert ppo.Config(num_envs=4) == ppo.Config()
 
 
-def test_the_readme_lists_what_the_table_holds():
-    readme = Path("README.md").read_text(encoding="utf-8")
-    for objective in ppo.OBJECTIVES.values():
-        own = ", ".join(f"`{x}`" for x in sorted(objective.reads - {"bootstrap_time_limits"}))
-        chosen = ", ".join(f"{name} = {value}" for name, value in objective.defaults.items())
-        words = objective.maximises.replace("|", r"\|")
-        assert f"| `{objective.name}` | {words} | {own} | {chosen} |" in readme
-
-
 def test_every_setting_that_some_objectives_read_exists():
     fields = {f.name for kind in (ppo.Config, ppo.HParams) for f in dataclasses.fields(kind)}
     assert fields >= READ_BY_SOME
 
 
-def test_no_other_module_asks_which_objective_it_is():
+def test_no_module_branches_on_the_name_of_the_objective():
     package = Path(ppo.__file__).parent
     for path in package.rglob("*.py"):
         assert "config.objective ==" not in path.read_text(), path
         assert "config.objective in" not in path.read_text(), path
 
 
-# What is refused
+# Errors
 
 
 class Wrong(nn.Module):
@@ -468,7 +456,7 @@ class Concrete(nn.Module):
         (
             {"optimizer": lambda h: optax.GradientTransformation(
                 lambda p: (), lambda g, s, p=None: (jax.tree.map(jnp.sum, g), s))},
-            r"optimizer: its change of .* has the shape \(\), and the parameter",
+            r"optimizer: its update of .* has shape \(\), but the parameter",
         ),
         ({"advantage": lambda rollout, h: rollout.reward}, r"advantage: returned 1 value "),
         (
@@ -479,7 +467,7 @@ class Concrete(nn.Module):
         ({"collect": lambda made: made.actor._replace(collect=lambda *_: 7)}, "collect: "),
     ],
 )  # fmt: skip
-def test_parts_that_do_not_fit_are_named(given: Any, message: str, tiny: ppo.Config):
+def test_errors_name_the_part_that_does_not_fit(given: Any, message: str, tiny: ppo.Config):
     config = dataclasses.replace(tiny, hidden_sizes=(64, 64), memory_size=64)
     with pytest.raises(ppo.ConfigError, match=message) as refused:
         ppo.make_task(config, env=RandomWalk(), **given)
@@ -495,7 +483,7 @@ def test_parts_that_contradict_each_other_are_refused(tiny: ppo.Config):
     task = ppo.make_task(tiny, env=RandomWalk())
     with pytest.raises(ppo.ConfigError, match="network: make_train is given a Task, whose parts"):
         ppo.make_train(task, network=parts.TwoHeads)
-    with pytest.raises(TypeError, match="'netwerk' is no part; the parts are env, env_params, ne"):
+    with pytest.raises(TypeError, match="'netwerk' is not a part; the parts are env, env_params"):
         ppo.make_task(tiny, netwerk=parts.TwoHeads)
 
 
@@ -505,8 +493,8 @@ def test_tasks_are_pickled_as_the_call_that_makes_them():
     assert pickle.loads(pickle.dumps(line_task(LineConfig(rows=4)))).config.rows == 4
 
 
-def test_the_core_knows_nothing_of_the_host():
-    """Nor do objectives and environments; and nothing on the path of an update builds parts."""
+def test_the_core_does_not_import_the_host():
+    """Nor do objectives and environments; and no module used in an update imports `task`."""
     package = Path(ppo.__file__).parent
     core = [*package.glob("*.py"), *package.glob("objectives/*.py"), *package.glob("envs/*.py")]
     for path in core:
@@ -535,7 +523,7 @@ def test_every_package_is_part_of_the_wheel():
     assert {name.replace("/", ".") for name in found} <= listed
 
 
-def test_a_loss_of_ones_own_may_read_the_kl_divergence(tiny: ppo.Config):
+def test_a_custom_loss_may_read_the_kl_divergence(tiny: ppo.Config):
     def penalized(weight: float) -> Any:
         return lambda terms, h: -jnp.exp(terms.log_ratio) * terms.advantage + weight * terms.kl
 
@@ -545,7 +533,7 @@ def test_a_loss_of_ones_own_may_read_the_kl_divergence(tiny: ppo.Config):
 
 
 class Named(nn.Module):
-    """Actor and critic apart."""
+    """Separate actor and critic."""
 
     num_outputs: int
 
@@ -556,8 +544,8 @@ class Named(nn.Module):
         return nn.Dense(self.num_outputs, name="actor")(obs), value
 
 
-def test_trpo_keeps_its_policy_whatever_fits_the_critic(tiny: ppo.Config):
-    """The divergence that it reports is that of the policies before and after the whole update."""
+def test_fitting_the_critic_does_not_change_the_policy_of_trpo(tiny: ppo.Config):
+    """The reported KL divergence is between the policies before and after the whole update."""
     config = dataclasses.replace(
         tiny, objective="trpo", hidden_sizes=(64, 64), memory_size=64, num_envs=8
     )
@@ -578,7 +566,7 @@ def test_trpo_keeps_its_policy_whatever_fits_the_critic(tiny: ppo.Config):
 
 
 def test_a_constant_weight_changes_nothing(tiny: ppo.Config):
-    """However small: means are over the sum of the weights."""
+    """Even a small one: means are divided by the sum of the weights."""
 
     def weighted(weight: float) -> Any:
         def estimate(rollout: ppo.Rollout, hparams: ppo.HParams) -> Any:
@@ -592,7 +580,7 @@ def test_a_constant_weight_changes_nothing(tiny: ppo.Config):
         np.testing.assert_allclose(small[name], one[name], rtol=1e-3, atol=1e-5)
 
 
-def test_a_task_without_a_loss_trains_as_long_as_any():
+def test_a_task_without_a_loss_trains_to_the_end():
     plain = line_task()
 
     def learner(axis: str | None) -> ppo.Learner:
@@ -609,7 +597,7 @@ def test_a_task_without_a_loss_trains_as_long_as_any():
     assert result.metrics["mse"].shape == (2, 20)
 
 
-def test_a_task_brings_its_data_everywhere():
+def test_all_entry_points_use_the_data_of_a_task():
     learner = ppo.make_learner(line_task())
     state = learner.init(jax.random.key(0), HPARAMS)
     state, _ = ppo.train_chunk(learner, state, HPARAMS, 20)
@@ -617,7 +605,7 @@ def test_a_task_brings_its_data_everywhere():
     assert ppo.evaluate(line_task(), state, jax.random.key(1), 4).shape == (4,)
 
 
-def test_a_passed_objective_brings_its_defaults(tiny: ppo.Config):
+def test_a_passed_objective_sets_its_defaults(tiny: ppo.Config):
     task = ppo.make_task(ppo.Config(), objective=ppo.OBJECTIVES["a2c"])
     assert (task.config.num_envs, task.config.update_epochs) == (16, 1)
     own = dataclasses.replace(ppo.OBJECTIVES["reinforce_baseline"], name="mine")
@@ -626,8 +614,8 @@ def test_a_passed_objective_brings_its_defaults(tiny: ppo.Config):
 
 
 @pytest.mark.parametrize("command", ["train", "sweep"])
-def test_an_objective_named_on_the_command_line_brings_its_defaults(command: str, tmp_path: Path):
-    """The host counts steps by the same numbers as the learner."""
+def test_an_objective_named_on_the_command_line_sets_its_defaults(command: str, tmp_path: Path):
+    """The host and the learner count the same steps."""
     directory = tmp_path / "r"
     arguments = (
         f"{command} --objective parts:actor_critic --total-timesteps 1024 --eval-episodes 2 "
@@ -646,7 +634,7 @@ def test_an_objective_named_on_the_command_line_brings_its_defaults(command: str
             assert sorted(set(curves["env_steps"].tolist())) == [256, 512, 768, 1024]
 
 
-def test_a_file_with_hyperparameters_of_ones_own_trains_again(tmp_path: Path, capsys: Any):
+def test_a_config_file_with_custom_hyperparameters_trains_again(tmp_path: Path, capsys: Any):
     own = parts.Decay(weight_decay=0.5)
     config = ppo.Config(optimizer="parts:decayed", total_timesteps=512)
     ppo.run(config, own, run_dir=tmp_path / "a", eval_episodes=2, progress=False)
@@ -701,12 +689,12 @@ def test_fields_of_any_type_are_traced():
         ),
     ],
 )  # fmt: skip
-def test_what_has_no_effect_is_refused(given: Any, message: str, tiny: ppo.Config):
+def test_parts_without_effect_are_refused(given: Any, message: str, tiny: ppo.Config):
     with pytest.raises(ppo.ConfigError, match=message):
         ppo.make_task(tiny, env=RandomWalk(), **given)
 
 
-def test_a_critics_learning_rate_needs_a_critic(tiny: ppo.Config):
+def test_a_critic_learning_rate_needs_a_critic(tiny: ppo.Config):
     config = dataclasses.replace(tiny, hidden_sizes=(64, 64), memory_size=64)
     train = ppo.make_train(config, RandomWalk(), network=parts.TwoHeads)
     with pytest.raises(ppo.ConfigError, match="critic_learning_rate: has no effect, since"):
@@ -724,12 +712,24 @@ class Nested(Masked):
         return spaces.Dict({"inner": inner, "other": inner.spaces["position"]})
 
 
-def test_masks_elsewhere_and_dictionaries_to_normalise_are_refused(tiny: ppo.Config):
+def test_nested_masks_and_normalised_dictionaries_are_refused(tiny: ppo.Config):
     config = dataclasses.replace(tiny, hidden_sizes=(64, 64), memory_size=64)
     with pytest.raises(ppo.ConfigError, match="action_mask lies inside another dictionary"):
         ppo.make_task(config, env=Nested(), network=First)
     with pytest.raises(ppo.ConfigError, match="normalises a single array"):
         ppo.make_task(dataclasses.replace(config, normalize_obs=True), env=Masked())
+
+
+class InTuple(RandomWalk):
+    def observation_space(self, params: Any) -> Any:
+        from gymnax.environments import spaces
+
+        return spaces.Tuple([super().observation_space(params)])
+
+
+def test_tuple_observations_are_refused():
+    with pytest.raises(ppo.ConfigError, match="observation space of type Tuple: not supported"):
+        ppo.make_task(ppo.Config(), env=InTuple(), network=parts.TwoHeads)
 
 
 class First(nn.Module):
@@ -741,7 +741,7 @@ class First(nn.Module):
         return x[..., :-1], x[..., -1]
 
 
-def test_what_is_no_logger_and_no_callback_is_refused(tiny: ppo.Config, tmp_path: Path):
+def test_invalid_loggers_and_callbacks_are_refused(tiny: ppo.Config, tmp_path: Path):
     config = dataclasses.replace(tiny, env_id="CartPole-v1")
     ppo.run(config, run_dir=tmp_path / "r", eval_episodes=2, progress=False)
     for call in (lambda **x: ppo.run(config, **x), lambda **x: ppo.resume(tmp_path / "r", **x)):

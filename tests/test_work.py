@@ -1,7 +1,7 @@
-"""Work counted, not timed: what one update compiles to must not grow unseen.
+"""Work is counted, not timed: the compiled program of an update must not grow unnoticed.
 
-A bound lies a tenth above what was counted when it was set. Where a change needs more for good
-reason, count again and say why in `benchmarks/NOTES.md`.
+Each bound is 10% above the count when it was set. If a change needs more for a good reason, count
+again and explain it in `benchmarks/NOTES.md`.
 """
 
 import re
@@ -29,8 +29,8 @@ def compiled(request: pytest.FixtureRequest) -> tuple[str, Any]:
 
 
 def test_operations_of_an_update(compiled: tuple[str, Any]):
-    """Instructions that XLA schedules on its own, inside loops counted once: those that move
-    nothing, and the insides of fusions, do not count."""
+    """Instructions that XLA schedules separately, those in loops counted once. Instructions that
+    move no data, and those inside fusions, do not count."""
     name, program = compiled
     text = re.sub(r"(?m)^%(?:fused|wrapped)[^\n]*\{\n(?:.*\n)*?\}\n", "", program.as_text())
     free = "parameter|get-tuple-element|tuple|constant|bitcast"
@@ -39,7 +39,7 @@ def test_operations_of_an_update(compiled: tuple[str, Any]):
 
 
 def test_live_bytes_of_an_update(compiled: tuple[str, Any]):
-    """What is alive at once beside the state: the rollout, a shuffled copy of it, a minibatch."""
+    """Peak memory besides the state: the rollout, a shuffled copy of it, a minibatch."""
     name, program = compiled
     live = program.memory_analysis().temp_size_in_bytes
     assert LIVE_BYTES[name] / 2 < live <= LIVE_BYTES[name]

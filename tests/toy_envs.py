@@ -1,4 +1,4 @@
-"""Environments whose answers are known in closed form. They keep gymnax 1.x's contract."""
+"""Environments with known closed-form solutions and gymnax 1.x's interface."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ class Params(EnvParams):
 
 
 class ConstantChain(Environment):
-    """Reward 1 for ever; only a time limit ends an episode: V = 1 / (1 - gamma)."""
+    """Reward 1 forever; only a time limit ends an episode: V = 1 / (1 - gamma)."""
 
     @property
     def default_params(self) -> Params:
@@ -49,14 +49,14 @@ class ConstantChain(Environment):
 
 
 class Unending(ConstantChain):
-    """It states a limit of 5 steps that it does not keep."""
+    """States a limit of 5 steps but does not apply it."""
 
     def is_truncated(self, state: Clock, params: Params) -> jax.Array:
         return jnp.bool_(False)
 
 
 class Countdown(ConstantChain):
-    """The same, but the episode terminates after 5 steps, and the observation tells the step."""
+    """`ConstantChain`, but episodes terminate after 5 steps, and the observation is the step."""
 
     def step_env(self, key: jax.Array, state: Clock, action: jax.Array, params: Params) -> Any:
         obs, state, reward, _, info = super().step_env(key, state, action, params)
@@ -85,8 +85,8 @@ class Combination(ConstantChain):
 
 
 class Target(ConstantChain):
-    """A bandit over actions in [-2, 2]: reward -(a - 1)^2, whose best action is 1. It reports
-    an action out of bounds by a reward of -100."""
+    """A bandit over actions in [-2, 2]: reward -(a - 1)^2, whose best action is 1. An action
+    out of bounds has a reward of -100."""
 
     def step_env(self, key: jax.Array, state: Clock, action: jax.Array, params: Params) -> Any:
         state = state.replace(time=state.time + 1)
@@ -98,8 +98,8 @@ class Target(ConstantChain):
 
 
 class RandomWalk(ConstantChain):
-    """Ends at random, by termination or the time limit or both at once, with rewards and
-    observations that tell steps apart: for tests of bookkeeping."""
+    """Ends at random, by termination or the time limit or both at once. Rewards and observations
+    differ between steps: for tests of bookkeeping."""
 
     def step_env(self, key: jax.Array, state: Clock, action: jax.Array, params: Params) -> Any:
         state = state.replace(time=state.time + 1)
@@ -118,7 +118,7 @@ class RandomWalk(ConstantChain):
 
 
 class Poisoned(RandomWalk):
-    """Its reward is NaN from an episode's third step on where the episode's key is odd."""
+    """Its reward is NaN from the third step of episodes whose key is odd."""
 
     def step_env(self, key: jax.Array, state: Clock, action: jax.Array, params: Params) -> Any:
         obs, state, reward, terminated, info = super().step_env(key, state, action, params)
@@ -134,7 +134,7 @@ class Tabular(ConstantChain):
 
     def __init__(self, seed: int = 0):
         rng = np.random.default_rng(seed)
-        # One state more: the end.
+        # One more state: the end of the episode.
         shape = (self.STATES, self.ACTIONS, self.STATES + 1)
         self.transition = rng.dirichlet(np.full(shape[-1], 0.5), shape[:2])
         self.reward = rng.normal(0.5, 1.0, shape[:2])

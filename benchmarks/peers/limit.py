@@ -1,8 +1,8 @@
-"""The least that a step must cost here: prints, for one core, what `benchmarks/speed.py` makes the
-limit of.
+"""Print the rates of one core from which `benchmarks/speed.py` computes the limit.
 
-Random-policy environment stepping alone, with keys and actions drawn beforehand; the rate of a
-large matrix multiplication; and the operations that the networks need per environment step.
+They are the rate of environment steps alone, under a random policy with keys and actions drawn
+beforehand; the rate of a large matrix multiplication; and the operations that the networks need
+per environment step.
 """
 
 import itertools
@@ -27,7 +27,7 @@ MATRIX = 1024
 
 
 def best_seconds(function: Callable[[], Any]) -> float:
-    """The fastest call in about two seconds of calls, after a first one."""
+    """Seconds of the fastest call in about two seconds of calls, after one to warm up."""
     jax.block_until_ready(function())
     seconds, until = [], time.perf_counter() + SECONDS
     while time.perf_counter() < until:
@@ -65,9 +65,11 @@ def matmul_gflops() -> float:
 
 
 def flops_per_step(config: ppo.Config) -> int:
-    """Multiplications and additions of an actor and a critic of dense layers, per environment
-    step: the actor while acting, both after the rollout, and both forward and backward, three
-    times a forward pass, in each epoch."""
+    """Multiplications and additions of a dense actor and critic, per environment step.
+
+    The actor runs while acting, both run after the rollout, and both run forward and backward in
+    each epoch, which costs three forward passes.
+    """
     environment = make_environment(config)
     inputs = 1
     for size in environment.observation_space.shape:

@@ -1,4 +1,4 @@
-"""purejaxppo's contestant: the program that `purejaxppo.run` runs by default."""
+"""The contestant purejaxppo: the program that `purejaxppo.run` runs by default."""
 
 import time
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from purejaxppo.host.program import (
 )
 
 LATE = 0.1
-"""The part of training, its last, whose episodes give the training return."""
+"""Fraction of the run, at its end, whose episodes give the training return."""
 
 
 def make(spec: dict[str, Any]) -> tuple[float, dict[str, Callable[[], Any]]]:
@@ -71,7 +71,7 @@ def make(spec: dict[str, Any]) -> tuple[float, dict[str, Callable[[], Any]]]:
 
 
 def xla_mb() -> float:
-    """What XLA states the largest compiled program to need: arguments, results and temporaries."""
+    """XLA's memory estimate of the largest program: arguments, results and temporaries."""
     stats = [x.get_compiled_memory_stats() for x in jax.devices()[0].client.live_executables()]
     return max(
         x.argument_size_in_bytes

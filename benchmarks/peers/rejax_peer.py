@@ -1,4 +1,4 @@
-"""rejax's contestant: its whole training under one `jit`, evaluated only when asked."""
+"""The contestant rejax: whole runs under one `jit`, evaluated only on request."""
 
 import time
 from collections.abc import Callable

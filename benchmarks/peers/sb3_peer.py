@@ -1,4 +1,4 @@
-"""Stable-Baselines3's contestant."""
+"""The contestant Stable-Baselines3."""
 
 import stable
 import torch  # pyright: ignore[reportMissingImports]

@@ -1,4 +1,4 @@
-"""SBX's contestant: Stable-Baselines3's loop around updates in JAX."""
+"""The contestant SBX: Stable-Baselines3's loop around updates in JAX."""
 
 import stable
 import worker

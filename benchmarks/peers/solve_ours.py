@@ -1,4 +1,4 @@
-"""purejaxppo until it has solved the environment."""
+"""Train with purejaxppo until the environment is solved."""
 
 import json
 import sys
@@ -38,7 +38,7 @@ def main(spec: dict[str, Any]) -> None:
 
 
 def mean_of_last(counts: np.ndarray, sums: np.ndarray) -> float:
-    """The mean return over the fewest last updates that hold `EPISODES`; 0 before there are any."""
+    """Mean return over the last updates that contain `EPISODES`; 0 if there are too few."""
     enough = np.flatnonzero(np.cumsum(counts[::-1]) >= EPISODES)
     if not len(enough):
         return 0.0

@@ -1,4 +1,4 @@
-"""Stable-Baselines3 until it has solved the environment."""
+"""Train with Stable-Baselines3 until the environment is solved."""
 
 import stable
 import torch  # pyright: ignore[reportMissingImports]

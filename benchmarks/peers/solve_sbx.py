@@ -1,4 +1,4 @@
-"""SBX until it has solved the environment."""
+"""Train with SBX until the environment is solved."""
 
 import stable
 from flax import linen

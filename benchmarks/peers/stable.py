@@ -1,4 +1,4 @@
-"""What the contestants of the Stable-Baselines family, sb3 and sbx, have in common."""
+"""Code shared by the contestants of the Stable-Baselines family, sb3 and sbx."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ EVALUATION_EPISODES = 32
 
 
 def build(algorithm: Any, spec: dict[str, Any], **policy_kwargs: Any) -> Any:
-    """The model of a specification, with the hyperparameters that all contestants share."""
+    """Build the model of a specification, with the hyperparameters that all contestants share."""
     env = make_vec_env(spec["env"], spec["num_envs"], seed=spec["seed"], vec_env_cls=DummyVecEnv)
     return algorithm(
         "MlpPolicy",
@@ -45,8 +45,11 @@ def build(algorithm: Any, spec: dict[str, Any], **policy_kwargs: Any) -> Any:
 def make(
     algorithm: Any, spec: dict[str, Any], **policy_kwargs: Any
 ) -> tuple[float, dict[str, Callable[[], Any]]]:
-    """For `worker.serve`. The first update, in which whatever compiles is compiled, counts as
-    `compile_seconds`; each `go` trains the same model further."""
+    """Build the requests for `worker.serve`.
+
+    The first update, which includes compilation, counts as `compile_seconds`; each `go` trains the
+    same model further.
+    """
     model = build(algorithm, spec | {"seed": 0, "learning_rate": 2.5e-4}, **policy_kwargs)
     began = time.perf_counter()
     model.learn(spec["num_envs"] * spec["num_steps"])

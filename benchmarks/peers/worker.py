@@ -1,7 +1,7 @@
-"""The protocol between `benchmarks/speed.py` and a contestant, of the standard library alone.
+"""The protocol between `benchmarks/speed.py` and a contestant; needs only the standard library.
 
-A contestant gets a JSON specification as its argument, prints one JSON line when it is ready to be
-timed, and then answers every line that it reads, `go` or another request, by one JSON line.
+A contestant gets a JSON specification as its argument and prints one JSON line when it is ready to
+be timed. It then answers every line that it reads, `go` or another request, with one JSON line.
 """
 
 import json
@@ -21,18 +21,22 @@ SHARED = {
     "vf_coef": 0.5,
     "max_grad_norm": 0.5,
 }
-"""Hyperparameters that the peers call by the same name; ours has them as defaults."""
+"""Hyperparameters with the same name in all peers; they are our defaults."""
 
 _BEGAN = time.perf_counter()
 
 Outcome = tuple[int, float | None]
 """Environment steps summed over seeds, and the mean return of late training episodes or None."""
 Make = Callable[[dict[str, Any]], tuple[float | None, dict[str, Callable[[], Any]]]]
-"""`spec -> (compile_seconds, requests)`; the request `go` trains once and gives an `Outcome`."""
+"""`spec -> (compile_seconds, requests)`; the request `go` trains once, returning an `Outcome`."""
 
 
 def serve(make: Make, packages: list[str], device: Callable[[], str] = lambda: "cpu") -> None:
-    """Answer until standard input ends. `packages` are those whose versions matter."""
+    """Answer requests until standard input ends.
+
+    Args:
+        packages: packages whose versions are reported.
+    """
     answer = _take_stdout()
     import_seconds = time.perf_counter() - _BEGAN
     compile_seconds, requests = make(json.loads(sys.argv[1]))
@@ -62,13 +66,13 @@ def _timed(train: Callable[[], Outcome]) -> dict[str, Any]:
 
 
 def peak_rss_mb() -> float:
-    """The most memory that this process has held."""
+    """Peak resident memory of this process."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def _take_stdout() -> Callable[[dict[str, Any]], None]:
-    """A writer of JSON lines to standard output; what else prints there goes to standard error."""
+    """A writer of JSON lines to standard output; redirects all other output to standard error."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 

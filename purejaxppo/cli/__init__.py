@@ -1,4 +1,4 @@
-"""The command line."""
+"""Command-line interface."""
 
 from purejaxppo.cli.main import entry, main
 

@@ -1,4 +1,4 @@
-"""What a person typed, checked before tyro parses it: each refusal is one line."""
+"""Check command-line arguments before tyro parses them, so that each error is one line."""
 
 import re
 import types
@@ -11,7 +11,7 @@ from purejaxppo.checks import choices_of, fits_choice, in_words, nearest
 from purejaxppo.config import Config, ConfigError
 
 _PREFIXES = ("--hparams.", "--run.", "--sweep.")
-_OTHER_NAMES = {
+_ALIASES = {
     "--seeds": "--num-seeds",
     "--lr": "--learning-rate",
     "--env": "--env-id",
@@ -20,7 +20,7 @@ _OTHER_NAMES = {
     "--timesteps": "--total-timesteps",
     "--entropy-coef": "--ent-coef",
 }
-"""Names that other libraries use."""
+"""Option names that other libraries use."""
 _ENV_PARAMS = re.compile(r"--env[-_]params\.([^=]+)(?:=(.*))?", re.DOTALL)
 
 
@@ -38,14 +38,14 @@ class Arguments(NamedTuple):
 
 
 def read_arguments(command: str, args: Sequence[str], flags: Mapping[str, Any]) -> Arguments:
-    """Sort arguments into positional ones, options and parameters of the environment.
+    """Split arguments into positional ones, options and parameters of the environment.
 
     Args:
-        flags: the types of the options that the command has, by name.
+        flags: types of the command's options, by name.
 
     Raises:
-        ConfigError: for an option that the command does not have (the nearest is named), or a value
-            of the wrong type.
+        ConfigError: if an option does not exist (the message suggests the nearest one), or a value
+            has the wrong type.
     """
     found, left = Arguments([], [], {}), list(args)
     while left:
@@ -54,7 +54,7 @@ def read_arguments(command: str, args: Sequence[str], flags: Mapping[str, Any]) 
         if parameter and "env_id" in flags:
             name, text = parameter[1].replace("-", "_"), parameter[2]
             text = _next_value(word, left) if text is None else text
-            found.env_params[name] = _number_or_truth(word, text)
+            found.env_params[name] = _parse_number_or_bool(word, text)
         elif word.startswith("--"):
             found.options.extend(_option(command, word, left, flags))
         elif word.startswith("-") and word != "-":
@@ -65,7 +65,7 @@ def read_arguments(command: str, args: Sequence[str], flags: Mapping[str, Any]) 
 
 
 def _option(command: str, word: str, left: list[str], flags: Mapping[str, Any]) -> list[str]:
-    """An option with its values, which are taken from `left`."""
+    """An option with its values, which are removed from `left`."""
     prefix = next((p for p in _PREFIXES if word.startswith(p)), "--")
     typed, equals, text = word.removeprefix(prefix).partition("=")
     name = typed.replace("-", "_")
@@ -84,7 +84,7 @@ def _option(command: str, word: str, left: list[str], flags: Mapping[str, Any]) 
         return _flag(plain, hint, text if equals else None, left)
     if hint == tuple[int, ...]:
         texts = [text] if equals else []
-        while not equals and left and not left[0].startswith("-") and _is_whole(left[0]):
+        while not equals and left and not left[0].startswith("-") and _is_integer(left[0]):
             texts.append(left.pop(0))
         if not equals and not texts and left and not left[0].startswith("-"):
             texts.append(left.pop(0))
@@ -112,27 +112,27 @@ def _next_value(word: str, left: list[str]) -> str:
 
 
 def _checked(option: str, text: str, hint: Any) -> str:
-    """The text as tyro reads it. Raises `ConfigError` if it is no value of the option's type."""
+    """The text as tyro reads it. Raises `ConfigError` if it does not have the option's type."""
     optional = isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)
     if optional:
         if text.lower() == "none":
             return "None"
         hint = next(h for h in typing.get_args(hint) if h is not type(None))
     choices = choices_of(hint)
-    if int in typing.get_args(hint) and text not in choices and not _is_whole(text):
+    if int in typing.get_args(hint) and text not in choices and not _is_integer(text):
         raise ConfigError(f"{option} {text}: must be a whole number or auto")
     if choices and int not in typing.get_args(hint) and not fits_choice(text, hint):
         near = nearest(text, choices)
         hint_ = f" (did you mean {near}?)" if near else ""
         raise ConfigError(f"{option} {text}: must be one of {in_words(hint)}{hint_}")
-    if hint is int and not _is_whole(text):
+    if hint is int and not _is_integer(text):
         raise ConfigError(f"{option} {text}: must be a whole number")
     if hint is float and not _is_number(text):
         raise ConfigError(f"{option} {text}: must be a number{' or none' if optional else ''}")
     return text
 
 
-def _is_whole(text: str) -> bool:
+def _is_integer(text: str) -> bool:
     return re.fullmatch(r"[+-]?\d(_?\d)*", text) is not None and len(text) < 4000
 
 
@@ -144,10 +144,10 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _number_or_truth(option: str, text: str) -> float | int | bool:
+def _parse_number_or_bool(option: str, text: str) -> float | int | bool:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    if _is_whole(text):
+    if _is_integer(text):
         return int(text)
     if _is_number(text):
         return float(text)
@@ -158,14 +158,14 @@ def _unknown(command: str, word: str, flags: Mapping[str, Any]) -> str:
     known = {f"--{name.replace('_', '-')}": name for name in flags}
     known |= {f"--no-{n.replace('_', '-')}": n for n, hint in flags.items() if hint is bool}
     last = f"--{word.rpartition('.')[2].lstrip('-')}".replace("_", "-")
-    last = _OTHER_NAMES.get(last, last)
+    last = _ALIASES.get(last, last)
     near = nearest(last, known, 0.5)
     hint = f"did you mean {near}?" if near else f"`purejaxppo {command} --help` lists them"
     return f"{word}: {command} has no such option; {hint}"
 
 
 def find_config(text: str) -> Path | Config:
-    """What a person means by the positional argument: a file, a shipped config, or an environment.
+    """Resolve the positional argument: a file, a shipped config, or an environment.
 
     Raises:
         ConfigError: if it looks like a file and does not exist.
@@ -181,7 +181,7 @@ def find_config(text: str) -> Path | Config:
     if text in shipped:
         return shipped[text]
     near = nearest(text, shipped, 0.75)
-    if near and text.islower():  # environments have capital letters
+    if near and text.islower():  # names of environments have capital letters
         raise ConfigError(
             f"{text!r}: no such file, shipped config or environment; did you mean {near}?"
         )
@@ -189,8 +189,8 @@ def find_config(text: str) -> Path | Config:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Config files that come with the package, by the names that the command line takes."""
+    """Config files that come with the package, by name."""
     package = Path(__file__).parents[1]
-    folders = (package / "configs", package.parent / "configs")  # installed; a checkout
+    folders = (package / "configs", package.parent / "configs")  # installed, or a checkout
     folder = next((f for f in folders if f.is_dir()), None)
     return {} if folder is None else {p.stem: p for p in sorted(folder.rglob("*.toml"))}

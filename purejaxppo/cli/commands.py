@@ -1,4 +1,4 @@
-"""What each command does."""
+"""Implementations of the commands."""
 
 import dataclasses
 import json
@@ -34,17 +34,17 @@ class SweepCommand(NamedTuple):
 
 
 def settings_from_values(values: Mapping[str, Any], base: Settings) -> Settings:
-    """Settings by their names, whichever table they belong to.
+    """Build settings from values by name, from all tables.
 
     Args:
-        base: the config file's, which may have hyperparameters of a user's own class.
+        base: settings of the config file, which may have a custom class of hyperparameters.
 
     Raises:
-        ConfigError: if it is of a task that only Python can make.
+        ConfigError: if they are of a custom task, which only Python can build.
     """
     if type(base.config) is not Config:
         raise ConfigError(
-            f"types.config = {type(base.config).__name__}: is of a task of your own; train it from "
+            f"types.config = {type(base.config).__name__}: belongs to a custom task; train it from "
             "Python"
         )
     return Settings(
@@ -69,15 +69,14 @@ def run_command(command: Any) -> int:
     return _export(command) if isinstance(command, Export) else _envs()
 
 
-def _say_loading() -> None:
-    """Importing JAX takes seconds, in which a person should know what is happening. A run continues
-    if nobody reads this."""
+def _print_loading() -> None:
+    """Report that JAX is being imported, which takes seconds; ignore a closed standard output."""
     with suppress(OSError):
         print(f"purejaxppo {version('purejaxppo')}: loading JAX", flush=True)
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Print what a person asked for. Raises `StorageError` if it cannot be written."""
+    """Print output that the user asked for. Raises `StorageError` if it cannot be written."""
     try:
         print(text, end=end, flush=True)
     except BrokenPipeError:
@@ -93,8 +92,8 @@ def _train(command: TrainCommand) -> int:
         say(dump_settings(settings), end="")
         return 0
     flags = ProcessFlags(**pick(values, ProcessFlags))
-    _say_loading()
-    from purejaxppo.host.processes import joined  # after the arguments are known to be good
+    _print_loading()
+    from purejaxppo.host.processes import joined  # only after the arguments are checked
     from purejaxppo.host.run import Extras, run_settings
 
     stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -116,8 +115,8 @@ def _processes(flags: ProcessFlags) -> Any:
         )
     if flags.num_processes != 1 or flags.process_id:
         raise ConfigError(
-            f"num_processes = {flags.num_processes}, process_id = {flags.process_id}: without "
-            "coordinator there is one process; give --coordinator HOST:PORT"
+            f"num_processes = {flags.num_processes}, process_id = {flags.process_id}: several "
+            "processes need a coordinator; give --coordinator HOST:PORT"
         )
     return None
 
@@ -128,7 +127,7 @@ def _sweep(command: SweepCommand) -> int:
     if values["print_config"]:
         say(dump_definition(definition), end="")
         return 0
-    _say_loading()
+    _print_loading()
     from purejaxppo.sweeps.engine import start_sweep
 
     stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -143,8 +142,8 @@ def _sweep(command: SweepCommand) -> int:
 
 def _resume(command: Resume) -> int:
     if command.seed is not None and command.trial is None:
-        raise ConfigError(f"seed = {command.seed}: goes with --trial; a run resumes all its seeds")
-    _say_loading()
+        raise ConfigError(f"seed = {command.seed}: needs --trial; a run resumes all its seeds")
+    _print_loading()
     from purejaxppo.host.processes import joined
     from purejaxppo.host.run import resume
 
@@ -154,13 +153,13 @@ def _resume(command: Resume) -> int:
     if command.trial is not None:
         if command.processes != ProcessFlags():
             raise ConfigError(
-                "coordinator: does not go with --trial; resume the trial in one process first"
+                "coordinator: cannot be used with --trial; resume the trial in one process first"
             )
         from purejaxppo.host.parallel import use_all_cores
         from purejaxppo.sweeps.trials import extract_trial
 
         use_all_cores()
-        run_dir = extract_trial(run_dir, _trial(command.trial), command.seed)
+        run_dir = extract_trial(run_dir, _parse_trial(command.trial), command.seed)
     task = f"{run_dir.absolute()} {command.total_timesteps}"
     with joined(_processes(command.processes), task):
         result = resume(
@@ -200,7 +199,7 @@ def _refuse_passed(settings: RunSettings, what: str) -> None:
         )
 
 
-def _which(checkpoint: str) -> Any:
+def _parse_checkpoint(checkpoint: str) -> Any:
     if checkpoint in ("newest", "best"):
         return checkpoint
     if not checkpoint.isdecimal() or len(checkpoint) > 18:
@@ -211,24 +210,24 @@ def _which(checkpoint: str) -> Any:
 
 
 class _Trained(NamedTuple):
-    """What `eval` and `export` take from a directory."""
+    """Trained states that `eval` and `export` load from a directory."""
 
     task: Any
     states: Any
     """Leaves `[S, ...]`."""
     seeds: list[int]
-    """`[S]` their numbers."""
+    """`[S]` seed numbers."""
     failed: list[int]
-    """Seeds whose state is the last good one before their loss turned non-finite."""
+    """Seeds whose loss turned non-finite; their state is the last good one."""
 
 
-def _trained(command: Eval | Export, what: str) -> _Trained:
-    """The states of a run's checkpoint, or of a sweep's trial."""
+def _load_trained(command: Eval | Export, what: str) -> _Trained:
+    """Load the states of a run's checkpoint, or of a sweep's trial."""
     if holds(command.run_dir, SWEEP):
-        return _trained_in_sweep(command, what)
+        return _load_from_sweep(command, what)
     if command.trial is not None:
         raise ConfigError(
-            f"trial = {command.trial}: {str(command.run_dir)!r} is no sweep; leave --trial out"
+            f"trial = {command.trial}: {str(command.run_dir)!r} is not a sweep; leave out --trial"
         )
     from purejaxppo.host.load import find_states, task_of
 
@@ -236,24 +235,24 @@ def _trained(command: Eval | Export, what: str) -> _Trained:
         _refuse_passed(settings.run, what)
         return task_of(settings, None, {})
 
-    found, states = find_states(command.run_dir, _which(command.checkpoint), task)
-    seeds = list(range(found.settings.num_trainings))
+    found, states = find_states(command.run_dir, _parse_checkpoint(command.checkpoint), task)
+    seeds = list(range(found.settings.num_runs))
     trained = _Trained(task(found.settings), states, seeds, sorted(found.position.failed))
-    return trained if command.seed is None else _only(trained, command.seed)
+    return trained if command.seed is None else _select_seed(trained, command.seed)
 
 
-def _trained_in_sweep(command: Eval | Export, what: str) -> _Trained:
+def _load_from_sweep(command: Eval | Export, what: str) -> _Trained:
     from purejaxppo.sweeps.settings import load_definition
     from purejaxppo.sweeps.trials import load_trial
 
     if command.checkpoint != "newest":
         raise ConfigError(
-            f"checkpoint = {command.checkpoint}: a sweep keeps the last checkpoint of each trial; "
-            "leave --checkpoint out"
+            f"checkpoint = {command.checkpoint}: a sweep keeps only the last checkpoint of each "
+            "trial; leave out --checkpoint"
         )
     settings = load_definition(command.run_dir / SWEEP).settings
     _refuse_passed(settings.run, what)
-    config, _, states = load_trial(command.run_dir, _trial(command.trial), command.seed)
+    config, _, states = load_trial(command.run_dir, _parse_trial(command.trial), command.seed)
     import jax
 
     from purejaxppo.task import make_task, own_class
@@ -264,7 +263,7 @@ def _trained_in_sweep(command: Eval | Export, what: str) -> _Trained:
     return _Trained(task, jax.tree.map(lambda x: x[None], states), [command.seed], [])
 
 
-def _only(trained: _Trained, seed: int) -> _Trained:
+def _select_seed(trained: _Trained, seed: int) -> _Trained:
     import jax
 
     if seed not in trained.seeds:
@@ -273,7 +272,7 @@ def _only(trained: _Trained, seed: int) -> _Trained:
     return trained._replace(states=one, seeds=[seed])
 
 
-def _trial(text: str | None) -> Any:
+def _parse_trial(text: str | None) -> Any:
     if text is None or text == "best":
         return "best"
     if not text.isdecimal() or len(text) > 18:
@@ -293,7 +292,7 @@ def _eval(command: Eval) -> int:
 
     if command.compilation_cache:
         enable_compilation_cache()
-    trained = _trained(command, "evaluated")
+    trained = _load_trained(command, "evaluated")
     keys = evaluation_keys(command.eval_seed, max(trained.seeds) + 1, LATER_EVALUATION)
 
     def returns(state: Any, key: jax.Array) -> jax.Array:
@@ -307,8 +306,10 @@ def _eval(command: Eval) -> int:
 
 
 def _report(command: Eval, trained: _Trained, episodes: Any) -> None:
-    """Print returns `episodes[S, E]`, NaN for episodes that did not end. Seeds that failed do not
-    count in the mean."""
+    """Print the returns `episodes[S, E]`, NaN for unfinished episodes.
+
+    Seeds that failed are left out of the mean.
+    """
     import numpy as np
 
     from purejaxppo.host.stats import describe_interval, episode_mean, mean_interval
@@ -334,7 +335,7 @@ def _report(command: Eval, trained: _Trained, episodes: Any) -> None:
         return
     for seed, ended, bad in zip(trained.seeds, episodes, failed, strict=True):
         returns = ended[np.isfinite(ended)]
-        note = "; this seed failed, and this is its last good state" if bad else ""
+        note = "; this seed failed: evaluated its last good state" if bad else ""
         shown = f"{returns.mean():.2f} (standard deviation {returns.std():.2f})"
         say(f"seed {seed}: return {shown if returns.size else '-'}{note}")
     between = describe_interval(interval, int((~failed).sum()))
@@ -342,7 +343,7 @@ def _report(command: Eval, trained: _Trained, episodes: Any) -> None:
     if not np.isnan(mean):
         say(f"mean: {mean:.2f}{between}, {command.episodes} episodes per seed, {actions} actions")
     if unfinished:
-        say(f"{unfinished} of {episodes.size} episodes did not end and are left out")
+        say(f"{unfinished} of {episodes.size} episodes did not finish and are left out")
 
 
 def _export(command: Export) -> int:
@@ -352,10 +353,10 @@ def _export(command: Export) -> int:
 
     from purejaxppo.export import export_policy
 
-    task, states, _, failed = _trained(command, "exported")
+    task, states, _, failed = _load_trained(command, "exported")
     if command.seed in failed:
         warnings.warn(
-            f"seed {command.seed} failed: this is its last good state", RunWarning, stacklevel=2
+            f"seed {command.seed} failed: exporting its last good state", RunWarning, stacklevel=2
         )
     state = jax.tree.map(lambda x: x[0], states)
     exported = export_policy(task, state, sample=command.sample)

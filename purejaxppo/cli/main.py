@@ -1,4 +1,4 @@
-"""`purejaxppo`: reads the arguments, runs a command, turns errors into one line and a status."""
+"""The `purejaxppo` command: parse arguments, run a command, report errors in one line."""
 
 import contextlib
 import io
@@ -30,8 +30,8 @@ _CLOSED_PIPE = 141
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return the exit status.
 
-    0; 1 if a run failed or something could not be written; 2 for bad input; 130 or 143 if stopped
-    by SIGINT or SIGTERM; 141 if the reader of the output has closed it.
+    The status is 0 on success; 1 if a run failed or output could not be written; 2 for bad input;
+    130 or 143 if stopped by SIGINT or SIGTERM; 141 if the reader closed the output pipe.
     """
     args = sys.argv[1:] if argv is None else argv
     try:
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Show our warnings in one line each, without the place in the code."""
+    """Show this package's warnings as one line each, without the source location."""
 
     def show(message: Any, category: Any, *place: Any, **more: Any) -> None:
         if category is RunWarning:
@@ -65,13 +65,13 @@ def _plain_warnings() -> Iterator[None]:
 
     with warnings.catch_warnings():
         usual, warnings.showwarning = warnings.showwarning, show
-        # Left by a save that failed.
+        # A save that failed leaves one behind.
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         yield
 
 
 def _parse(args: Sequence[str]) -> Any:
-    """The command with its options, as an instance of one of `COMMANDS`' classes, or a
+    """Parse arguments into an instance of one of the classes in `COMMANDS`, or a
     `commands.TrainCommand` or `commands.SweepCommand`."""
     wants_help = bool({"-h", "--help"} & set(args))
     if wants_help:
@@ -100,11 +100,11 @@ def _check_positional(name: str, given: Sequence[str]) -> None:
 
 
 def _with_settings(name: str, given: Any) -> Any:
-    """A `train` or `sweep`: its settings are the config file's, and options override them."""
+    """Parse `train` or `sweep`, whose options override the config file."""
     if len(given.positional) > 1:
         raise ConfigError(
-            f"{given.positional[1]!r}: {name} takes one config or environment, and "
-            f"{given.positional[0]!r} is given already"
+            f"{given.positional[1]!r}: {name} takes one config or environment, but "
+            f"{given.positional[0]!r} is already given"
         )
     settings, search, source = Settings(), SweepSettings(), None
     if given.positional:
@@ -136,8 +136,10 @@ def _with_settings(name: str, given: Any) -> Any:
 
 
 def _merged(search: SweepSettings, values: dict[str, Any]) -> dict[str, Any]:
-    """The search space of the file and the command line, which overrides the file setting by
-    setting. tyro has put what the command line adds after what the file has."""
+    """Merge the search spaces of file and command line; the command line overrides single settings.
+
+    tyro has appended the entries of the command line to those of the file.
+    """
     new = {kind: values[kind][len(getattr(search, kind)) :] for kind in ("grid", "sample")}
     overridden = {swept_setting(text) for texts in new.values() for text in texts}
     return {
@@ -147,7 +149,7 @@ def _merged(search: SweepSettings, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tyro(kind: Any, name: str, args: list[str], default: Any) -> Any:
-    """Raises `ConfigError` where tyro prints a box of errors."""
+    """Parse with tyro; raise `ConfigError` instead of printing its box of errors."""
     errors = io.StringIO()
     options_: dict[str, Any] = {} if default is None else {"default": default}
     try:
@@ -162,7 +164,7 @@ def _tyro(kind: Any, name: str, args: list[str], default: Any) -> Any:
 
 
 def _all_commands(args: Sequence[str]) -> Any:
-    """Help on all commands, or a shell's completion script; anything else is refused."""
+    """Print help for all commands or a shell completion script; refuse anything else."""
     listed = f"the commands are {', '.join(COMMANDS)}"
     if not args:
         raise ConfigError(f"no command given; {listed} (`purejaxppo --help` describes them)")
@@ -183,8 +185,10 @@ _MARKERS = (tyro.conf.OmitArgPrefixes,)
 
 
 def entry() -> None:
-    """The console script: `main`, and then exit at once, without waiting for threads that evaluate
-    or failed to write."""
+    """Console script: call `main`, then exit immediately.
+
+    It does not wait for threads that are still evaluating or failed to write.
+    """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell, as in `>&-`
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115

@@ -1,4 +1,4 @@
-"""The options of each command, in the groups in which `--help` shows them."""
+"""The options of each command, in the groups shown by `--help`."""
 
 import dataclasses
 import types
@@ -23,7 +23,7 @@ class ProcessFlags:
     """Options for training one run in several processes, on one or more machines."""
 
     coordinator: str | None = None
-    """HOST:PORT of process 0, to which the others connect; the same for all processes."""
+    """HOST:PORT of process 0, to which the others connect; pass the same to all processes."""
     num_processes: int = 1
     """Number of processes."""
     process_id: int = 0
@@ -37,7 +37,7 @@ class Outputs:
     """Output options of a run."""
 
     run_dir: Path | None = None
-    """Directory to write to; must not hold a run yet. None uses runs/ENV_ID/DATE-TIME."""
+    """Directory to write to; must not contain a run yet. None uses runs/ENV_ID/DATE-TIME."""
     compilation_cache: bool = True
     """Keep compiled programs in the user's cache folder."""
     print_config: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -74,7 +74,7 @@ _GROUPS = {
     ),
     "device": "devices coordinator num_processes process_id wait_seconds",
 }
-"""The groups of settings in `--help`; a name in several groups is shown in the first."""
+"""Groups of settings in `--help`; a name in several groups is shown in the first."""
 _NOT_OPTIONS = ("passed", "env_params")
 
 
@@ -108,7 +108,7 @@ class Eval:
     run_dir: _Positional[Path]
     """A directory that `train` or `sweep` wrote."""
     trial: str | None = None
-    """Of a sweep: which trial, `best` or its number; None uses the best."""
+    """Of a sweep: trial to use, `best` or its number; None uses the best."""
     seed: int | None = None
     """Evaluate only this seed, counted from 0; None evaluates all."""
     checkpoint: str = "newest"
@@ -127,25 +127,25 @@ class Eval:
 
 @dataclass
 class Export:
-    """Write a policy as StableHLO, for programs that have jax but not this package."""
+    """Export a policy as StableHLO, for programs that have JAX but not this package."""
 
     run_dir: _Positional[Path]
     """A directory that `train` or `sweep` wrote."""
     file: _Positional[Path]
     """The file to write; must not exist yet."""
     trial: str | None = None
-    """Of a sweep: which trial, `best` or its number; None uses the best."""
+    """Of a sweep: trial to use, `best` or its number; None uses the best."""
     seed: int = 0
-    """Which seed's policy, counted from 0."""
+    """Export the policy of this seed, counted from 0."""
     checkpoint: str = "newest"
     """Of a run: `newest`, `best` (by evaluation), or a number of updates."""
     sample: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Sample actions, from a key that the caller passes, instead of using the most likely one."""
+    """Sample actions with a key from the caller instead of using the most likely action."""
 
 
 @dataclass
 class Plot:
-    """Draw a sweep's plots again, and report.html, which contains them all."""
+    """Redraw the plots of a sweep and report.html, which contains them all."""
 
     run_dir: _Positional[Path]
     """A directory that `sweep` wrote."""
@@ -153,7 +153,7 @@ class Plot:
 
 @dataclass
 class Envs:
-    """List the environments that can be trained."""
+    """List the available environments."""
 
 
 class Setting(typing.NamedTuple):
@@ -279,7 +279,7 @@ def pick(values: Mapping[str, Any], table: Any) -> dict[str, Any]:
 
 
 def join_help_lines() -> None:
-    """Give each option its docstring as one line, since tyro would keep the source's line breaks.
+    """Set each option's help to its docstring in one line; tyro would keep the line breaks.
 
     Takes 0.15 s, so it is called only if help is shown.
     """

@@ -1,4 +1,4 @@
-"""Environments: our one contract, and the adapters to it."""
+"""Environments: the `Environment` interface and the adapters to it."""
 
 from purejaxppo.envs.base import MultiDiscrete
 from purejaxppo.envs.registry import available_environments, make_environment

@@ -1,4 +1,4 @@
-"""Spaces, and how single environments become `Environment`, our contract for N of them."""
+"""Spaces, and conversion of single environments to `Environment`, the interface for N of them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,9 +13,9 @@ from purejaxppo.types import Environment, Policy, PyTree, TimeStep
 
 
 class MultiDiscrete:
-    """A space of several discrete choices made side by side; actions are `[A]` integers.
+    """A space of several independent discrete choices; actions are `[A]` integers.
 
-    Gymnax has no such space, so an environment of your own returns this one.
+    Gymnax has no such space; return this one from an environment of your own.
     """
 
     def __init__(self, num_categories: tuple[int, ...]):
@@ -40,12 +40,12 @@ class MultiDiscrete:
 
 
 def is_discrete(space: Any) -> bool:
-    """Whether `space` is one choice out of `space.n`, whoever's class it is."""
+    """Whether `space` is one choice out of `space.n`, of whatever class."""
     return hasattr(space, "n") and getattr(space, "shape", None) == ()
 
 
 def is_box(space: Any) -> bool:
-    """Whether `space` holds arrays of one shape between two bounds, whoever's class it is."""
+    """Whether `space` holds arrays of one shape between two bounds, of whatever class."""
     return hasattr(space, "low") and hasattr(space, "high") and hasattr(space, "shape")
 
 
@@ -56,10 +56,19 @@ def parts_of(space: Any) -> Any:
 
 
 def obs_shapes(space: Any) -> Any:
-    """The shapes of an observation's leaves."""
+    """The shapes of an observation's leaves.
+
+    Raises:
+        ConfigError: if a space in it has no shape.
+    """
     parts = parts_of(space)
     if isinstance(parts, dict):
         return {name: obs_shapes(part) for name, part in parts.items()}
+    if not hasattr(parts, "shape"):
+        raise ConfigError(
+            f"observation space of type {type(space).__name__}: not supported; use a Box, a "
+            "Discrete, or a Dict of them"
+        )
     return tuple(parts.shape)
 
 
@@ -69,9 +78,9 @@ StepOne = Callable[[Key[Array, ""], PyTree, Array], tuple[PyTree, PyTree, Array,
 def reset_on_demand(
     reset_one: Callable[[Key[Array, ""]], tuple[PyTree, PyTree]], step_one: StepOne
 ) -> Callable[[Key[Array, " N"], PyTree, Array], tuple[PyTree, TimeStep]]:
-    """N environments that do not reset themselves -> N that do.
+    """Add auto-reset to N environments.
 
-    Fresh states are computed only in steps in which some episode ends.
+    Fresh states are computed only in steps in which an episode ends.
 
     Args:
         reset_one: `key -> (state, obs)`.
@@ -85,7 +94,7 @@ def reset_on_demand(
         done = terminated | truncated
 
         def reset() -> tuple[PyTree, PyTree]:
-            # Split again: a key that is made outside is made in every step, needed or not.
+            # Split again here: keys made outside would be computed in every step.
             fresh = jax.vmap(reset_one)(split_each(keys)[1])
             return select_rows(done, fresh, (state, final_obs))
 
@@ -96,7 +105,7 @@ def reset_on_demand(
 
 
 def split_each(keys: Key[Array, " N"]) -> tuple[Key[Array, " N"], Key[Array, " N"]]:
-    """Two keys from each."""
+    """Split each key into two."""
     both = jax.vmap(jax.random.split)(keys)
     return both[:, 0], both[:, 1]
 
@@ -111,17 +120,17 @@ def select_rows(condition: Bool[Array, " N"], chosen: PyTree, other: PyTree) -> 
 
 
 def check_contract(env: Environment, policy: Policy) -> None:
-    """Trace one reset and one step, computing nothing, and check what comes out.
+    """Trace one reset and one step, without running them, and check the results.
 
     Raises:
-        ConfigError: if observations do not fit the observation space, or a state changes its
-            shapes.
+        ConfigError: if observations do not fit the observation space, or `step` changes the
+            shapes of the state.
     """
 
     def both(key: Key[Array, ""]) -> Any:
         state, obs = env.reset(key[None])
-        outputs = jnp.zeros((1, policy.num_outputs + policy.num_free))
-        action = policy.to_env(policy.sample(outputs, policy.noise(key)[None]))
+        policy_outputs = jnp.zeros((1, policy.num_outputs + policy.num_free))
+        action = policy.to_env(policy.sample(policy_outputs, policy.noise(key)[None]))
         next_state, result = env.step(key[None], state, action)
         return state, obs, next_state, result
 
@@ -138,6 +147,6 @@ def check_contract(env: Environment, policy: Policy) -> None:
         chex.assert_trees_all_equal_shapes(state, next_state)
     except AssertionError as error:
         raise ConfigError(
-            f"env {env.name}: the state that step returns has other shapes than the one reset "
-            f"returns; make them agree: {error}"
+            f"env {env.name}: step returns a state with different shapes than reset; make "
+            f"them agree: {error}"
         ) from error

@@ -1,4 +1,4 @@
-"""Adapter to gymnax 1.x, and to any object that keeps its contract."""
+"""Adapter to gymnax 1.x, and to any object with its interface."""
 
 import functools
 import importlib
@@ -16,8 +16,8 @@ from purejaxppo.envs.base import reset_on_demand
 from purejaxppo.types import Environment, PyTree, TimeStep
 
 
-class _LoadedOnUse(types.ModuleType):
-    """Stands for a module of its name, which is imported when something of it is asked for."""
+class _LazyModule(types.ModuleType):
+    """A placeholder for the module of its name, which is imported on first attribute access."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(importlib.import_module(self.__name__), name)
@@ -25,33 +25,33 @@ class _LoadedOnUse(types.ModuleType):
 
 @functools.cache
 def import_gymnax() -> Any:
-    """The package, imported when first needed: it starts JAX's backends, after which the number of
-    CPU devices is settled. What it draws with, a second's worth of imports, waits for its use."""
-    waiting = {
-        name: _LoadedOnUse(name)
+    """Import gymnax on first use: it starts JAX's backends, after which the number of CPU devices
+    is fixed. Its plotting libraries, which take a second to import, are imported when used."""
+    delayed = {
+        name: _LazyModule(name)
         for name in ("seaborn", "matplotlib.pyplot")
         if name not in sys.modules
     }
-    sys.modules.update(waiting)
+    sys.modules.update(delayed)
     try:
         return importlib.import_module("gymnax")
     finally:
-        for name in waiting:
+        for name in delayed:
             del sys.modules[name]
 
 
 def from_gymnax(name: str, env: Any, params: Any = None) -> Environment:
-    """N copies of a gymnax environment as our `Environment`.
+    """Make an `Environment` of N copies of a gymnax environment.
 
-    An environment that leaves gymnax's `step` and `reset` as they are is stepped through
-    `step_env`, which spares a reset at each step. Any other object (a wrapper, or a class of
-    its own) is stepped through its public `step`, which resets itself and gives six values.
+    An environment that does not override gymnax's `step` and `reset` is stepped through
+    `step_env`, which avoids a reset in each step. Any other object (a wrapper, or a separate
+    class) is stepped through its public `step`, which resets itself and returns six values.
 
     Args:
-        params: None takes `env.default_params`.
+        params: None uses `env.default_params`.
 
     Raises:
-        ConfigError: if `env` lacks a method of the contract.
+        ConfigError: if `env` lacks a method of the interface.
     """
     needed = ("reset", "step", "observation_space", "action_space")
     missing = [attribute for attribute in needed if not hasattr(env, attribute)]
@@ -77,7 +77,7 @@ def from_gymnax(name: str, env: Any, params: Any = None) -> Environment:
         step = reset_on_demand(reset_one, _inner_step(name, env, params, obs_like))
     else:
         step = jax.vmap(_public_step(name, env, params, obs_like))
-    # Bounds built by jnp inside a trace would be tracers, which no policy can be made from.
+    # Inside a trace, jnp would make the bounds tracers, from which no policy can be made.
     with jax.ensure_compile_time_eval():
         observation_space, action_space = env.observation_space(params), env.action_space(params)
     return Environment(
@@ -96,16 +96,16 @@ def _time_limit(params: Any) -> Any:
 
 
 def _strong(tree: PyTree) -> PyTree:
-    """Leaves as arrays of a strong type: a scan's carry must not change its types."""
+    """Convert leaves to strongly typed arrays: a scan's carry must not change its types."""
     return jax.tree.map(lambda x: jax.lax.convert_element_type(x, jnp.asarray(x).dtype), tree)
 
 
 def _like(name: str, what: str, new: PyTree, old: PyTree) -> PyTree:
-    """`new` with the types of `old`: some environments' step returns others than their reset
-    (int32 for float32).
+    """Cast `new` to the types of `old`, since some environments' step returns other types than
+    their reset (int32 instead of float32).
 
     Raises:
-        ConfigError: if that could lose something (float32 for int32).
+        ConfigError: if the cast could lose information (float32 to int32).
     """
 
     def cast(path: Any, x: Any, y: Any) -> Array:
@@ -114,7 +114,7 @@ def _like(name: str, what: str, new: PyTree, old: PyTree) -> PyTree:
             leaf = jax.tree_util.keystr(path)
             raise ConfigError(
                 f"env {name}: step returns {x.dtype} but reset returns {y.dtype} as its {what}"
-                f"{f' {leaf}' if leaf else ''}, so values would be cut; make reset return {x.dtype}"
+                f"{f' {leaf}' if leaf else ''}, so values are lost; make reset return {x.dtype}"
             )
         return jnp.asarray(x, y.dtype)
 
@@ -122,7 +122,7 @@ def _like(name: str, what: str, new: PyTree, old: PyTree) -> PyTree:
 
 
 def _loses(x: Array, dtype: Any) -> bool:
-    """Whether a cast to `dtype` may lose something: floats to integers, either to bools, or to
+    """Whether a cast to `dtype` may lose information: floats to integers, either to bools, or to
     fewer bits than 32 unless `x` is weakly typed (a Python number)."""
     kinds = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
     before, after = (

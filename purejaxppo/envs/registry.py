@@ -16,20 +16,20 @@ _NEEDS_DOWNLOAD = "MNISTBandit-bsuite"
 
 
 def available_environments() -> list[str]:
-    """Names that `Config.env_id` takes, those registered with gymnax at run time included."""
+    """Names that `Config.env_id` accepts, including those registered with gymnax at run time."""
     return [name for name in import_gymnax().registered_envs if name != _NEEDS_DOWNLOAD]
 
 
 def make_environment(config: Config, env: Any = None, env_params: Any = None) -> Environment:
-    """The environment that `config.env_id` names, or `env` where one is passed.
+    """Make the environment that `config.env_id` names, or use `env` if one is passed.
 
     Args:
-        env: an object that keeps gymnax 1.x's contract.
-        env_params: its parameters; None takes its defaults, changed by `config.env_params`.
+        env: an object with gymnax 1.x's interface.
+        env_params: its parameters; None uses its defaults, changed by `config.env_params`.
 
     Raises:
-        ConfigError: if no environment has that name (the nearest is named), an environment
-            is missing part of the contract, or it has no such parameters.
+        ConfigError: if no environment has that name (the message suggests the nearest), `env`
+            lacks part of the interface, or the environment has no such parameters.
     """
     if env is None and is_reference(config.env_id):
         env = resolve("env_id", config.env_id)
@@ -43,7 +43,7 @@ def make_environment(config: Config, env: Any = None, env_params: Any = None) ->
     elif config.env_params:
         raise ConfigError(
             f"env_params = {config.env_params} in Config, and env_params is passed as an argument "
-            "too; give one of the two"
+            "too; remove one of the two"
         )
     return from_gymnax(config.env_id, env, env_params)
 
@@ -68,11 +68,11 @@ def _changed(config: Config, params: Any) -> Any:
 
 
 def _of_type(name: str, value: float | int | bool, default: Any) -> Any:
-    """`value` in the type of the parameter's default."""
+    """Convert `value` to the type of the parameter's default."""
     kind = np.asarray(default)
     whole, truth = kind.dtype.kind in "iu", kind.dtype.kind == "b"
     if kind.shape != () or kind.dtype.kind not in "iufb":
-        rule = f"its default is {default!r}, which is no single number; pass env_params from Python"
+        rule = f"its default is {default!r}, not a single number; pass env_params from Python"
     elif isinstance(value, bool) != truth:
         rule = f"must be {'true or false' if truth else 'a number'}; the default is {default!r}"
     elif not -FLOAT_MAX <= value <= FLOAT_MAX:
@@ -88,7 +88,7 @@ def _of_type(name: str, value: float | int | bool, default: Any) -> Any:
 
 @functools.lru_cache
 def _make_gymnax(env_id: str) -> tuple[Any, Any]:
-    """Cached: each `gymnax.make` is a new static object to jit, and would compile anew."""
+    """Cached, since each `gymnax.make` makes a new static object, for which jit would recompile."""
     names = available_environments()
     if env_id == _NEEDS_DOWNLOAD:
         raise ConfigError(

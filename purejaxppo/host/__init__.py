@@ -1,1 +1,1 @@
-"""What surrounds the learner: the run loop, devices, checkpoints, files, progress and plots."""
+"""The host side of a run: training loop, devices, checkpoints, files, progress and plots."""

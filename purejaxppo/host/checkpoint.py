@@ -1,8 +1,8 @@
-"""Checkpoints: `checkpoints/<updates>/`, a `TrainState` as orbax writes it, and `manifest.json`.
+"""Checkpoints in `checkpoints/<updates>/`: a `TrainState` written by orbax, and `manifest.json`.
 
-A checkpoint is written under another name and renamed when it is complete. The manifest holds the
-host's position, the settings, the shape of each leaf and the SHA-256 digest of every file; one that
-disagrees with its manifest is not a checkpoint. Nothing is ever unpickled.
+A checkpoint is written under a temporary name and renamed once it is complete. The manifest holds
+the host's position, the settings, the shape of each leaf and the SHA-256 digest of every file. A
+folder that does not match its manifest is rejected. Nothing is ever unpickled.
 """
 
 import dataclasses
@@ -42,49 +42,49 @@ from purejaxppo.types import TrainState
 FORMAT = 1
 _MANIFEST = "manifest.json"
 UNFINISHED = ".saving"
-# In which the other writes of a save that failed come to their end.
 _SETTLING_SECONDS = 0.5
+"""Wait after a failed save, in which its other writes finish."""
 _TRIES, _INTERRUPTED = 3, os.strerror(errno.EINTR)
-"""A signal may interrupt a system call of orbax, which does not retry."""
+"""A signal may interrupt a system call of orbax, which does not retry it."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where the host stands after `updates` updates."""
+    """State of the host after `updates` updates."""
 
     updates: int
     metrics_bytes: int = 0
     """Length of `metrics.csv`."""
     metrics_digest: str = ""
-    """SHA-256 of that many of its bytes."""
+    """SHA-256 of its first `metrics_bytes` bytes."""
     columns: tuple[str, ...] = ()
-    """Names of the metrics, in the order of its columns."""
+    """Names of the metrics, in column order."""
     run_seconds: float = 0.0
     failed: dict[int, int] = dataclasses.field(default_factory=dict)
-    """Seeds whose loss turned non-finite, and the update at which it did."""
+    """Seeds whose loss became non-finite, and the update at which it did."""
     extended: tuple[tuple[int, int], ...] = ()
-    """(updates done, new `total_timesteps`) each time that a resume changed it."""
+    """(updates done, new `total_timesteps`) for each resume that changed it."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint, of S seeds."""
+    """A complete checkpoint of S seeds."""
 
     path: Path
     position: Position
     settings: Settings
     leaves: dict[str, str]
-    """Type and shape of each leaf by its path."""
+    """Type and shape of each leaf, by path."""
     eval_return: float | None
-    """Mean over the seeds that have not failed, if it was evaluated."""
+    """Mean return over the seeds that have not failed; None if not evaluated."""
 
 
 def save(run_dir: Path, position: Position, settings: Settings, states: TrainState) -> Checkpoint:
-    """Write the states `[S, ...]` after `position.updates` updates; all of it or nothing. All
-    processes call this, where there are several, each with its part of the states.
+    """Write a checkpoint of the states `[S, ...]` after `position.updates` updates, atomically.
+    With several processes, all of them call this, each with its part of the states.
 
     Raises:
-        StorageError: if it cannot be written; what was there before is left as it was.
+        StorageError: if it cannot be written; an earlier checkpoint of that update is kept.
     """
     path = (run_dir / CHECKPOINTS / f"{position.updates:09d}").absolute()
     unfinished = path.with_name(path.name + UNFINISHED)
@@ -110,14 +110,14 @@ def save(run_dir: Path, position: Position, settings: Settings, states: TrainSta
 def _save_once(
     path: Path, unfinished: Path, manifest: dict[str, Any], states: TrainState
 ) -> str | None:
-    """Why the checkpoint could not be written; None if it was."""
+    """Return why the checkpoint could not be written; None if it was."""
     reason = None
     with _quiet():
         for step in (_make_room, _write_arrays, _complete):
             try:
                 if reason is None:
                     step(path, unfinished, manifest, states)
-            except Exception as error:  # orbax raises many kinds for a disk that is full
+            except Exception as error:  # orbax raises many exception types for a full disk
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             if not agree(reason is None).all():  # in step with all other processes
                 reason = reason or "another process could not write its part"
@@ -135,9 +135,9 @@ def _make_room(path: Path, unfinished: Path, *_: Any) -> None:
 def _write_arrays(path: Path, unfinished: Path, manifest: Any, states: TrainState) -> None:
     from orbax.checkpoint import v1 as ocp  # slow to import
 
-    # In the background a folder that cannot be made would be waited for until a time runs out.
-    at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
-    with ocp.Context(async_options=at_once):
+    # If a folder cannot be made in the background, orbax waits until a timeout.
+    synchronous = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+    with ocp.Context(async_options=synchronous):
         ocp.save(str(unfinished), _arrays(states))
 
 
@@ -148,7 +148,7 @@ def _complete(path: Path, unfinished: Path, manifest: dict[str, Any], states: Tr
     _write_manifest(unfinished, manifest)
     for part in (*unfinished.rglob("*"), unfinished):  # orbax syncs only some of them
         sync(part)
-    if path.exists():  # only ever a damaged one, or the same once more
+    if path.exists():  # a damaged one, or the same one saved again
         remove(path)
     unfinished.replace(path)
     sync(path.parent)
@@ -156,16 +156,16 @@ def _complete(path: Path, unfinished: Path, manifest: dict[str, Any], states: Tr
 
 
 def record_evaluation(checkpoint: Checkpoint, eval_return: float | None) -> None:
-    """Note what an evaluation of the checkpoint gave."""
+    """Write the mean return of an evaluation to the checkpoint's manifest."""
     manifest = json.loads((checkpoint.path / _MANIFEST).read_text(encoding="utf-8"))
     _write_manifest(checkpoint.path, manifest | {"eval_return": eval_return})
 
 
 def read(path: Path) -> Checkpoint:
-    """What the manifest says, once every file agrees with it.
+    """Read a checkpoint's manifest and verify every file against it.
 
     Raises:
-        DamagedError: if a file is missing or changed, or the format is not ours.
+        DamagedError: if a file is missing or changed, or the format is unknown.
     """
     manifest = manifest_of(path)
     checkpoint = checkpoint_of(path, manifest)
@@ -175,7 +175,7 @@ def read(path: Path) -> Checkpoint:
         raise DamagedError(f"cannot be read: {error.strerror}") from error
     wanted = manifest.get("files")
     if not isinstance(wanted, dict):
-        raise DamagedError(f"{_MANIFEST} does not say what it should")
+        raise DamagedError(f"{_MANIFEST} is malformed")
     for name in sorted(wanted):
         if name not in found:
             raise DamagedError(f"the file {name} is missing")
@@ -185,10 +185,13 @@ def read(path: Path) -> Checkpoint:
 
 
 def restore(checkpoint: Checkpoint, init: Any) -> TrainState:
-    """The states `[S, ...]`, on the first device; `init` gives their shapes, `() -> TrainState`.
+    """Load the states `[S, ...]` onto the first device.
+
+    Args:
+        init: `() -> TrainState`, which gives their shapes.
 
     Raises:
-        ConfigError: if the shapes are not those of the checkpoint.
+        ConfigError: if the shapes differ from those of the checkpoint.
     """
     from orbax.checkpoint import v1 as ocp  # slow to import
 
@@ -202,7 +205,7 @@ def restore(checkpoint: Checkpoint, init: Any) -> TrainState:
     try:
         with _quiet():
             arrays = ocp.load(str(checkpoint.path), template)
-    except Exception as error:  # orbax raises many kinds for a foreign folder
+    except Exception as error:  # orbax raises many exception types for a foreign folder
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
             f"checkpoint {str(checkpoint.path)!r}: cannot be read: {reason}"
@@ -216,13 +219,13 @@ def restore(checkpoint: Checkpoint, init: Any) -> TrainState:
 
 def check_same_run(checkpoint: Checkpoint, settings: Settings) -> None:
     """Raise `ConfigError` if a run with `settings` cannot resume from the checkpoint, naming each
-    setting that differs. Its length, its evaluation and its `HParams` may differ."""
+    setting that differs. Length, evaluation and `HParams` may differ."""
     pairs = []
     held = checkpoint.settings.config
     if type(held) is not type(settings.config):
         raise ConfigError(
             f"checkpoint {str(checkpoint.path)!r}: belongs to a different run: its config is a "
-            f"{type(held).__name__}, and this one a {type(settings.config).__name__}"
+            f"{type(held).__name__}, not a {type(settings.config).__name__}"
         )
     for f in dataclasses.fields(settings.config):
         if f.name != "total_timesteps":
@@ -250,7 +253,7 @@ def _brief(value: Any) -> str:
 def _check_leaves(checkpoint: Checkpoint, wanted: dict[str, str]) -> None:
     held = checkpoint.leaves
     different = [
-        f"{name} is {held.get(name, 'absent')} there and {wanted.get(name, 'absent')} here"
+        f"{name} is {held.get(name, 'absent')} and should be {wanted.get(name, 'absent')}"
         for name in sorted(held.keys() | wanted.keys())
         if held.get(name) != wanted.get(name)
     ]
@@ -270,8 +273,8 @@ def _leaves(states: Any) -> dict[str, str]:
 
 
 def _arrays(states: Any) -> dict[str, Any]:
-    """Leaves by number, without empty ones, which orbax does not store, and without names, which
-    it would mix up where they hold dots."""
+    """Number the leaves, since orbax confuses names that contain dots, and omit empty ones, which
+    it does not store."""
     leaves = enumerate(jax.tree.leaves(states))
     return {_name(i): leaf for i, leaf in leaves if leaf.size}
 
@@ -295,11 +298,12 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
-    """Raise `DamagedError` if it is missing, changed, or in another format."""
+    """Read a manifest. Raises `DamagedError` if it is missing, changed, or in another format."""
     return unsealed(folder / _MANIFEST, version=FORMAT)
 
 
 def checkpoint_of(path: Path, manifest: dict[str, Any]) -> Checkpoint:
+    """Make a `Checkpoint` of a manifest. Raises `DamagedError` if it is malformed."""
     try:
         eval_return = manifest["eval_return"]
         return Checkpoint(
@@ -313,7 +317,7 @@ def checkpoint_of(path: Path, manifest: dict[str, Any]) -> Checkpoint:
         ConfigError, LookupError, TypeError, ValueError, AttributeError, OverflowError,
         RecursionError,
     ) as error:  # fmt: skip
-        raise DamagedError(f"{_MANIFEST} does not say what it should: {error}") from error
+        raise DamagedError(f"{_MANIFEST} is malformed: {error}") from error
 
 
 def _position(table: dict[str, Any]) -> Position:
@@ -332,23 +336,23 @@ def _position(table: dict[str, Any]) -> Position:
 
 
 def remove(path: Path) -> None:
-    """Under another name first, so that a half-removed one is never taken for a checkpoint."""
+    """Rename, then remove, so that a partly removed folder is never taken for a checkpoint."""
     if not path.exists():
         return
     if not path.is_dir():
         path.unlink()
         return
-    going = path.with_name(path.name.partition(UNFINISHED)[0] + UNFINISHED + ".old")
-    if going != path:
-        shutil.rmtree(going, ignore_errors=True)
-        path.replace(going)
-    shutil.rmtree(going)
+    doomed = path.with_name(path.name.partition(UNFINISHED)[0] + UNFINISHED + ".old")
+    if doomed != path:
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.replace(doomed)
+    shutil.rmtree(doomed)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Orbax logs a traceback beside what it raises, and where one of its writes fails it closes
-    the event loop in which the others are still to report."""
+    """Silence orbax: it logs a traceback for each error that it raises, and after a failed write it
+    closes the event loop that its other writes still need."""
     logger = logging.getLogger("absl")
     level, hook = logger.level, sys.unraisablehook
 

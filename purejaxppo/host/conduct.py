@@ -1,4 +1,4 @@
-"""Conducts one run in this process: compile, train, evaluate, write."""
+"""Conducts one run in this process: compiles, trains, evaluates and writes the results."""
 
 import time
 import warnings
@@ -33,7 +33,7 @@ from purejaxppo.host.loggers import (
     close_all,
 )
 from purejaxppo.host.loop import Callback, Loop, agreed
-from purejaxppo.host.memory import check_memory, check_program, memory_in_words
+from purejaxppo.host.memory import check_memory, check_program, explain_out_of_memory
 from purejaxppo.host.parallel import choose_spread, describe_devices
 from purejaxppo.host.processes import is_first
 from purejaxppo.host.program import (
@@ -60,7 +60,7 @@ class Result:
     """The result of `run` and `resume`."""
 
     states: TrainState
-    """Leaves `[S, ...]`; of a seed that failed, its last good state."""
+    """Leaves `[S, ...]`; the last good state for a seed that failed."""
     metrics: dict[str, np.ndarray]
     """Arrays `[S, U]`; NaN after a seed has failed."""
     returns: np.ndarray
@@ -68,7 +68,7 @@ class Result:
     that did not end; `[S, 0]` if nothing was evaluated (the run was already finished, or this is
     not the first of several processes)."""
     returns_deterministic: np.ndarray
-    """The same as `returns`, with the policy's most likely actions."""
+    """Like `returns`, with the policy's most likely actions."""
     summary: dict[str, Any]
     """The content of `summary.json`."""
     failed: dict[int, int]
@@ -85,45 +85,45 @@ class Extras(NamedTuple):
 
 
 def conduct(session: Session, prepare: Callable[[], Prepared], extras: Extras) -> Result:
-    """Compile, train, evaluate, write."""
+    """Compile the programs, train, evaluate, and write the results."""
     settings, directory, start = session.settings, session.directory, session.start
     assert session.task.config == settings.config
     if extras.compilation_cache:
         enable_compilation_cache()
-    shown = session.progress
-    with ExitStack() as stack, memory_in_words(settings):
+    progress = session.progress
+    with ExitStack() as stack, explain_out_of_memory(settings):
         stop = stack.enter_context(stop_requests())
         own = [*extras.loggers, *_named_loggers(settings.run, directory)]
-        stack.callback(shown.close)
+        stack.callback(progress.close)
         spread = choose_spread(settings, session.task)
-        shown.starting(start.checkpoint, start.again, describe_devices(settings, spread))
+        progress.starting(start.checkpoint, start.resumed, describe_devices(settings, spread))
         prepared = prepare()
         loggers = _open_loggers(session, prepared.program.columns, own)
         stack.callback(close_all, loggers)
         saver = None
         if directory is not None:
-            later = None if settings.trials else prepared.evaluation
-            saver = Saver(directory, settings, later, start.checkpoint, stop, held=session.held)
+            evaluate = None if settings.trials else prepared.evaluation
+            saver = Saver(directory, settings, evaluate, start.checkpoint, stop, held=session.held)
             stack.callback(saver.close)
         if agreed(stop):
-            _exit_after_save(stop, shown, directory)
-        shown.training(prepared.compile_seconds)
+            _exit_after_save(stop, progress, directory)
+        progress.training(prepared.compile_seconds)
         loop = Loop(session, prepared, loggers, saver, stop, extras.callback)
         training = loop.train()
-        shown.close()
+        progress.close()
         saved = None if saver is None else saver.finish(training.position, loop.states)
         if stop:
-            _exit_after_save(stop, shown, directory)
-        with shown.working("evaluating"):
+            _exit_after_save(stop, progress, directory)
+        with progress.working("evaluating"):
             final = _evaluate_at_end(session, prepared.evaluation, training.states, stop)
             if final is None:
-                _exit_after_save(stop, shown, directory)
+                _exit_after_save(stop, progress, directory)
             best = None
             if saver is not None and saved is not None and is_first():
                 saver.record(saved, final.sampled, final.deterministic)
                 best = _best_checkpoint(session, prepared, training, stop)
         if stop:
-            _exit_after_save(stop, shown, directory)
+            _exit_after_save(stop, progress, directory)
     summary = summarize(
         settings,
         session.task,
@@ -133,11 +133,11 @@ def conduct(session: Session, prepare: Callable[[], Prepared], extras: Extras) -
         compile_seconds=prepared.compile_seconds,
         best=best,
     )
-    _warn_of_unfinished(summary, final)
+    _warn_of_unfinished_episodes(summary, final)
     if directory is not None and session.held is not None:
         session.held.check()
         write_results(directory, settings, session.task, training, summary)
-    shown.finished(summary, directory)
+    progress.finished(summary, directory)
     return Result(
         training.states, training.metrics, final.sampled,
         np.zeros_like(final.sampled[:, :0]) if final.deterministic is None else final.deterministic,
@@ -145,7 +145,7 @@ def conduct(session: Session, prepare: Callable[[], Prepared], extras: Extras) -
     )  # fmt: skip
 
 
-def _warn_of_unfinished(summary: dict[str, Any], final: Final) -> None:
+def _warn_of_unfinished_episodes(summary: dict[str, Any], final: Final) -> None:
     unfinished = summary["unfinished_eval_episodes"]
     if unfinished:
         warnings.warn(
@@ -178,7 +178,7 @@ def _evaluate_at_end(
 ) -> Final | None:
     """Evaluate the final states; None if a stop was requested before the evaluation finished."""
     if not is_first():
-        return Final(np.zeros((session.settings.num_trainings, 0)), None)
+        return Final(np.zeros((session.settings.num_runs, 0)), None)
     sampled = _unless_stopped(stop, partial(evaluation, states))
     if sampled is None or session.settings.trials:
         return sampled if sampled is None else Final(sampled, None)
@@ -189,8 +189,8 @@ def _evaluate_at_end(
 def _best_checkpoint(
     session: Session, prepared: Prepared, training: Training, stop: StopRequest
 ) -> Best | None:
-    """The best checkpoint, and its returns over new episodes if it was chosen among several, since
-    the highest of several estimates is biased upwards."""
+    """Find the best checkpoint, and evaluate it on new episodes if it was chosen among several,
+    since the highest of several estimates is biased upwards."""
     directory = session.directory
     if directory is None or session.settings.trials:
         return None
@@ -204,7 +204,7 @@ def _best_checkpoint(
     if len(evaluation_curve(directory)[0]) == 1:
         return Best(found, None)
     same = found.position.updates == training.position.updates
-    if not same and jax.process_count() > 1:  # reading a checkpoint takes all processes
+    if not same and jax.process_count() > 1:  # all processes must take part in reading a checkpoint
         return Best(found, None)
     states = training.states
     if not same:
@@ -226,8 +226,8 @@ def _unless_stopped(stop: StopRequest, evaluation: Callable[[], np.ndarray]) -> 
     return future.result()
 
 
-def _exit_after_save(stop: StopRequest, shown: Progress, directory: Path | None) -> NoReturn:
-    shown.stopped(directory and resume_command(directory))
+def _exit_after_save(stop: StopRequest, progress: Progress, directory: Path | None) -> NoReturn:
+    progress.stopped(directory and resume_command(directory))
     stop.leave()
 
 
@@ -249,7 +249,7 @@ def _open_loggers(
         loggers.insert(0, kind(directory, columns, start.position.metrics_bytes))
         if settings.run.tensorboard:
             done = start.position.updates * settings.config.batch_size
-            hide_after = done if start.again else None
+            hide_after = done if start.resumed else None
             loggers.append(TensorBoardLogger(directory, settings.run.num_seeds, hide_after))
         if settings.run.wandb:
             loggers.append(WandbLogger(directory, vars(settings.config) | vars(settings.hparams)))

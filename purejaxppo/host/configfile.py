@@ -1,4 +1,4 @@
-"""Settings as TOML: fields of `Config` at the top, of `HParams` under `[hparams]`, of
+"""Settings as TOML: fields of `Config` at the top level, of `HParams` under `[hparams]`, of
 `RunSettings` under `[run]`."""
 
 import dataclasses
@@ -33,8 +33,8 @@ class RunSettings:
     """Number of seeds to train in parallel (S)."""
     devices: int = field(default=0, metadata={"low": 0, "high": 2**20, "open_low": False})
     """Number of devices (on CPU: cores). Seeds are spread over them, and the environments of each
-    seed if there are more devices than seeds. 0 chooses: a divisor of the number of seeds, and for
-    one seed as many CPU cores as make it faster."""
+    seed if there are more devices than seeds. 0 chooses automatically: a divisor of the number of
+    seeds, or for a single seed the CPU cores that make it faster."""
     eval_episodes: int = field(default=128, metadata={"low": 1, "high": 2**20, "open_low": False})
     """Episodes of each evaluation, per seed."""
     eval_every: float = field(
@@ -58,10 +58,10 @@ class RunSettings:
     wandb: bool = False
     """Log to Weights & Biases; WANDB_MODE=offline needs no network."""
     loggers: tuple[str, ...] = ()
-    """Loggers of your own, as package.module:name: an object with write(update, metrics) and
-    close(), or a function that makes one from the run directory."""
+    """Your own loggers, as package.module:name: an object with write(update, metrics) and close(),
+    or a function that makes one from the run directory."""
     passed: tyro.conf.Suppress[tuple[str, ...]] = ()
-    """Parts that were passed from Python, so that no name brings them back."""
+    """Parts that were passed from Python, which a resume cannot find by name."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -80,50 +80,50 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a file holds."""
+    """All settings of a config file."""
 
     config: Any = field(default_factory=Config)
-    """A `Config`, or what another task has in its place."""
+    """A `Config`, or the `TaskConfig` of another task."""
     hparams: HParams = field(default_factory=HParams)
     run: RunSettings = field(default_factory=RunSettings)
     trials: tuple[HParams, ...] = ()
-    """K sets of numbers trained side by side, each with every seed, in place of `hparams`; all
-    are None in the same fields. Only a sweep has any."""
+    """K sets of hyperparameters that replace `hparams`, trained in parallel, each with every seed;
+    all are None in the same fields. Only waves of a sweep have trials."""
 
     @property
-    def num_trainings(self) -> int:
-        """S, those that run side by side: `run.num_seeds`, or so many of each trial, which lie one
-        after the other."""
+    def num_runs(self) -> int:
+        """Number of parallel runs (S): `run.num_seeds`, or that many for each trial, ordered by
+        trial."""
         return max(1, len(self.trials)) * self.run.num_seeds
 
 
-MOST_BYTES = 16 * 2**20
-"""Of a config file; one of a sweep's waves has a line for each number of each trial."""
+MAX_BYTES = 16 * 2**20
+"""Size limit of a config file; a sweep's wave has a line for each hyperparameter of each trial."""
 
 
 def load_settings(path: str | Path) -> Settings:
-    """Read a config file; what it does not give has a default. Classes of your own that it names
+    """Read a config file; missing settings take their defaults. Your own classes that it names
     under `[types]` are imported.
 
     Raises:
-        ConfigError: if the file cannot be read, is not TOML, has a key that does not exist (the
-            nearest is named), or a value that cannot work.
+        ConfigError: if the file cannot be read, is not TOML, or has an unknown key (the message
+            suggests the nearest one) or an invalid value.
     """
     return from_file(path, lambda table: settings_from(table, resolve))
 
 
 def from_file(path: str | Path, make: Callable[[dict[str, Any]], _T]) -> _T:
-    """What `make` makes of the table in a TOML file.
+    """Read a TOML file and return `make(table)`.
 
     Raises:
-        ConfigError: if the file cannot be read or is not TOML, or with what `make` raises.
+        ConfigError: if the file cannot be read or is not TOML, or if `make` raises it.
     """
     try:
         size = Path(path).stat().st_size
-        if size > MOST_BYTES:
+        if size > MAX_BYTES:
             raise ConfigError(
-                f"config file {str(path)!r}: has {size:,} bytes, and at most {MOST_BYTES:,} are "
-                "read; check the path"
+                f"config file {str(path)!r}: has {size:,} bytes, more than the limit of "
+                f"{MAX_BYTES:,}; check the path"
             )
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -147,10 +147,10 @@ Find = Callable[[str, str], Any]
 
 
 def settings_from(table: dict[str, Any], find: Find = already_imported) -> Settings:
-    """Settings from a table as `tomllib` reads it.
+    """Build settings from a table that `tomllib` has read.
 
     Args:
-        find: how the classes that it names are found.
+        find: finds the classes that the table names.
 
     Raises:
         ConfigError: as `load_settings`.
@@ -173,7 +173,7 @@ def settings_from(table: dict[str, Any], find: Find = already_imported) -> Setti
 
 
 def _types(table: Any, find: Find) -> tuple[Any, Any]:
-    """The classes of the config and of the hyperparameters."""
+    """Find the classes of the config and of the hyperparameters."""
     usual, found = {"config": Config, "hparams": HParams}, []
     if not isinstance(table, dict) or not set(table) <= set(usual):
         raise ConfigError(f"types = {table!r}: must be a table with config or hparams")
@@ -184,12 +184,14 @@ def _types(table: Any, find: Find) -> tuple[Any, Any]:
         found.append(kind if reference is None else find(f"types.{name}", reference))
         wanted = TaskConfig if name == "config" else HParams
         if not (isinstance(found[-1], type) and issubclass(found[-1], wanted)):
-            raise ConfigError(f"types.{name} = {reference!r}: is no kind of {wanted.__name__}")
+            raise ConfigError(
+                f"types.{name} = {reference!r}: must be a subclass of {wanted.__name__}"
+            )
     return found[0], found[1]
 
 
-def _saved(name: str, value: Any) -> str:
-    """The name of its class. Raises `ConfigError` if it cannot be found by that."""
+def _class_reference(name: str, value: Any) -> str:
+    """Return the name of the value's class. Raises `ConfigError` if it cannot be imported."""
     reference = name_of(type(value))
     if not is_reference(reference):
         raise ConfigError(
@@ -201,12 +203,16 @@ def _saved(name: str, value: Any) -> str:
 
 def _dump_types(settings: Settings) -> list[str]:
     pairs = (("config", settings.config, Config), ("hparams", settings.hparams, HParams))
-    own = [f"{name} = {toml(_saved(name, x))}" for name, x, usual in pairs if type(x) is not usual]
+    own = [
+        f"{name} = {toml(_class_reference(name, x))}"
+        for name, x, usual in pairs
+        if type(x) is not usual
+    ]
     return ["", "[types]", *own] if own else []
 
 
 def build(kind: Any, table: dict[str, Any], prefix: str, also: tuple[str, ...] = ()) -> Any:
-    """Settings of one kind. Raises `ConfigError` for keys that it does not have."""
+    """Make `kind(**table)`. Raises `ConfigError` for unknown keys."""
     names = [f.name for f in dataclasses.fields(kind)]
     for key in table:
         if key not in names:
@@ -215,7 +221,7 @@ def build(kind: Any, table: dict[str, Any], prefix: str, also: tuple[str, ...] =
 
 
 def _nearest(key: str, prefix: str, also: tuple[str, ...]) -> str:
-    """The nearest setting of any table, so that one in the wrong table is found as well."""
+    """Suggest the nearest setting of any table, since it may be in the wrong one."""
     known = {f.name: f.name for f in dataclasses.fields(Config)}
     known |= {f.name: f"hparams.{f.name}" for f in dataclasses.fields(HParams)}
     known |= {f.name: f"run.{f.name}" for f in dataclasses.fields(RunSettings)}
@@ -228,7 +234,7 @@ def _nearest(key: str, prefix: str, also: tuple[str, ...]) -> str:
 
 
 def dump_settings(settings: Settings) -> str:
-    """The TOML text that `load_settings` reads back to equal settings."""
+    """Return TOML text that `load_settings` reads back as equal settings."""
     lines = dump(settings.config)
     if getattr(settings.config, "env_params", None):
         values = settings.config.env_params.items()
@@ -242,23 +248,23 @@ def dump_settings(settings: Settings) -> str:
 
 
 def dump(instance: Any) -> list[str]:
-    """A line of TOML for each field that is neither None nor a table."""
+    """Return a line of TOML for each field that is neither None nor a table."""
     values = {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance)}
     plain = {k: v for k, v in values.items() if v is not None and not isinstance(v, Mapping)}
     return [f"{name} = {toml(value)}" for name, value in plain.items()]
 
 
 def _key(name: str) -> str:
-    """A name as TOML writes it on the left of an equals sign."""
+    """Format a name as a TOML key."""
     return name if re.fullmatch("[A-Za-z0-9_-]+", name) else toml(name)
 
 
 def toml(value: Any) -> str:
-    """A value as TOML writes it."""
+    """Format a value as TOML."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        # JSON's escapes are TOML's, but for DEL, which TOML wants escaped too.
+        # JSON and TOML have the same escapes, except that TOML must escape DEL.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, tuple):
         return f"[{', '.join(map(toml, value))}]"

@@ -32,13 +32,13 @@ class EvalLog:
     """Appends to `eval.csv`: a row per seed, evaluation and kind of actions.
 
     Args:
-        batch_size: environment steps of one update.
-        after: the update from which training continues; rows of later ones are dropped.
+        batch_size: environment steps per update.
+        after: the update from which training continues; later rows are dropped.
         evaluated: whether the rows of update `after` itself are complete.
 
     Raises:
         ConfigError: if the file was changed.
-        StorageError: if the rows to be dropped cannot be.
+        StorageError: if rows cannot be dropped.
     """
 
     def __init__(self, run_dir: Path, batch_size: int, after: int = 0, evaluated: bool = False):
@@ -55,10 +55,13 @@ class EvalLog:
                 ) from error
 
     def add(self, position: Position, returns: Mapping[str, np.ndarray]) -> None:
-        """Returns `[S, E]` of an evaluation by kind of actions, NaN for episodes that did not end.
+        """Append an evaluation; does nothing if the file already has rows of that update.
 
-        An update that is in the file already is left as it is. Raises `OSError`, and leaves the
-        file as it was, if it cannot be written.
+        Args:
+            returns: `[S, E]` for each kind of actions, NaN for episodes that did not end.
+
+        Raises:
+            OSError: if it cannot be written; the file is left unchanged.
         """
         if position.updates <= self._last:
             return
@@ -89,7 +92,7 @@ def _moments(returns: np.ndarray) -> tuple[float, float, int]:
 
 
 def evaluation_curve(run_dir: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Environment steps `[P]` and mean return over seeds `[P]` of the evaluations with sampled
+    """Read environment steps `[P]` and mean return over seeds `[P]` of the evaluations with sampled
     actions; empty if there are none."""
     path, points = run_dir / EVALUATIONS, {}
     for row in _rows(path) if path.exists() else ():
@@ -100,19 +103,19 @@ def evaluation_curve(run_dir: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
-    """Complete rows; what a kill left of the last one is dropped.
+    """Read the complete rows, without a last one that a kill cut short.
 
     Raises:
         ConfigError: if the file was changed.
     """
-    remedy = "restore a copy, or remove it to lose the evaluations so far"
+    remedy = "restore a copy, or delete the file, which loses the evaluations so far"
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
         if _text([], header=True).startswith(text):  # or a part of the header
             return []
         header, *rows = csv.reader(io.StringIO(text))
         if tuple(header) != COLUMNS:
-            raise ValueError("its header is not the one that was written")
+            raise ValueError("its header is wrong")
         if rows and len(rows[-1]) < len(COLUMNS):
             rows.pop()
         found: list[dict[str, str]] = [dict(zip(COLUMNS, row, strict=True)) for row in rows]

@@ -1,4 +1,4 @@
-"""Trained states, from a run directory."""
+"""Loads trained states from a run directory."""
 
 import warnings
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from purejaxppo.types import Learner, TrainState
 
 
 class Loaded(NamedTuple):
-    """What `load` gives back."""
+    """Settings and state of a run, as returned by `load`."""
 
     config: Config
     hparams: HParams
@@ -37,17 +37,20 @@ def load(
     env_params: Any = None,
     **parts: Unpack[PartArguments],
 ) -> Loaded:
-    """The settings and the state of a run, finished or not, as its checkpoint holds them.
+    """Load settings and state of a run, finished or not, from a checkpoint.
 
-    Damaged checkpoints are skipped with a warning. Modules that `config.toml` names (parts of your
-    own) are imported; nothing else that is read runs any code.
+    Damaged checkpoints are skipped with a warning. Modules that `config.toml` names (your own
+    parts) are imported; nothing else in the directory can run code.
 
     Args:
         task: the task passed to `run`, if one was.
-        seed: which of the runs trained side by side, counted from 0 (in a wave of a sweep those of
-            one trial after those of another); None gives all, leaves `[S, ...]`.
-        which: the newest checkpoint, the best by evaluation, or the one after that many updates.
-        env, env_params, parts: those passed to `run`, if any were.
+        seed: index of the seed, from 0 (in a wave of a sweep: of the run, ordered by trial); None
+            returns all seeds, leaves `[S, ...]`.
+        which: the newest checkpoint, the best by evaluation, or the one after this number of
+            updates.
+        env: the environment passed to `run`, if one was.
+        env_params: its parameters, if they were passed.
+        **parts: other parts passed to `run`.
 
     Raises:
         ConfigError: if there is no such checkpoint or seed, or it belongs to a different task.
@@ -55,10 +58,10 @@ def load(
     given = {"env": env, "env_params": env_params, **parts}
     found, states = find_states(Path(run_dir), which, lambda x: task_of(x, task, given))
     settings = found.settings
-    if seed is not None and whole_number("seed", seed, 0) >= settings.num_trainings:
+    if seed is not None and whole_number("seed", seed, 0) >= settings.num_runs:
         raise ConfigError(
-            f"seed = {seed}: the run has the seeds 0 to {settings.num_trainings - 1}, counted "
-            "from 0 whatever its `seed` setting"
+            f"seed = {seed}: the run has seeds 0 to {settings.num_runs - 1}, counted from 0 "
+            "whatever its `seed` setting"
         )
     state = states if seed is None else jax.tree.map(lambda x: x[seed], states)
     hparams = settings.hparams
@@ -70,7 +73,7 @@ def load(
 def find_states(
     run_dir: Path, which: str | int, task: Callable[[Settings], Task]
 ) -> tuple[Checkpoint, TrainState]:
-    """A checkpoint and its states `[S, ...]`, also of a run that is removing older checkpoints.
+    """Find a checkpoint and load its states `[S, ...]`, also while the run removes old checkpoints.
 
     Checkpoints that belong to a different run than `config.toml` are skipped if there are others.
 
@@ -82,21 +85,22 @@ def find_states(
     """
     while True:
         found = _of_this_run(run_dir, which)
-        with checkpoints.pinned(found.path) as there:
-            if there:
+        with checkpoints.pinned(found.path) as exists:
+            if exists:
                 _check_references(run_dir, found)
                 made = task(found.settings)
                 return found, restore_states(found, made.learner(None), made)
 
 
 def _check_references(run_dir: Path, found: Checkpoint) -> None:
-    """Only `config.toml`, which people read and write, may name modules to import."""
+    """Raise `ConfigError` if the checkpoint names a module that `config.toml` does not: only that
+    file, which people read and write, may name modules to import."""
     named = {k: v for k, v in vars(found.settings.config).items() if _is_reference(v)}
     own = vars(load_settings(run_dir / CONFIG).config) if named else {}
     for name, reference in named.items():
         if own.get(name) != reference:
             raise ConfigError(
-                f"checkpoint {str(found.path)!r}: names {name} = {reference!r}, and {CONFIG} has "
+                f"checkpoint {str(found.path)!r}: has {name} = {reference!r}, but {CONFIG} has "
                 f"{own.get(name)!r}; change {CONFIG} if you trust that module"
             )
 
@@ -118,12 +122,12 @@ def find_with_warnings(
     which: str | int = "newest",
     check: Callable[[Checkpoint], Any] | None = None,
 ) -> Checkpoint:
-    """`checkpoints.find`, with a warning for each that had to be skipped."""
+    """Call `checkpoints.find`, and warn of each checkpoint that was skipped."""
     try:
-        there = run_dir.is_dir()
+        exists = run_dir.is_dir()
     except OSError as error:
         raise ConfigError(f"run directory {str(run_dir)!r}: {error.strerror}") from error
-    if not there:
+    if not exists:
         raise ConfigError(f"run directory {str(run_dir)!r}: does not exist; check the path")
     found, skipped = checkpoints.find(run_dir, which, check)
     _warn(skipped)
@@ -131,10 +135,10 @@ def find_with_warnings(
 
 
 def newest_or_none(run_dir: Path, check: Callable[[Checkpoint], Any]) -> Checkpoint | None:
-    """The newest complete checkpoint to resume from; None if the run was killed before its first.
+    """Find the newest complete checkpoint; None if the run was killed before its first.
 
     Args:
-        check: raises `ConfigError` for a checkpoint to be skipped.
+        check: raises `ConfigError` for a checkpoint that should be skipped.
 
     Raises:
         ConfigError: if there are checkpoints but all are skipped, or the run was finished.
@@ -143,15 +147,15 @@ def newest_or_none(run_dir: Path, check: Callable[[Checkpoint], Any]) -> Checkpo
         return find_with_warnings(run_dir, check=check)
     if (run_dir / SUMMARY).exists():
         raise ConfigError(
-            f"run directory {str(run_dir)!r}: the run was finished, and its checkpoints are gone; "
-            "put them back, or begin a new run"
+            f"run directory {str(run_dir)!r}: the run is finished, but its checkpoints are "
+            "missing; restore them, or start a new run"
         )
     _warn([f"{p}: an unfinished save" for p in checkpoints.unfinished(run_dir)])
     return None
 
 
 def restore_states(found: Checkpoint, learner: Learner, task: Task) -> TrainState:
-    """The states `[S, ...]` of a checkpoint.
+    """Load the states `[S, ...]` of a checkpoint.
 
     Raises:
         ConfigError: if the learner's states have other shapes.
@@ -159,7 +163,7 @@ def restore_states(found: Checkpoint, learner: Learner, task: Task) -> TrainStat
     settings = found.settings
 
     def init() -> TrainState:
-        keys = jax.random.split(jax.random.key(0), settings.num_trainings)
+        keys = jax.random.split(jax.random.key(0), settings.num_runs)
         start = jax.vmap(learner.init, in_axes=(0, 0, None))
         return start(keys, stacked_hparams(settings), task.data)
 
@@ -167,18 +171,20 @@ def restore_states(found: Checkpoint, learner: Learner, task: Task) -> TrainStat
 
 
 def task_of(settings: Settings, task: Task | None, given: dict[str, Any]) -> Task:
-    """The task of a saved run.
+    """Make the task of a saved run.
 
     Args:
-        task: one passed from Python, or None.
-        given: parts passed from Python, by name; None for those that were not.
+        task: a task passed from Python, or None.
+        given: parts passed from Python, by name; None for parts that were not.
 
     Raises:
-        ConfigError: if other parts were passed than to the run, or as `make_task`.
+        ConfigError: if the parts are not those passed to the run, or as `make_task`.
     """
     given = {name: part for name, part in given.items() if part is not None}
     if task is not None and given:
-        raise ConfigError(f"{', '.join(given)}: given beside a task, whose parts are fixed")
+        raise ConfigError(
+            f"{', '.join(given)}: cannot be combined with task, whose parts are fixed"
+        )
     passed = set(given if task is None else task.passed)
     for name in sorted(set(settings.run.passed) - passed):
         raise ConfigError(
@@ -187,7 +193,7 @@ def task_of(settings: Settings, task: Task | None, given: dict[str, Any]) -> Tas
         )
     for name in sorted(passed - set(settings.run.passed)):
         raise ConfigError(
-            f"{name}: was not passed to the run, which is of {settings.config.label}; leave it out"
+            f"{name}: was not passed to the original run of {settings.config.label}; leave it out"
         )
     if task is not None:
         return task.with_config(settings.config)

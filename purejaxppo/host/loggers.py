@@ -1,4 +1,4 @@
-"""Where metrics go: CSV always, TensorBoard and Weights & Biases by choice."""
+"""Loggers of metrics: CSV always, TensorBoard and Weights & Biases on request."""
 
 import hashlib
 import importlib.util
@@ -21,48 +21,49 @@ _FIRST = (
     "env_steps", "episode_return", "episode_length", "episodes", "policy_loss", "value_loss",
     "entropy", "approx_kl", "clip_fraction", "explained_variance", "grad_norm", "learning_rate",
 )  # fmt: skip
-"""Metrics that come first, in this order, if an update has them."""
+"""Metrics listed first, in this order, if an update returns them."""
 SECONDS = "seconds"
 """Column of `metrics.csv`: seconds of training until the row was written, resumes included."""
 _COUNTS = ("env_steps", "episodes", SECONDS)
 
 
 def in_order(names: Iterable[str]) -> tuple[str, ...]:
-    """The columns of a table of metrics."""
+    """Sort metric names into the columns of a table."""
     names = set(names)
     return tuple(n for n in _FIRST if n in names) + tuple(sorted(names - set(_FIRST)))
 
 
 HostMetrics = dict[str, np.ndarray]
-"""`[u, S]` for u updates of S seeds."""
+"""Arrays `[u, S]` for u updates of S seeds."""
 
 
 class Logger(Protocol):
-    """What a user passes as one of `loggers`. Raise `OSError` if something cannot be written."""
+    """Interface of the objects passed as `loggers`. They raise `OSError` if a write fails."""
 
     def write(self, update: int, metrics: dict[str, np.ndarray]) -> None:
-        """The metrics `[S]` of an update, once and in order; NaN for seeds that failed."""
+        """Log the metrics `[S]` of one update; called once per update, in order. NaN for failed
+        seeds."""
         ...
 
     def close(self) -> None:
-        """Nothing is written after this."""
+        """Close the logger; called after the last `write`."""
         ...
 
 
 class RowLogger(Protocol):
-    """Takes each row of metrics once, in order."""
+    """Interface of a logger that takes each row of metrics once, in order."""
 
     def write(self, first_update: int, metrics: HostMetrics, alive: np.ndarray) -> None:
-        """Updates `first_update`, `first_update + 1`, ... where `alive[u, S]`."""
+        """Write updates `first_update`, `first_update + 1`, ... of the seeds in `alive[u, S]`."""
         ...
 
     def close(self) -> None:
-        """Nothing is written after this."""
+        """Close the logger; called after the last `write`."""
         ...
 
 
 class UserLogger:
-    """A `Logger` as a `RowLogger`."""
+    """Adapts a `Logger` to the `RowLogger` interface."""
 
     def __init__(self, logger: Logger):
         self._logger = logger
@@ -79,17 +80,17 @@ class UserLogger:
 def _rows(
     first_update: int, metrics: HostMetrics, alive: np.ndarray
 ) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """(seed, update, metrics) of each row."""
+    """Yield (seed, update, metrics) for each row."""
     for row, seeds in enumerate(alive):
         for seed in np.flatnonzero(seeds):
             yield int(seed), first_update + row, {k: x[row, seed] for k, x in metrics.items()}
 
 
 class AppendedLogger:
-    """A file that only grows, whose length and digest a checkpoint notes.
+    """An append-only file, whose length and digest are recorded in checkpoints.
 
     Args:
-        keep_bytes: go on after so many bytes of a file that is there, and drop the rest.
+        keep_bytes: number of bytes of an existing file to keep; the rest is dropped.
     """
 
     def __init__(self, path: Path, keep_bytes: int, header: bytes):
@@ -102,7 +103,7 @@ class AppendedLogger:
             self.append(header)
 
     def sync(self) -> tuple[int, str]:
-        """Bring what was written to the disk; its length in bytes and its SHA-256 digest."""
+        """Sync the file to disk; return its length in bytes and its SHA-256 digest."""
         os.fsync(self._file.fileno())
         return self._size, self._digest.hexdigest()
 
@@ -123,8 +124,8 @@ def _header(columns: Sequence[str]) -> str:
 
 
 class CsvLogger(AppendedLogger):
-    """`metrics.csv`: a row per seed and update. Each float is written so that it reads back as
-    the same 32-bit number; a mean over no episode is `nan`."""
+    """Writes `metrics.csv`, a row per seed and update. Each float reads back as the same 32-bit
+    number; a mean over no episodes is `nan`."""
 
     def __init__(self, run_dir: Path, columns: Sequence[str], keep_bytes: int = 0):
         self._columns = (*columns, SECONDS)
@@ -139,8 +140,8 @@ class CsvLogger(AppendedLogger):
 
 
 class BinaryLogger(AppendedLogger):
-    """`metrics.f32`: little-endian 32-bit floats `[U, S, column]`, for hundreds of trainings, whose
-    text would take longer to write than they to train. NaN after a training has failed."""
+    """Writes `metrics.f32`, little-endian 32-bit floats `[U, S, column]`. For hundreds of runs,
+    writing text would take longer than training them. NaN after a run has failed."""
 
     def __init__(self, run_dir: Path, columns: Sequence[str], keep_bytes: int = 0):
         self._columns = columns
@@ -151,19 +152,21 @@ class BinaryLogger(AppendedLogger):
         self.append(np.where(alive[..., None], columns, np.nan).astype("<f4").tobytes())
 
 
-def binary_metrics(content: bytes, columns: Sequence[str], num_trainings: int) -> HostMetrics:
-    """What a `BinaryLogger` wrote, `[U, S]`. Raises `ConfigError` if it is not whole rows."""
-    if not columns or len(content) % (4 * num_trainings * len(columns)):
-        raise ConfigError(f"{BINARY_METRICS}: {len(content)} bytes are not whole rows of metrics")
-    table = np.frombuffer(content, "<f4").reshape(-1, num_trainings, len(columns))
+def binary_metrics(content: bytes, columns: Sequence[str], num_runs: int) -> HostMetrics:
+    """Read the metrics `[U, S]` of a `BinaryLogger`. Raises `ConfigError` for incomplete rows."""
+    if not columns or len(content) % (4 * num_runs * len(columns)):
+        raise ConfigError(
+            f"{BINARY_METRICS}: {len(content)} bytes are not complete rows of metrics"
+        )
+    table = np.frombuffer(content, "<f4").reshape(-1, num_runs, len(columns))
     return {name: table[..., i] for i, name in enumerate(columns)}
 
 
 def read_metrics(run_dir: Path, position: Position, settings: Settings) -> HostMetrics:
-    """What was logged up to a position as `[U, S]`, NaN where there is nothing.
+    """Read the metrics `[U, S]` logged up to a position, NaN where a seed has none.
 
     Raises:
-        ConfigError: if the file is not what it was there.
+        ConfigError: if the file has changed up to that position.
     """
     path, columns = run_dir / (BINARY_METRICS if settings.trials else METRICS), position.columns
     try:
@@ -173,15 +176,15 @@ def read_metrics(run_dir: Path, position: Position, settings: Settings) -> HostM
         raise _unusable(path, position, error.strerror) from error
     if len(content) < position.metrics_bytes:
         raise _unusable(
-            path, position, f"{len(content)} bytes are left of {position.metrics_bytes}"
+            path, position, f"only {len(content)} of {position.metrics_bytes} bytes are left"
         )
     if hashlib.sha256(content).hexdigest() != position.metrics_digest:
-        raise _unusable(path, position, "it was changed since")
+        raise _unusable(path, position, "it has changed since")
     if settings.trials:
-        return binary_metrics(content, columns, settings.num_trainings)
+        return binary_metrics(content, columns, settings.num_runs)
     if content and not content.startswith(_header(columns).encode()):
-        raise _unusable(path, position, "its columns are another version's")
-    shape = (position.updates, settings.num_trainings)
+        raise _unusable(path, position, "its columns are from another version")
+    shape = (position.updates, settings.num_runs)
     metrics = {
         name: np.full(shape, np.nan, float if name in _COUNTS else np.float32)
         for name in (*columns, SECONDS)
@@ -204,14 +207,13 @@ def _unusable(path: Path, position: Position, reason: Any) -> ConfigError:
 
 
 class TensorBoardLogger:
-    """Event files under `tensorboard/seed_<n>/`, by environment steps.
+    """Writes event files under `tensorboard/seed_<n>/`, by environment steps.
 
-    They are written by the thread that calls: tensorboardX's own, once the disk is full, would
-    leave its queue to fill up and the caller waiting.
+    The calling thread writes them: once the disk is full, tensorboardX's own thread would stop, its
+    queue fill up, and the caller wait forever.
 
     Args:
-        hide_after: in a run that is resumed, the step after which events of an earlier process
-            are hidden.
+        hide_after: in a resumed run, the step after which events of an earlier process are hidden.
     """
 
     def __init__(self, run_dir: Path, num_seeds: int, hide_after: int | None = None):
@@ -219,7 +221,7 @@ class TensorBoardLogger:
         from tensorboardX.proto import event_pb2
         from tensorboardX.summary import scalar
 
-        events: Any = event_pb2  # its names are made when it is imported
+        events: Any = event_pb2  # its names are created on import
         self._event, self._scalar = events.Event, scalar
         self._writers = []
         for n in range(num_seeds):
@@ -247,18 +249,18 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """One Weights & Biases run for all seeds, also when it is resumed, metrics as
-    `seed_<n>/<name>`; set WANDB_MODE to `offline` to log without a network."""
+    """Logs all seeds to one Weights & Biases run, which a resume continues; metrics are named
+    `seed_<n>/<name>`. Set WANDB_MODE to `offline` to log without a network."""
 
     def __init__(self, run_dir: Path, settings: dict[str, Any]):
         import wandb  # pyright: ignore[reportMissingImports]
 
-        name = run_dir / "wandb_id"
-        if not name.exists():
-            name.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+        id_file = run_dir / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
         self._run = wandb.init(
             project="purejaxppo", dir=str(run_dir), config=settings,
-            id=name.read_text(encoding="utf-8"), resume="allow",
+            id=id_file.read_text(encoding="utf-8"), resume="allow",
         )  # fmt: skip
 
     def write(self, first_update: int, metrics: HostMetrics, alive: np.ndarray) -> None:
@@ -274,7 +276,7 @@ class WandbLogger:
 
 
 def _finite(values: dict[str, Any]) -> dict[str, float]:
-    """Without env_steps, the axis, and without means over no episode."""
+    """Omit env_steps, which is the axis, and means over no episodes."""
     return {
         name: float(value)
         for name, value in values.items()
@@ -289,7 +291,7 @@ def require(extra: str, package: str) -> None:
 
 
 def close_all(loggers: Sequence[RowLogger]) -> None:
-    """What is still to be flushed cannot be where the disk is full; `write` has said so."""
+    """Close the loggers. Flushing fails if the disk is full, which `write` has already reported."""
     for logger in loggers:
         with suppress(OSError):
             logger.close()

@@ -1,4 +1,4 @@
-"""The training loop: chunks of updates, and the work between them."""
+"""The training loop: chunks of updates, and logging, checkpoints and evaluations between them."""
 
 import math
 import time
@@ -54,7 +54,7 @@ class Loop:
         states = start.states if start.states is not None else self.prepared.program.begin(hparams)
         found = start.checkpoint
         if found is not None and found.eval_return is None and self.done < num_updates:
-            self._make_up_for(found, states)
+            self._evaluate_if_missing(found, states)
         count, alone = 1, needs_all_threads(self.prepared.program.spread)
         while self.done < num_updates and self._alive().any():
             if alone and self.parts and self._stopped_while_evaluating():
@@ -65,26 +65,26 @@ class Loop:
             states, rows = self.prepared.program.chunk(states, hparams, count)
             metrics = {name: np.asarray(values)[:count] for name, values in rows.items()}
             seconds = time.perf_counter() - began
-            self._take(metrics)
+            self._record(metrics)
             fitting = max(1, int(count * CHUNK_SECONDS / seconds))
             count = min(fitting, 2) if first else fitting  # the first call has one-off overhead
             # Clocks and signals differ between processes, but all must take the same action.
-            count, due = map(int, agree(count, self._what_is_due())[0])
+            count, due = map(int, agree(count, self._action_due())[0])
             if agreed(self.stop):
                 break
             if due:
                 self._save(states, evaluate=due == _SAVE_AND_EVALUATE)
-            if self._asked_to_end(states):
+            if self._callback_stops(states):
                 break
         names = [*self.prepared.program.columns, SECONDS]
         names = [name for name in names if all(name in part for part in self.parts)]
         joined = {
             n: np.concatenate([part[n] for part in self.parts]).T for n in names if self.parts
         }
-        whole = self.prepared.program.gather(states)
-        self.states = states if jax.process_count() > 1 else whole
+        gathered = self.prepared.program.gather(states)
+        self.states = states if jax.process_count() > 1 else gathered
         """The states to save: with several processes, only this process's part."""
-        return Training(whole, joined, self._position())
+        return Training(gathered, joined, self._position())
 
     def _stopped_while_evaluating(self) -> bool:
         """Wait for a checkpoint's evaluation; return True if a stop was requested meanwhile."""
@@ -92,22 +92,22 @@ class Loop:
             self.saver.wait()
         return agreed(self.stop)
 
-    def _asked_to_end(self, states: TrainState) -> bool:
+    def _callback_stops(self, states: TrainState) -> bool:
         """Whether the callback stops training here."""
         if self.callback is None:
             return False
-        whole = self.prepared.program.gather(states)
-        return bool(agree(int(bool(self.callback(self.done, self.parts[-1], whole)))).any())
+        gathered = self.prepared.program.gather(states)
+        return bool(agree(int(bool(self.callback(self.done, self.parts[-1], gathered)))).any())
 
     def _alive(self) -> np.ndarray:
-        alive = np.ones(self.session.settings.num_trainings, bool)
+        alive = np.ones(self.session.settings.num_runs, bool)
         alive[list(self.failed)] = False
         return alive
 
-    def _take(self, metrics: HostMetrics) -> None:
+    def _record(self, metrics: HostMetrics) -> None:
         """Check, log and display the metrics `[u, S]` of the latest chunk."""
         if self.prepared.population:
-            written = self._take_population(metrics)
+            written = self._record_population(metrics)
         else:
             written, bad = _finite_rows(metrics, self._alive())
             for seed, row in bad.items():
@@ -126,7 +126,7 @@ class Loop:
         self.done += len(written)
         self.session.progress.update(self.done, self.parts[-1][self.session.task.curve])
 
-    def _take_population(self, metrics: HostMetrics) -> np.ndarray:
+    def _record_population(self, metrics: HostMetrics) -> np.ndarray:
         """Return which updates `[u, S]` were kept. A member of a population counts as failed only
         until an exchange replaces it."""
         kept = _kept_rows(metrics)
@@ -148,14 +148,14 @@ class Loop:
                 left.append(int(every - self.done % every))
         return min(left)
 
-    def _make_up_for(self, found: Checkpoint, states: TrainState) -> None:
+    def _evaluate_if_missing(self, found: Checkpoint, states: TrainState) -> None:
         """Evaluate the checkpoint that training resumes from, if the run was killed before that."""
         run = self.session.settings.run
         regular = math.isfinite(run.eval_every) and run.eval_unit == "updates"
         if self.saver is not None and (not regular or self.done % run.eval_every == 0):
             self.saver.evaluate(found, states)
 
-    def _what_is_due(self) -> int:
+    def _action_due(self) -> int:
         """Whether a checkpoint, or one with evaluation, is due. At the end both happen anyway."""
         saver = self.saver
         if saver is None:
@@ -177,10 +177,10 @@ class Loop:
         return _SAVE if math.isfinite(run.eval_every) else _SAVE_AND_EVALUATE
 
     def _save(self, states: TrainState, evaluate: bool) -> None:
-        whole = self.prepared.program.gather(states)
+        gathered = self.prepared.program.gather(states)
         if self.saver is not None:
             several = jax.process_count() > 1
-            self.saver.start(self._position(), states if several else whole, whole, evaluate)
+            self.saver.start(self._position(), states if several else gathered, gathered, evaluate)
         self.last_save = time.perf_counter()
         if evaluate:
             self.last_evaluation = self.last_save

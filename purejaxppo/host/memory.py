@@ -1,4 +1,4 @@
-"""Does a run fit into memory?"""
+"""Checks whether a run fits into memory."""
 
 import os
 from collections.abc import Iterator
@@ -15,34 +15,34 @@ from purejaxppo.host.program import Program, stacked_hparams
 from purejaxppo.task import Task
 from purejaxppo.types import ActorState, TrainState
 
-NUMBERS_OF_A_STEP = 8
-"""Numbers a rollout holds per environment step beside the observation: at least action,
+VALUES_PER_STEP = 8
+"""Values that a rollout holds per environment step besides the observation: at least action,
 log-probability, value, next value, reward, terminated, truncated and mask."""
 
 
 def check_memory(settings: Settings, task: Task) -> None:
     """Raise `ConfigError` if the states and one rollout alone need more memory than is free."""
     used = len(choose_spread(settings, task).mesh.local_devices)
-    needed, free = least_bytes(settings, task), free_bytes(used)
+    needed, free = min_bytes(settings, task), free_bytes(used)
     if needed > free:
         raise ConfigError(_too_large(settings, f"at least {needed / 1e9:.2f} GB", free))
 
 
 def check_program(settings: Settings, program: Program) -> None:
-    """Raise `ConfigError` if XLA states that the compiled program needs more memory than is free.
+    """Raise `ConfigError` if XLA reports that the compiled program needs more memory than is free.
 
-    On several devices it would hang if one of them could not allocate.
+    If one of several devices failed to allocate, the program would hang.
     """
     free = free_bytes(len(program.spread.mesh.local_devices))
     if program.device_bytes > free:
         raise ConfigError(_too_large(settings, f"{program.device_bytes / 1e9:.2f} GB", free))
 
 
-def least_bytes(settings: Settings, task: Task) -> int:
+def min_bytes(settings: Settings, task: Task) -> int:
     """Bytes of the states `[S, ...]` and of one run's rollout, per device: a lower bound."""
 
     def init() -> TrainState:
-        keys = jax.random.split(jax.random.key(0), settings.num_trainings)
+        keys = jax.random.split(jax.random.key(0), settings.num_runs)
         learner = task.learner(None)
         start = jax.vmap(learner.init, in_axes=(0, 0, None))
         return start(keys, stacked_hparams(settings), task.data)
@@ -50,9 +50,9 @@ def least_bytes(settings: Settings, task: Task) -> int:
     states = jax.eval_shape(init)
     devices, rollout = choose_spread(settings, task).mesh.size, 0.0
     if isinstance(states.actors, ActorState):
-        obs = sum(map(_bytes, jax.tree.leaves(states.actors.obs))) / settings.num_trainings
+        obs = sum(map(_bytes, jax.tree.leaves(states.actors.obs))) / settings.num_runs
         samples = settings.config.batch_size
-        rollout = obs * samples / states.actors.start.shape[1] + samples * NUMBERS_OF_A_STEP * 4
+        rollout = obs * samples / states.actors.start.shape[1] + samples * VALUES_PER_STEP * 4
     return int((sum(map(_bytes, jax.tree.leaves(states))) + rollout) / devices)
 
 
@@ -61,22 +61,22 @@ def _bytes(x: jax.ShapeDtypeStruct) -> int:
 
 
 @contextmanager
-def memory_in_words(settings: Settings) -> Iterator[None]:
+def explain_out_of_memory(settings: Settings) -> Iterator[None]:
     """Turn XLA's out-of-memory error into a `ConfigError`."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        said = str(error).partition("RESOURCE_EXHAUSTED:")[2].strip().partition("\n")[0]
-        raise ConfigError(_too_large(settings, f"more ({said})", free_bytes())) from error
+        reason = str(error).partition("RESOURCE_EXHAUSTED:")[2].strip().partition("\n")[0]
+        raise ConfigError(_too_large(settings, f"more ({reason})", free_bytes())) from error
 
 
 def _too_large(settings: Settings, needed: str, free: int) -> str:
     return (
-        f"{settings.config.batch_in_words}, num_seeds = {settings.run.num_seeds}: training needs "
-        f"{needed} of memory on each device, and "
-        f"{free / 1e9:.2f} GB are free; use fewer environments, steps or seeds"
+        f"{settings.config.batch_in_words}, num_seeds = {settings.run.num_seeds}: will not fit "
+        f"into memory: training needs {needed} on each device, and {free / 1e9:.2f} GB are free; "
+        "use fewer environments, steps or seeds"
     )
 
 
@@ -91,7 +91,7 @@ def free_bytes(used: int | None = None) -> int:
 
 
 def _free_host_bytes() -> int:
-    """Linux's available memory, or what the control group still allows, whichever is less."""
+    """The smaller of Linux's available memory and what the control group still allows."""
     info = Path("/proc/meminfo")
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if info.exists():

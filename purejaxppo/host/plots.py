@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""Plots of a run."""
 
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,11 @@ def learning_curve(
     """Draw the return over environment steps: the mean over seeds and its 95% bootstrap interval.
 
     Args:
-        path: of the PNG file to write.
+        path: the PNG file to write.
         env_steps: `[U]` steps of one run.
-        returns: mean return of the episodes that ended in each update, NaN where none did.
+        returns: mean return of the episodes that ended in each update, NaN if none did.
         evaluations: environment steps `[P]` and mean return over seeds `[P]`.
-        metric: the name of what is drawn, if it is not returns.
+        metric: name of the metric, if it is not the return.
     """
     from matplotlib.figure import Figure  # slow to import
     from matplotlib.ticker import EngFormatter
@@ -61,7 +61,7 @@ def learning_curve(
 
 
 def metric_label(metric: str) -> str:
-    """A metric in words."""
+    """Axis label of a metric."""
     return "return of training episodes" if metric == RETURNS else metric.replace("_", " ")
 
 
@@ -71,13 +71,13 @@ def plain(text: str) -> str:
 
 
 def band_label(num_seeds: int) -> str:
-    """Legend entry of a band of `bootstrap_mean_interval`."""
+    """Legend entry for a band from `bootstrap_mean_interval`."""
     few = ", few" if num_seeds < FEW_SEEDS else ""
     return f"95% bootstrap interval of the mean ({num_seeds} seeds{few})"
 
 
 def bare_axes(axes: Any, xlabel: str, ylabel: str) -> None:
-    """Labels, a faint grid, and no frame where nothing is read."""
+    """Set labels, a faint grid, and no frame at the top and right."""
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.3)
@@ -87,6 +87,6 @@ def bare_axes(axes: Any, xlabel: str, ylabel: str) -> None:
 def smooth(
     env_steps: np.ndarray, returns: Float[np.ndarray, "U S"]
 ) -> tuple[np.ndarray, Float[np.ndarray, "P S"]]:
-    """Each seed's curve in at most 200 points, as `purejaxppo.curve` makes them."""
+    """Reduce each seed's curve to at most 200 points, as `purejaxppo.curve` does."""
     steps, curves = means_of_stretches(env_steps, returns.T, POINTS)
     return steps, curves.T

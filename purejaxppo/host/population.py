@@ -14,32 +14,32 @@ from purejaxppo.types import Learner, LearnerState, Metrics, PyTree, TrainState
 TRUNCATION = 0.2
 """Share of the population that is replaced at each exchange, and share that may be copied."""
 FACTORS = (0.8, 1.2)
-"""Each hyperparameter that is taken over is multiplied by one of these."""
+"""Each copied hyperparameter is multiplied by one of these."""
 
 
 class Population(NamedTuple):
-    """How K members learn from each other."""
+    """Settings of population-based training with K members."""
 
     size: int
-    """K; rows beyond it only fill up the devices."""
+    """Number of members (K); rows beyond it only pad the devices."""
     interval: int
-    """Rounds between two exchanges."""
+    """Rounds between exchanges."""
     ranges: tuple[tuple[str, float, float], ...]
     """(name, low, high) of the hyperparameters that an exchange may change."""
     seed: int
     num_updates: int
-    """Rounds in total; there is no exchange after the last."""
+    """Total number of rounds; no exchange follows the last."""
 
 
 class Member(NamedTuple):
-    """State of one member, in place of its `LearnerState`."""
+    """State of one member, which replaces its `LearnerState`."""
 
     learner: LearnerState
-    """Its `updates` fall behind `rounds` while the member's updates are not kept (see `failed`)."""
+    """Its `updates` fall behind `rounds` while updates are discarded (see `failed`)."""
     hparams: HParams
     """Current hyperparameters."""
     returned: Float[Array, ""]
-    """Sum of the returns of the episodes since the last exchange."""
+    """Sum of the returns of episodes since the last exchange."""
     episodes: Float[Array, ""]
     """Number of those episodes."""
     rounds: Int[Array, ""]
@@ -47,12 +47,12 @@ class Member(NamedTuple):
 
     @property
     def failed(self) -> Bool[Array, ""]:
-        """Whether the last update was not kept, since its loss was not finite."""
+        """Whether the last update was discarded because its loss was not finite."""
         return self.learner.updates != self.rounds
 
 
 def member_learner(learner: Learner) -> Learner:
-    """The same learner with `Member`s as states, which hold their own hyperparameters."""
+    """Wrap a learner to use `Member`s as states, which hold their own hyperparameters."""
 
     def init(key: Array, hparams: HParams, data: PyTree = ()) -> TrainState:
         state = learner.init(key, hparams, data)
@@ -84,7 +84,7 @@ def member_learner(learner: Learner) -> Learner:
 
 
 def without_members(states: TrainState) -> TrainState:
-    """The same states with plain `LearnerState`s."""
+    """Replace the `Member`s in states by plain `LearnerState`s."""
     return TrainState(states.learner.learner, states.actors)
 
 
@@ -98,11 +98,11 @@ def train_population(
     capacity: int,
     data: PyTree = (),
 ) -> tuple[TrainState, Metrics]:
-    """Train a device's own members `[S, ...]` for `count` rounds, at most `capacity`, with an
+    """Train the members `[S, ...]` on one device for `count` rounds (at most `capacity`), with an
     exchange between all devices every `population.interval` rounds.
 
     Returns:
-        states, and metrics `[capacity, S]` of which the first `count` rows are filled.
+        states, and metrics `[capacity, S]`, of which the first `count` rows are filled.
     """
 
     def update(states: TrainState) -> tuple[TrainState, Metrics]:
@@ -124,35 +124,37 @@ def train_population(
 
 
 def exchange(population: Population, members: Any) -> Any:
-    """Exploit and explore (Jaderberg et al. 2017, section 3), for a device's own members
-    `[S, ...]`: the worst take over the learner states and the perturbed hyperparameters of better
-    ones.
+    """Exploit and explore (Jaderberg et al. 2017, section 3), for the members `[S, ...]` on one
+    device: the worst members copy learner states from better ones, and their hyperparameters with
+    a perturbation.
 
-    A member that takes over a state takes over its `updates` too, so schedules continue from there
-    and a member that had failed learns again. Keys and environments stay each member's own.
+    A copied state includes its `updates`, so schedules continue from there and a failed member
+    trains again. Each member keeps its own key and environments.
     """
-    own = members.episodes.shape[0]
-    first = jax.lax.axis_index(SEEDS) * own
+    count = members.episodes.shape[0]
+    first = jax.lax.axis_index(SEEDS) * count
 
-    def everyone(tree: PyTree) -> PyTree:
+    def gather(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda x: jax.lax.all_gather(x, SEEDS, tiled=True), tree)
 
-    def mine(tree: PyTree) -> PyTree:
-        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, own), tree)
+    def own_rows(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, count), tree)
 
     root = jax.random.fold_in(jax.random.key(population.seed), 2**31)
     parent_key, explore_key = jax.random.split(jax.random.fold_in(root, members.rounds[0]))
     score = jnp.where(members.failed, -jnp.inf, members.returned / members.episodes)
-    scores, hparams = everyone((score, members.hparams))
+    scores, hparams = gather((score, members.hparams))
     parents = choose_parents(parent_key, population.size, scores)
-    taken = parents != jnp.arange(parents.shape[0])
-    explored = explore(explore_key, population, jax.tree.map(lambda x: x[parents], hparams), taken)
+    replaced = parents != jnp.arange(parents.shape[0])
+    explored = explore(
+        explore_key, population, jax.tree.map(lambda x: x[parents], hparams), replaced
+    )
 
-    learned = everyone(members.learner._replace(key=()))
-    inherited = jax.tree.map(lambda x: x[mine(parents)], learned)
+    learned = gather(members.learner._replace(key=()))
+    inherited = jax.tree.map(lambda x: x[own_rows(parents)], learned)
     return Member(
         inherited._replace(key=members.learner.key),
-        mine(explored),
+        own_rows(explored),
         jnp.zeros_like(members.returned),
         jnp.zeros_like(members.episodes),
         members.rounds,
@@ -160,15 +162,15 @@ def exchange(population: Population, members: Any) -> Any:
 
 
 def choose_parents(key: Array, size: int, score: Float[Array, " K"]) -> Int[Array, " K"]:
-    """Parent of each member: itself, or one of the best for each of the worst.
+    """Choose the parent of each member: one of the best for each of the worst, else itself.
 
-    Only members with a finite score become parents; if there are none, everyone keeps their own
-    state.
+    Only members with a finite score become parents; if there are none, all members keep their
+    states.
 
     Args:
-        size: members that count; those beyond it only fill up the devices.
-        score: NaN for members without an episode, which rank last but for those that failed,
-            whose score is -inf.
+        size: number of members; rows beyond it only pad the devices.
+        score: NaN for members without an episode, which rank last except for failed ones, whose
+            score is -inf.
     """
     count = score.shape[0]
     low = jnp.finfo(score.dtype).min
@@ -181,14 +183,14 @@ def choose_parents(key: Array, size: int, score: Float[Array, " K"]) -> Int[Arra
     return jnp.arange(count).at[worst].set(better)
 
 
-def explore(key: Array, population: Population, hparams: HParams, taken: Array) -> HParams:
-    """Multiply each hyperparameter of a range by one of `FACTORS`, where it was `taken` over, and
-    clip it to the range."""
+def explore(key: Array, population: Population, hparams: HParams, replaced: Array) -> HParams:
+    """For the members that were `replaced`, multiply each hyperparameter that has a range by one of
+    `FACTORS`, and clip it to the range."""
     changed = {}
     for index, (name, low, high) in enumerate(population.ranges):
         value = getattr(hparams, name)
         factor = jax.random.choice(
             jax.random.fold_in(key, index), jnp.asarray(FACTORS), value.shape
         )
-        changed[name] = jnp.where(taken, jnp.clip(value * factor, low, high), value)
+        changed[name] = jnp.where(replaced, jnp.clip(value * factor, low, high), value)
     return dataclasses.replace(hparams, **changed)

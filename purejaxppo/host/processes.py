@@ -1,9 +1,9 @@
-"""Several processes, on one machine or many, that share one training.
+"""Several processes, on one machine or many, that train one run together.
 
-Process 0 listens at `coordinator`; the others connect to it and say who they are. What they do not
-agree on ends them all with a message before JAX starts, whose own service can only abort. The
-connections then stay open: where one breaks, a process has died, and the others end at once rather
-than wait in an exchange for ever.
+Process 0 listens at `coordinator`; the others connect to it and send their settings. If these
+disagree, all processes exit with a message before JAX starts, since JAX's own service can only
+abort. The connections stay open: if one breaks, a process has died, and the others exit at once
+rather than wait in an exchange forever.
 """
 
 import hashlib
@@ -23,19 +23,20 @@ import numpy as np
 
 from purejaxppo.config import ConfigError
 
-DIED = 1
+PEER_DIED = 1
 """Exit status of a process whose peer has died."""
 _RETRY_SECONDS = 0.2
 _HEARTBEAT_SECONDS = 20
-_PATIENCE_SECONDS = 24 * 3600
-"""How long processes wait for each other at the end, where the first still evaluates."""
-_TELLING_SECONDS = 5.0
+_SHUTDOWN_SECONDS = 24 * 3600
+"""How long processes wait for each other at the end, while the first one still evaluates."""
+_DEATH_NOTICE_SECONDS = 5.0
+"""How long to wait after a failed exchange for the broken connection to be noticed."""
 _GOODBYE = b"."
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Who takes part, and which of them this process is."""
+    """Address and number of the processes of a run, and the index of this one."""
 
     coordinator: str
     """HOST:PORT, where process 0 listens."""
@@ -66,13 +67,14 @@ class Processes:
 
 @contextmanager
 def joined(processes: Processes | None, task: str) -> Iterator[None]:
-    """With the other processes while the block lasts; alone if `processes` is None.
+    """Connect to the other processes for the duration of the block.
 
     Args:
-        task: what this process is about to do, which must be the same in all.
+        processes: None connects only under a launcher (Slurm, Open MPI).
+        task: description of the work, which must be the same in all processes.
 
     Raises:
-        ConfigError: if they do not all come in time, or do not agree.
+        ConfigError: if a process fails to connect in time, or they disagree.
     """
     if processes is None and not _under_launcher():
         yield
@@ -82,38 +84,38 @@ def joined(processes: Processes | None, task: str) -> Iterator[None]:
         if processes is None:
             jax.distributed.initialize()
         else:
-            peers, coordinator = _meet(processes, task, stack)
+            peers, coordinator = _connect_all(processes, task, stack)
             jax.distributed.initialize(
                 coordinator,
                 processes.num_processes,
                 processes.process_id,
                 heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
-                shutdown_timeout_seconds=_PATIENCE_SECONDS,
+                shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
             )
         for name, peer in peers:
             threading.Thread(target=_watch, args=(name, peer), daemon=True).start()
         try:
             yield
-        except (SystemExit, KeyboardInterrupt):  # to which all processes have agreed
-            _part(peers)
+        except (SystemExit, KeyboardInterrupt):  # all processes have agreed to stop
+            _shut_down(peers)
             raise
         except jax.errors.JaxRuntimeError:
-            # An exchange fails where a process has died, maybe before its connection has told.
-            time.sleep(_TELLING_SECONDS if peers else 0.0)
+            # The exchange may have failed because a process died, which _watch reports shortly.
+            time.sleep(_DEATH_NOTICE_SECONDS if peers else 0.0)
             raise
-        _part(peers)
+        _shut_down(peers)
 
 
 def _under_launcher() -> bool:
-    """Whether Slurm's srun, or Open MPI, has started this process as one of several."""
+    """Whether Slurm's srun or Open MPI has started this process as one of several."""
     counts = (
         os.environ.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
     )
     return any(count.isdecimal() and int(count) > 1 for count in counts)
 
 
-def _part(peers: list[tuple[str, socket.socket]]) -> None:
-    """Tell the others that this process has come to its end, and wait until they have."""
+def _shut_down(peers: list[tuple[str, socket.socket]]) -> None:
+    """Tell the other processes that this one is finished, and wait until they are too."""
     for _, peer in peers:
         with suppress(OSError):
             peer.sendall(_GOODBYE)
@@ -126,7 +128,7 @@ def is_first() -> bool:
 
 
 def agree(*numbers: int) -> np.ndarray:
-    """`[processes, len(numbers)]` what each process has given; a wait for all of them."""
+    """Wait for all processes; return the numbers of each, `[processes, len(numbers)]`."""
     if jax.process_count() == 1:
         return np.asarray([numbers])
     from jax.experimental import multihost_utils
@@ -134,30 +136,35 @@ def agree(*numbers: int) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(np.asarray(numbers, np.int32)))
 
 
-def _meet(
+def _connect_all(
     processes: Processes, task: str, stack: ExitStack
 ) -> tuple[list[tuple[str, socket.socket]], str]:
-    """Connections to the others, by their names, and where JAX's service is to be."""
-    about = {
+    """Connect to the other processes.
+
+    Returns:
+        name and connection of each, and the address for JAX's own service.
+    """
+    own = {
         "process_id": processes.process_id,
         "num_processes": processes.num_processes,
         "task": hashlib.sha256(task.encode()).hexdigest(),
     }
     if processes.process_id:
         first = stack.enter_context(_connect(processes))
-        _send(first, about)
+        _send(first, own)
         answer = _receive(first, processes.wait_seconds)
         if "error" in answer:
             raise ConfigError(answer["error"])
         return [("process 0", first)], answer["coordinator"]
     others = _accept(processes, stack)
-    error = _disagreement(about, [said for _, said in others])
+    error = _disagreement(own, [settings for _, settings in others])
     answer = {"error": error} if error else {"coordinator": _free_address(processes.address[0])}
     for connection, _ in others:
         _send(connection, answer)
     if error:
         raise ConfigError(error)
-    return [(f"process {said['process_id']}", c) for c, said in others], answer["coordinator"]
+    peers = [(f"process {settings['process_id']}", c) for c, settings in others]
+    return peers, answer["coordinator"]
 
 
 def _accept(processes: Processes, stack: ExitStack) -> list[tuple[socket.socket, dict[str, Any]]]:
@@ -169,46 +176,47 @@ def _accept(processes: Processes, stack: ExitStack) -> list[tuple[socket.socket,
             f"coordinator = {processes.coordinator!r}: process 0 cannot listen there: "
             f"{error.strerror}; give an address of its machine and a free port"
         ) from error
-    give_up = time.monotonic() + processes.wait_seconds
+    deadline = time.monotonic() + processes.wait_seconds
     found: list[tuple[socket.socket, dict[str, Any]]] = []
     while len(found) < processes.num_processes - 1:
-        server.settimeout(max(0.01, give_up - time.monotonic()))
+        server.settimeout(max(0.01, deadline - time.monotonic()))
         try:
             connection = stack.enter_context(server.accept()[0])
         except TimeoutError as error:
             raise ConfigError(
-                f"num_processes = {processes.num_processes}: only {len(found) + 1} came within "
-                f"{processes.wait_seconds:g} s; start the others, or see why they cannot reach "
-                f"{processes.coordinator}"
+                f"num_processes = {processes.num_processes}: only {len(found) + 1} connected "
+                f"within {processes.wait_seconds:g} s; start the others, or check that they can "
+                f"reach {processes.coordinator}"
             ) from error
         found.append((connection, _receive(connection, processes.wait_seconds)))
     return found
 
 
 def _connect(processes: Processes) -> socket.socket:
-    give_up = time.monotonic() + processes.wait_seconds
+    deadline = time.monotonic() + processes.wait_seconds
     while True:
         try:
             return socket.create_connection(processes.address, timeout=5.0)
         except OSError as error:
-            if time.monotonic() > give_up:
+            if time.monotonic() > deadline:
                 raise ConfigError(
-                    f"coordinator = {processes.coordinator!r}: process 0 does not answer there "
-                    f"since {processes.wait_seconds:g} s ({error}); start it, or check the address"
+                    f"coordinator = {processes.coordinator!r}: no answer from process 0 within "
+                    f"{processes.wait_seconds:g} s ({error}); start it, or check the address"
                 ) from error
             time.sleep(_RETRY_SECONDS)
 
 
-def _disagreement(mine: dict[str, Any], others: list[dict[str, Any]]) -> str | None:
-    everyone = [mine, *others]
-    counts = sorted({int(said["num_processes"]) for said in everyone})
+def _disagreement(own: dict[str, Any], others: list[dict[str, Any]]) -> str | None:
+    """Return what the settings of the processes disagree on, or None."""
+    everyone = [own, *others]
+    counts = sorted({int(x["num_processes"]) for x in everyone})
     if len(counts) > 1:
-        return f"num_processes: the processes were told {counts}; tell all of them the same"
-    ids = [int(said["process_id"]) for said in everyone]
+        return f"num_processes: the processes were given {counts}; give all of them the same value"
+    ids = [int(x["process_id"]) for x in everyone]
     if len(set(ids)) < len(ids):
-        return f"process_id: the processes have {sorted(ids)}; give each its own"
-    if len({said["task"] for said in everyone}) > 1:
-        return "the processes have different settings; start all with the same ones"
+        return f"process_id: the processes were given {sorted(ids)}; give each a different one"
+    if len({x["task"] for x in everyone}) > 1:
+        return "the processes have different settings; start all with the same settings"
     return None
 
 
@@ -228,22 +236,22 @@ def _receive(connection: socket.socket, seconds: float) -> dict[str, Any]:
         return json.loads(line)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"coordinator: what answers there is no process of this run ({error}); check the port"
+            f"coordinator: the answer is not from a process of this run ({error}); check the port"
         ) from error
 
 
 def _watch(name: str, connection: socket.socket) -> None:
-    """End this process when the other one is gone without a word."""
+    """Exit this process if the other one ends without a goodbye."""
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if hasattr(socket, "TCP_KEEPIDLE"):
         for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-    said = b""
+    received = b""
     with suppress(OSError):
-        said = connection.recv(1)
-    if said != _GOODBYE:
-        end = f"\npurejaxppo: {name} is gone, so this one ends; resume the run with all of them\n"
-        os.write(2, end.encode())
+        received = connection.recv(1)
+    if received != _GOODBYE:
+        message = f"\npurejaxppo: lost {name}, so this process exits; resume with all processes\n"
+        os.write(2, message.encode())
         sys.stdout.flush()
-        os._exit(DIED)
+        os._exit(PEER_DIED)

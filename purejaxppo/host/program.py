@@ -107,7 +107,7 @@ class Evaluation:
         return np.asarray(function(states, *self._rows(deterministic, purpose), self._data))
 
     def _rows(self, deterministic: bool, purpose: int) -> tuple[jax.Array, jax.Array]:
-        num_seeds, total = self._settings.run.num_seeds, self._settings.num_trainings
+        num_seeds, total = self._settings.run.num_seeds, self._settings.num_runs
         keys = evaluation_keys(self._settings.run.seed, num_seeds, purpose)
         return jnp.tile(keys, total // num_seeds), jnp.full(total, deterministic)
 
@@ -175,7 +175,7 @@ def compile_program(
         learner = member_learner(learner)
     capacity = min(settings.config.num_updates, CHUNK_CAPACITY)
     root = np.asarray(jax.random.key_data(jax.random.key(settings.run.seed)))
-    init = _make_init(settings, learner, spread, apart=population is not None)
+    init = _make_init(settings, learner, spread, independent=population is not None)
 
     def chunk(states: TrainState, hparams: HParams, count: jax.Array, data: PyTree) -> Any:
         if population is not None:
@@ -212,18 +212,18 @@ def compile_program(
 
 
 def _make_init(
-    settings: Settings, learner: Learner, spread: Spread, apart: bool
+    settings: Settings, learner: Learner, spread: Spread, independent: bool
 ) -> Callable[[jax.Array, HParams, PyTree], TrainState]:
     """`(root key's data, hparams[S], data) -> states[S, ...]`.
 
     Args:
-        apart: give each run its own random numbers; otherwise all trials use the same seeds.
+        independent: give each run its own random numbers; otherwise all trials share seeds.
     """
-    num_keys = settings.num_trainings if apart else settings.run.num_seeds
+    num_keys = settings.num_runs if independent else settings.run.num_seeds
 
     def init(root: jax.Array, hparams: HParams, data: PyTree) -> TrainState:
         keys = jax.random.split(jax.random.wrap_key_data(root), num_keys)
-        keys = jnp.tile(keys, settings.num_trainings // num_keys)
+        keys = jnp.tile(keys, settings.num_runs // num_keys)
         begin = spread.over(
             lambda keys, hparams, data: each_seed(
                 lambda row: learner.init(row[0], row[1], data), (keys, hparams)

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live bar on a terminal, plain lines elsewhere."""
+"""Progress reports of a run: a live bar on a terminal, plain lines elsewhere."""
 
 import io
 import sys
@@ -16,33 +16,33 @@ from rich.progress import Progress as Bar
 from purejaxppo.host.configfile import Settings
 from purejaxppo.host.stats import describe_interval
 
-if TYPE_CHECKING:  # which imports JAX, while this is shown before JAX is loaded
+if TYPE_CHECKING:  # imports JAX, and this must work before JAX is loaded
     from purejaxppo.host.checkpoint import Checkpoint
 
 _PLAIN_SECONDS = 5.0
 
 
 class _Output:
-    """Standard output; nothing once that cannot be written (a closed pipe, a full disk), since a
-    run does not end for it."""
+    """Standard output, discarded once it cannot be written (a closed pipe, a full disk), since that
+    must not end a run."""
 
     def __init__(self) -> None:
         self._file: Any = sys.stdout
 
     def write(self, text: str) -> int:
-        with self._forgiving():
+        with self._ignoring_errors():
             self._file.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with self._forgiving():
+        with self._ignoring_errors():
             self._file.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 
     @contextmanager
-    def _forgiving(self) -> Iterator[None]:
+    def _ignoring_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError:
@@ -50,7 +50,7 @@ class _Output:
 
 
 def make_console(enabled: bool) -> Console:
-    """Standard output in plain words; silent unless `enabled`."""
+    """Make a console for plain text on standard output; silent unless `enabled`."""
     output: Any = _Output()
     return Console(
         file=output,
@@ -63,37 +63,41 @@ def make_console(enabled: bool) -> Console:
 
 
 def describe_run(settings: Settings) -> str:
-    """What is to be trained, in one line."""
-    config, count = settings.config, settings.num_trainings
+    """Describe a run in one line."""
+    config, count = settings.config, settings.num_runs
     steps = config.num_updates * config.batch_size
-    asked = f" (total_timesteps = {config.total_timesteps:,} rounded up to whole updates)"
+    rounded = f" (total_timesteps = {config.total_timesteps:,} rounded up to whole updates)"
     seeds = f"{count} seed{'s' if count > 1 else ''}"
     return (
         f"{config.title}, {seeds}: {config.num_updates:,} updates of {config.batch_in_words} = "
         f"{steps:,} environment steps"
-        f"{' per seed' if count > 1 else ''}{asked if steps > config.total_timesteps else ''}"
+        f"{' per seed' if count > 1 else ''}{rounded if steps > config.total_timesteps else ''}"
     )
 
 
 class Progress:
-    """Reports of one run, that begins after `done` updates and ends after `last`, or all; silent
-    unless `enabled`."""
+    """Reports progress of one run; silent unless `enabled`.
+
+    Args:
+        done: number of updates at the start.
+        last: number of updates at the end; None takes all.
+    """
 
     def __init__(self, settings: Settings, done: int, enabled: bool, last: int | None = None):
         self._settings, self._config, self._done = settings, settings.config, done
         self._last = settings.config.num_updates if last is None else last
-        self._num_trainings = settings.num_trainings
+        self._num_runs = settings.num_runs
         self._console = make_console(enabled)
         self._live = enabled and self._console.is_terminal
         self._bar: Bar | None = None
-        self._returns = np.full(self._num_trainings, np.nan)
+        self._returns = np.full(self._num_runs, np.nan)
         self._began = self._last_line = time.perf_counter()
 
-    def starting(self, checkpoint: "Checkpoint | None", again: bool, where: str) -> None:
-        """Say what is to be trained, on which devices, and from where."""
+    def starting(self, checkpoint: "Checkpoint | None", resumed: bool, where: str) -> None:
+        """Report what is trained, on which devices, and from which checkpoint."""
         self._console.print(f"{describe_run(self._settings)}; on {where}")
         if checkpoint is None:
-            if again:
+            if resumed:
                 self._console.print("no checkpoint yet: starting from the beginning")
             return
         self._console.print(f"resuming from update {self._done:,}: {checkpoint.path}")
@@ -102,14 +106,14 @@ class Progress:
             self._console.print(f"{name} = {new[name]} from here on (was {old[name]})")
 
     def working(self, what: str) -> AbstractContextManager[Any]:
-        """Show that something of unknown length is under way."""
+        """Show work of unknown duration, described by `what`."""
         if self._live:
             return self._console.status(what)
         self._console.print(what)
         return nullcontext()
 
     def training(self, compile_seconds: float) -> None:
-        """Show the bar."""
+        """Report the compile time and show the bar."""
         self._console.print(f"compiled in {compile_seconds:.1f} s (training and evaluation)")
         self._show_bar()
 
@@ -130,12 +134,12 @@ class Progress:
         self._bar.start()
 
     def update(self, done: int, episode_returns: np.ndarray) -> None:
-        """`episode_returns[u, S]` of the updates since the last call."""
+        """Show progress, given `episode_returns[u, S]` of the updates since the last call."""
         for row in episode_returns:
             self._returns = np.where(np.isfinite(row), row, self._returns)
         now = time.perf_counter()
         speed_in_updates = (done - self._done) / (now - self._began)
-        rate = speed_in_updates * self._config.batch_size * self._num_trainings
+        rate = speed_in_updates * self._config.batch_size * self._num_runs
         speed, returns = self._speed(rate), f"return {self._mean_return()}"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, speed=speed, returns=returns)
@@ -147,7 +151,7 @@ class Progress:
             self._last_line = now
 
     def failed(self, seed: int, update: int) -> None:
-        """The loss of `seed` is not finite at `update`."""
+        """Report that the loss of `seed` is not finite at `update`."""
         hparams = self._settings.hparams
         self._console.print(
             f"seed {seed}: the loss is not finite at update {update}. The last good state is kept. "
@@ -157,23 +161,23 @@ class Progress:
         )
 
     def stopped(self, resume_command: str | None) -> None:
-        """Say that the run was asked to stop, and has saved."""
+        """Report that the run has stopped and saved."""
         how = f"; to resume: {resume_command}" if resume_command else ""
         self._console.print(f"stopped{how}")
 
     def already_finished(self, summary: dict[str, Any], resume_command: str) -> None:
-        """Say that there is nothing to resume."""
+        """Report that there is nothing to resume."""
         self._console.print(
             f"already finished: {summary['env_steps']:,} of {summary['env_steps_planned']:,} "
             "environment steps per seed; nothing to do"
         )
-        if self._none_left(summary):
+        if self._all_failed(summary):
             return
-        self._returns_of(summary)
+        self._print_returns(summary)
         self._console.print(f"to train longer: {resume_command} --total-timesteps N")
 
     def close(self) -> None:
-        """Leave the bar as it is; also after an error."""
+        """Stop the bar and leave it on the terminal, also after an error."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -183,34 +187,34 @@ class Progress:
             f"trained {summary['env_steps']:,} environment steps per seed in "
             f"{summary['run_seconds']:.1f} s, {self._speed(summary['steps_per_second'])}"
         )
-        if not self._none_left(summary):
-            self._returns_of(summary)
+        if not self._all_failed(summary):
+            self._print_returns(summary)
         if directory is not None:
             self._console.print(f"learning curve: {directory / 'learning_curve.png'}")
 
-    def _none_left(self, summary: dict[str, Any]) -> bool:
-        """Whether the loss of every seed turned non-finite; says so."""
-        if len(summary["failed_seeds"]) < self._num_trainings:
+    def _all_failed(self, summary: dict[str, Any]) -> bool:
+        """Return whether every seed failed, and report it."""
+        if len(summary["failed_seeds"]) < self._num_runs:
             return False
         self._console.print("every seed failed, so there is no return to report")
         return True
 
-    def _returns_of(self, summary: dict[str, Any]) -> None:
+    def _print_returns(self, summary: dict[str, Any]) -> None:
         names = {"eval_return": "sampled", "eval_return_deterministic": "deterministic"}
         for name, actions in names.items():
             mean, interval = summary.get(f"{name}_mean"), summary.get(f"{name}_interval_95")
             if mean is None:
                 continue
-            seeds = self._num_trainings - len(summary["failed_seeds"])
-            between = describe_interval(interval, seeds)
+            seeds = self._num_runs - len(summary["failed_seeds"])
+            described = describe_interval(interval, seeds)
             self._console.print(
-                f"evaluation return, {actions} actions: {mean:.2f}{between}, "
+                f"evaluation return, {actions} actions: {mean:.2f}{described}, "
                 f"{summary['eval_episodes']} episodes per seed"
             )
 
     def _speed(self, rate: float) -> str:
-        """Environment steps per second of all seeds together."""
-        count = self._num_trainings
+        """Format environment steps per second over all seeds."""
+        count = self._num_runs
         return f"{_short(rate)} steps/s{f' over {count} seeds' if count > 1 else ''}"
 
     def _mean_return(self) -> str:

@@ -1,4 +1,4 @@
-"""`run` and `resume`: train a task, evaluate it, and write everything to a run directory."""
+"""`run` and `resume`: train a task, evaluate it, and write the results to a run directory."""
 
 import dataclasses
 import math
@@ -103,7 +103,7 @@ def run(
         env: an object with gymnax 1.x's interface, which replaces the one that
             `config.env_id` names.
         env_params: its parameters; None uses its defaults.
-        parts: see `make_task`.
+        **parts: see `make_task`.
 
     Raises:
         ConfigError: before anything is compiled or written, if a setting cannot work, or
@@ -138,7 +138,7 @@ def run_settings(
     """
     check_scalars(settings.hparams, "run")
     if settings.trials:
-        raise ConfigError("trials: this is a part of a sweep; use the sweep's sweep.toml")
+        raise ConfigError("trials: this file is part of a sweep; use the sweep's sweep.toml")
     _check_outputs(run_dir, settings.run)
     use_all_cores()
     task = task_of(settings, None, {}) if task is None else task
@@ -181,8 +181,8 @@ class Leg(NamedTuple):
 def run_wave(
     settings: Settings, directory: Path | None, prepared: Prepared, leg: Leg, progress: Progress
 ) -> Result:
-    """Train the trials of `settings` in parallel, with a program compiled for that number.
-    Continues if `directory` already holds a part of the wave.
+    """Train the trials of `settings` in parallel, with a program compiled for their number.
+    Continues if `directory` already holds part of the wave.
 
     Metrics are written as `metrics.f32`, and checkpoints are not evaluated.
 
@@ -230,8 +230,13 @@ def resume(
         task: the task passed to `run`, if one was.
         total_timesteps: new length of the run, which may be finished. From then on, schedules run
             over the new length, so a linear schedule raises the learning rate again.
-        loggers, callback: as in `run`.
-        env, env_params, parts: those passed to `run`, if any were.
+        loggers: as in `run`.
+        callback: as in `run`.
+        compilation_cache: as in `run`.
+        progress: as in `run`.
+        env: the environment passed to `run`, if one was.
+        env_params: its parameters, if they were passed.
+        **parts: other parts passed to `run`.
 
     Raises:
         ConfigError: if there is no run, another process writes there, no checkpoint is complete, or
@@ -249,17 +254,17 @@ def resume(
         choose_spread(settings, task)
         start = _restore(directory, settings, task, task.learner(None))
         if total_timesteps is not None and start.checkpoint is not None:
-            _check_some_left(start.checkpoint)
-        shown = Progress(settings, start.position.updates, enabled=progress and is_first())
+            _check_not_all_failed(start.checkpoint)
+        reporter = Progress(settings, start.position.updates, enabled=progress and is_first())
         if (summary := _summary_if_finished(directory, start, settings)) is not None:
             if start.metrics is not None and not (directory / CURVE).exists():
                 draw_curve(directory, settings, task, start.metrics[task.curve].T)
-            shown.already_finished(summary, resume_command(directory))
+            reporter.already_finished(summary, resume_command(directory))
             return _finished_result(start, summary)
         if held is not None:
             write_settings(held, settings)
         last = settings.config.num_updates
-        session = Session(settings, task, held, directory, start, last, shown)
+        session = Session(settings, task, held, directory, start, last, reporter)
         extras = Extras(loggers, callback, compilation_cache, progress)
         return conduct(session, partial(compile_run, session), extras)
 
@@ -268,7 +273,7 @@ def _settings_to_resume(directory: Path, total_timesteps: int | None) -> Setting
     settings = load_settings(directory / CONFIG)
     if settings.trials:
         raise ConfigError(
-            f"run_dir = {str(directory)!r}: is a part of a sweep; to resume the sweep: "
+            f"run_dir = {str(directory)!r}: is part of a sweep; to resume the sweep: "
             f"{resume_command(directory)}"
         )
     if total_timesteps is None:
@@ -277,8 +282,8 @@ def _settings_to_resume(directory: Path, total_timesteps: int | None) -> Setting
     return dataclasses.replace(settings, config=config)
 
 
-def _check_some_left(found: Checkpoint) -> None:
-    if len(found.position.failed) == found.settings.num_trainings:
+def _check_not_all_failed(found: Checkpoint) -> None:
+    if len(found.position.failed) == found.settings.num_runs:
         raise ConfigError(
             f"{str(found.path)!r}: the loss of every seed became non-finite, so no seed can be "
             "trained longer; start a new run with a lower learning_rate or max_grad_norm"
@@ -296,18 +301,19 @@ def _restore(directory: Path, settings: Settings, task: Task, learner: Learner) 
 
     found = newest_or_none(directory, check)
     if found is None:
-        return Start(Position(0), again=True)
+        return Start(Position(0), resumed=True)
     position = found.position
     if config.num_updates < position.updates:
+        done = position.updates * config.batch_size
         raise ConfigError(
-            f"total_timesteps = {config.total_timesteps}: {position.updates * config.batch_size} "
-            "environment steps are trained already; give at least as many"
+            f"total_timesteps = {config.total_timesteps}: the run has already trained "
+            f"{done} environment steps; give at least {done}"
         )
     if config.total_timesteps != found.settings.config.total_timesteps:
         change = (position.updates, config.total_timesteps)
         position = dataclasses.replace(position, extended=(*position.extended, change))
     states = restore_states(found, learner, task)
-    return Start(position, states, metrics[found.path], found, again=True)
+    return Start(position, states, metrics[found.path], found, resumed=True)
 
 
 def _summary_if_finished(
@@ -321,20 +327,18 @@ def _summary_if_finished(
     except (DamagedError, ValueError, TypeError, LookupError, OverflowError):
         return None
     config, position = settings.config, start.position
-    ended = position.updates == config.num_updates or (
-        len(position.failed) == settings.num_trainings
-    )
+    ended = position.updates == config.num_updates or (len(position.failed) == settings.num_runs)
     current = done == position.updates * config.batch_size
-    whole = planned == config.num_updates * config.batch_size
-    return summary if start.states is not None and ended and current and whole else None
+    complete = planned == config.num_updates * config.batch_size
+    return summary if start.states is not None and ended and current and complete else None
 
 
 def _finished_result(start: Start, summary: dict[str, Any]) -> Result:
     assert start.states is not None
     assert start.metrics is not None
     metrics = {name: values.T for name, values in start.metrics.items()}
-    nothing = np.zeros((len(next(iter(metrics.values()))), 0))
-    return Result(start.states, metrics, nothing, nothing, summary, start.position.failed)
+    no_returns = np.zeros((len(next(iter(metrics.values()))), 0))
+    return Result(start.states, metrics, no_returns, no_returns, summary, start.position.failed)
 
 
 def check_scalars(hparams: Any, function: str) -> None:

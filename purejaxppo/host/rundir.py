@@ -1,4 +1,4 @@
-"""The run directory: who may write there, and files that are whole or not there at all."""
+"""The run directory: locking it, and writing files atomically."""
 
 import fcntl
 import hashlib
@@ -27,20 +27,20 @@ _RUN_FILES = (
 
 
 _DIGEST = "digest"
-MOST_BYTES = 64 * 2**20
-"""Of a file that is read as a whole."""
+MAX_BYTES = 64 * 2**20
+"""Size limit of a file that is read into memory."""
 
 
 class DamagedError(Exception):
-    """A file is not as it was written; the message says how it differs."""
+    """A file has changed since it was written; the message says how."""
 
 
 class RunWarning(RuntimeWarning):
-    """Something went wrong that a run survives."""
+    """A problem that does not stop a run."""
 
 
 class StorageError(Exception):
-    """Something could not be written: the message says what, why, and how to go on."""
+    """Something could not be written; the message says what, why, and how to continue."""
 
 
 class GoneError(StorageError):
@@ -48,11 +48,11 @@ class GoneError(StorageError):
 
 
 class LostError(Exception):
-    """Machines were lost too often: the message says which, and how to go on."""
+    """Machines were lost too often; the message says which, and how to continue."""
 
 
 class BusyError(ConfigError):
-    """Another process writes there."""
+    """Another process writes to the directory."""
 
 
 class Held(NamedTuple):
@@ -60,7 +60,7 @@ class Held(NamedTuple):
 
     directory: Path
     handle: int
-    """File descriptor of the directory, valid whatever its name is."""
+    """File descriptor of the directory, valid even if it is renamed."""
 
     def check(self) -> None:
         """Raise `GoneError` if the directory was removed or renamed."""
@@ -76,19 +76,19 @@ class Held(NamedTuple):
 
 @contextmanager
 def new_run(directory: Path, settings: Settings) -> Iterator[Held]:
-    """Make a run directory, hold its lock, and write the settings there. If the block raises
-    `ConfigError` before the first update, its files are removed, so that the corrected command can
+    """Make a run directory, lock it, and write the settings there. If the block raises
+    `ConfigError` before the first update, the files are removed, so that the corrected command can
     use the directory.
 
     Raises:
-        ConfigError: if it already holds a run, another process writes there, or it cannot be
+        ConfigError: if it already holds a run, is locked by another process, or cannot be
             written.
     """
     with locked(directory, make=True) as held:
-        there = [name for name in _RUN_FILES if (directory / name).exists()]
-        if there:
+        existing = [name for name in _RUN_FILES if (directory / name).exists()]
+        if existing:
             raise ConfigError(
-                f"run_dir = {str(directory)!r}: already holds a run ({', '.join(there)}); "
+                f"run_dir = {str(directory)!r}: already holds a run ({', '.join(existing)}); "
                 f"choose another directory, or resume it: {resume_command(directory)}"
             )
         write_settings(held, settings)
@@ -120,19 +120,19 @@ def _remove_run(directory: Path) -> None:
 
 @contextmanager
 def old_run(directory: Path) -> Iterator[Held]:
-    """Hold the lock of a directory that holds a run.
+    """Lock the directory of an existing run.
 
     Raises:
-        ConfigError: if it holds none, another process writes there, or it cannot be written.
+        ConfigError: if it holds no run, is locked by another process, or cannot be written.
     """
     try:
-        there = (directory / CONFIG).is_file()
+        exists = (directory / CONFIG).is_file()
     except OSError as error:
         raise _cannot_write(directory, error) from error
-    if not there:
+    if not exists:
         raise ConfigError(
-            f"run_dir = {str(directory)!r}: holds no {CONFIG}, so no run to go on with; check the "
-            "path, or begin one by `purejaxppo train`"
+            f"run_dir = {str(directory)!r}: no {CONFIG} found, so there is no run to resume; check "
+            "the path, or start a run with `purejaxppo train`"
         )
     with locked(directory) as held:
         yield held
@@ -153,7 +153,7 @@ def write_settings(held: Held, settings: Settings) -> None:
 
 
 def write_whole(path: Path, content: str | bytes | bytearray) -> None:
-    """Write a file such that a reader, or a crash, finds the old one or the new, never a part."""
+    """Write a file atomically, so that after a crash it has either its old or its new content."""
     part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as file:
@@ -178,7 +178,7 @@ def sync(path: Path) -> None:
 
 
 def sealed(content: Mapping[str, Any]) -> str:
-    """JSON with its own SHA-256 digest; equal content gives equal text."""
+    """Format JSON with its own SHA-256 digest; equal content gives equal text."""
     table = {key: value for key, value in content.items() if key != _DIGEST}
     table = json.loads(json.dumps(table))  # string keys, since "10" sorts before "2"
     digest = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
@@ -186,24 +186,24 @@ def sealed(content: Mapping[str, Any]) -> str:
 
 
 def unsealed(path: Path, version: int | None = None) -> dict[str, Any]:
-    """What `sealed` wrote to a file, without the digest.
+    """Read a file written by `sealed`, and verify and remove its digest.
 
     Args:
-        version: the `format` that the content must have, if it has one.
+        version: the required `format` of the content; None accepts any.
 
     Raises:
-        DamagedError: if the file cannot be read, was changed since, or has another format.
+        DamagedError: if the file cannot be read, has changed, or has another format.
     """
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise DamagedError(f"{path.name} has more than {MOST_BYTES:,} bytes")
+        if path.stat().st_size > MAX_BYTES:
+            raise DamagedError(f"{path.name} has more than {MAX_BYTES:,} bytes")
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)
         same = isinstance(content, dict) and text == sealed(content)
         if version is not None and isinstance(content, dict) and content.get("format") != version:
             raise DamagedError(
-                f"is written in format {content.get('format')!r}, and this version of purejaxppo "
-                f"reads {version}"
+                f"has format {content.get('format')!r}, but this version of purejaxppo reads "
+                f"format {version}"
             )
     except OSError as error:
         raise DamagedError(f"{path.name} cannot be read: {error.strerror}") from error
@@ -216,15 +216,15 @@ def unsealed(path: Path, version: int | None = None) -> dict[str, Any]:
 
 
 def append(file: io.FileIO, content: bytes) -> None:
-    """Write all of `content`: a disk that is nearly full may take only a part at a time."""
+    """Write all of `content`, since a nearly full disk may take only part of it per call."""
     left = content
     while left:
         left = left[file.write(left) :]
 
 
 def holds(directory: Path, name: str) -> bool:
-    """Whether a directory has a file of that name; also where there is no such directory, or none
-    could be called that."""
+    """Whether a directory has a file of that name; False also if there is no such directory, or
+    its name is invalid."""
     try:
         return (directory / name).is_file()
     except OSError:
@@ -232,7 +232,7 @@ def holds(directory: Path, name: str) -> bool:
 
 
 def resume_command(directory: Path) -> str:
-    """What a person types to go on with a run, or with the sweep that it is a wave of."""
+    """The command that resumes a run, or the sweep that it is a wave of."""
     if directory.parent.name == WAVES and (directory.parent.parent / SWEEP).is_file():
         directory = directory.parent.parent
     return f"purejaxppo resume {shlex.quote(str(directory))}"
@@ -245,9 +245,9 @@ def locked(directory: Path, *, make: bool = False) -> Iterator[Held]:
     Both the directory and its `.lock` are locked, so deleting `.lock` does not release it.
 
     Raises:
-        BusyError: if another process holds it.
+        BusyError: if another process has locked it.
         ConfigError: if the directory cannot be written.
-        GoneError: if it is removed or renamed meanwhile.
+        GoneError: if it was removed or renamed meanwhile.
     """
     directory = directory.absolute()
     with ExitStack() as stack:
@@ -262,7 +262,7 @@ def locked(directory: Path, *, make: bool = False) -> Iterator[Held]:
             raise _cannot_write(directory, error) from error
         except UnicodeEncodeError as error:
             raise ConfigError(
-                f"run_dir = {str(directory)!r}: is not written in UTF-8; choose another name"
+                f"run_dir = {str(directory)!r}: the name is not valid UTF-8; choose another"
             ) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -273,7 +273,7 @@ def locked(directory: Path, *, make: bool = False) -> Iterator[Held]:
             file.seek(0)
             owner = file.read().decode(errors="replace").strip() or "another process"
             raise BusyError(
-                f"run_dir = {str(directory)!r}: {owner} is writing there; wait for it, stop it, or "
+                f"run_dir = {str(directory)!r}: is in use by {owner}; wait for it, stop it, or "
                 "choose another directory"
             ) from error
         except OSError as error:
@@ -284,8 +284,8 @@ def locked(directory: Path, *, make: bool = False) -> Iterator[Held]:
 
 
 def _lock_directory(handle: int) -> None:
-    """Raise `BlockingIOError` if another process holds it. Network file systems lock only files;
-    there this does nothing."""
+    """Lock a directory; does nothing on network file systems, which lock only files. Raises
+    `BlockingIOError` if another process has locked it."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -297,5 +297,5 @@ def _lock_directory(handle: int) -> None:
 def _cannot_write(directory: Path, error: OSError) -> ConfigError:
     return ConfigError(
         f"run_dir = {str(directory)!r}: cannot be written: {error.strerror}; choose another, or "
-        "see to its permissions and free space"
+        "check its permissions and free space"
     )

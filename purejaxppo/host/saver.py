@@ -1,4 +1,4 @@
-"""Checkpoints while training goes on, in threads of their own."""
+"""Saves and evaluates checkpoints in background threads while training continues."""
 
 import warnings
 from collections.abc import Callable
@@ -23,13 +23,13 @@ _POLL_SECONDS = 0.05
 
 
 class Saver:
-    """Saves, evaluates and removes checkpoints, one after the other.
+    """Saves, evaluates and removes checkpoints, one at a time.
 
     Args:
         evaluate: `states[S, ...] -> returns[S, E]`; None leaves checkpoints unevaluated.
         saved: the checkpoint from which training continues, if any.
-        stop: once it is set, evaluations are no longer waited for, nor begun, nor recorded.
-        held: the locked directory; once it was removed or renamed, nothing more is written.
+        stop: once set, evaluations are no longer awaited, started or recorded.
+        held: the locked directory; once it is removed or renamed, nothing more is written.
     """
 
     def __init__(
@@ -63,26 +63,26 @@ class Saver:
         return any(f is not None and not f.done() for f in (self._saving, self._evaluating))
 
     def start(
-        self, position: Position, states: TrainState, whole: TrainState, evaluate: bool = True
+        self, position: Position, states: TrainState, gathered: TrainState, evaluate: bool = True
     ) -> None:
-        """Save `states` and evaluate `whole`, the same on this process's device, in the background.
+        """Save `states` and evaluate `gathered` (all of them on one device), in the background.
 
-        Waits for an earlier save and evaluation first. Does nothing if asked to stop before. With
-        several processes, which save in step, only the evaluation is in the background.
+        Waits for an earlier save and evaluation first. Does nothing once a stop is requested. With
+        several processes, which save together, only the evaluation runs in the background.
         """
         self.wait()
         if jax.process_count() > 1:
             self._saving = Future()
             try:
-                self._save(position, states, whole, evaluate)
+                self._save(position, states, gathered, evaluate)
                 self._saving.set_result(None)
             except StorageError as error:
                 self._saving.set_exception(error)
         elif not self._stop:
-            self._saving = self._saves.submit(self._save, position, states, whole, evaluate)
+            self._saving = self._saves.submit(self._save, position, states, gathered, evaluate)
 
     def evaluate(self, saved: Checkpoint, states: TrainState) -> None:
-        """In the background, and record it."""
+        """Evaluate a checkpoint in the background, and record the result."""
         if not self._stop and self._evaluate is not None and is_first():
             self._evaluating = self._evaluations.submit(
                 self._evaluate_saved, self._evaluate, saved, states
@@ -102,7 +102,7 @@ class Saver:
                 raise error
             remedy = ": free space" if isinstance(error, StorageError) else ""
             warnings.warn(
-                f"{error}; training goes on, and earlier checkpoints are intact{remedy}",
+                f"{error}; training continues, and earlier checkpoints are intact{remedy}",
                 RunWarning,
                 stacklevel=2,
             )
@@ -112,7 +112,7 @@ class Saver:
             self._evaluating = None
 
     def wait(self) -> None:
-        """Until nothing is under way; for a save alone if asked to stop."""
+        """Wait until nothing is in progress; after a stop request, only for a save."""
         while self._saving is not None:
             wait([self._saving])
             self.report()
@@ -121,7 +121,7 @@ class Saver:
             self.report()
 
     def finish(self, position: Position, states: TrainState) -> Checkpoint:
-        """Save now, without an evaluation, unless it was saved already.
+        """Save now, without an evaluation, unless already saved.
 
         Raises:
             StorageError: if it cannot be written.
@@ -144,7 +144,7 @@ class Saver:
     ) -> None:
         """Log the returns `[S, E]` of an evaluation, and keep the best checkpoint.
 
-        Does nothing if asked to stop.
+        Does nothing once a stop is requested.
 
         Args:
             deterministic: returns `[S, E]` with deterministic actions, if they were evaluated too.
@@ -161,8 +161,8 @@ class Saver:
             try:
                 if self._log is not None:
                     both = {SAMPLED: returns, DETERMINISTIC: deterministic}
-                    given = {name: x for name, x in both.items() if x is not None}
-                    self._log.add(saved.position, given)
+                    evaluated = {name: x for name, x in both.items() if x is not None}
+                    self._log.add(saved.position, evaluated)
                 checkpoint.record_evaluation(saved, mean if np.isfinite(mean) else None)
             except OSError as error:
                 raise self._with_remedy(
@@ -172,17 +172,17 @@ class Saver:
             self._prune(saved)
 
     def close(self) -> None:
-        """Nothing more is begun; an evaluation under way is left to itself."""
+        """Start nothing more; does not wait for an evaluation in progress."""
         self._saves.shutdown()
         self._evaluations.shutdown(wait=False, cancel_futures=True)
 
     def _save(
-        self, position: Position, states: TrainState, whole: TrainState, evaluate: bool
+        self, position: Position, states: TrainState, gathered: TrainState, evaluate: bool
     ) -> None:
         self._check()
         self._saved = checkpoint.save(self._run_dir, position, self._settings, states)
         if evaluate and self._evaluate is not None:
-            self.evaluate(self._saved, whole)  # and prune, once it is known whether it is the best
+            self.evaluate(self._saved, gathered)  # prunes, once it is known whether it is the best
             return
         with self._writing:
             self._prune(self._saved)

@@ -21,7 +21,7 @@ class Start(NamedTuple):
     metrics: HostMetrics | None = None
     """Metrics `[U, S]` of the updates done."""
     checkpoint: Checkpoint | None = None
-    again: bool = False
+    resumed: bool = False
     """Whether an earlier process started this run."""
 
 
@@ -40,6 +40,7 @@ class Session(NamedTuple):
 
 
 def cannot_log(directory: Path | None, error: OSError) -> StorageError:
+    """Make the error for metrics that cannot be written."""
     directory = directory or Path()
     return StorageError(
         f"{str(directory)!r}: metrics cannot be written: {error.strerror}; free space, then: "

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the first asks a run to stop at a good moment, the second ends it at once."""
+"""SIGTERM and SIGINT: the first asks a run to save and stop, the second ends it at once."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ class StopRequest:
         return self.signum is not None
 
     def leave(self) -> NoReturn:
-        """Raise what the signal would have: `KeyboardInterrupt`, or `SystemExit` with 143."""
+        """Raise the exception for the signal: `KeyboardInterrupt`, or `SystemExit(143)`."""
         if self.signum == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + (self.signum or 0))
@@ -29,16 +29,16 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Catch the first SIGTERM or SIGINT as a request; a second one is raised where it comes.
+    """Turn the first SIGTERM or SIGINT into a stop request; a second one is raised at once.
 
-    In a thread other than the main one, where Python takes no signals, nothing is caught; a
-    signal that the process ignores stays ignored.
+    Catches nothing outside the main thread, where Python handles no signals. Signals that the
+    process ignores stay ignored.
     """
     stop = StopRequest()
 
     def take(signum: int, _: object) -> None:
-        again, stop.signum = bool(stop), signum
-        if again:
+        second, stop.signum = bool(stop), signum
+        if second:
             stop.leave()
 
     with _handled(take):
@@ -47,27 +47,27 @@ def stop_requests() -> Iterator[StopRequest]:
 
 @contextmanager
 def exit_at_second_signal() -> Iterator[None]:
-    """For a process that is nothing but a run: a second signal ends it even while compiled code
-    keeps Python from taking signals, and one before or after the run ends it with 128 + number."""
+    """Exit at a second signal even while compiled code keeps Python from handling signals; a signal
+    before or after the run exits with 128 + number. For processes that do nothing but a run."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    seen, wake = os.pipe()
+    received, wake = os.pipe()
     os.set_blocking(wake, False)
 
     def watch() -> None:
         asked = False
-        while byte := os.read(seen, 1):
+        while byte := os.read(received, 1):
             if byte[0] not in STOPPING:
                 continue
             if asked:
                 if sys.stdout.isatty():
-                    os.write(1, b"\x1b[?25h\n")  # the cursor, which a live bar hides
+                    os.write(1, b"\x1b[?25h\n")  # show the cursor, which a live bar hides
                 os._exit(128 + byte[0])
             asked = True
             name = signal.Signals(byte[0]).name
-            again = "press Ctrl-C again to quit immediately"
-            os.write(2, f"\npurejaxppo: {name}: stopping; {again}\n".encode())
+            hint = "press Ctrl-C again to quit immediately"
+            os.write(2, f"\npurejaxppo: {name}: stopping; {hint}\n".encode())
 
     def take(signum: int, _: object) -> None:
         stop = StopRequest()
@@ -84,7 +84,7 @@ def exit_at_second_signal() -> Iterator[None]:
         signal.set_wakeup_fd(before)
         os.close(wake)
         watcher.join()
-        os.close(seen)
+        os.close(received)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Means over seeds and their intervals."""
+"""Means over seeds and their confidence intervals."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,7 +12,7 @@ FEW_SEEDS = 5
 def mean_interval(
     values: Float[np.ndarray, "*batch S"], confidence: float = 0.95
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean over the last axis and Student's t interval of it; NaNs are left out.
+    """Mean over the last axis and its Student's t interval; NaNs are left out.
 
     With fewer than two values there is no interval: its bounds are NaN.
 
@@ -31,7 +31,7 @@ def mean_interval(
 
 
 def describe_interval(interval: Sequence[float] | None, seeds: int) -> str:
-    """A 95% interval over seeds in parentheses, marked if the seeds are few; nothing for None."""
+    """Format a 95% interval over seeds, with a note if the seeds are few; empty for None."""
     if interval is None:
         return ""
     few = ", few seeds" if seeds < FEW_SEEDS else ""
@@ -39,7 +39,7 @@ def describe_interval(interval: Sequence[float] | None, seeds: int) -> str:
 
 
 def episode_mean(returns: Float[np.ndarray, "*batch E"]) -> np.ndarray:
-    """Mean over the episodes that ended, those whose return is finite; NaN if none did."""
+    """Mean over the episodes that ended (with a finite return); NaN if none did."""
     ended = np.isfinite(returns)
     count = ended.sum(axis=-1)
     total = np.where(ended, returns, 0.0).sum(axis=-1)
@@ -72,8 +72,8 @@ def bootstrap_mean_interval(
 
 
 def interquartile_mean(values: Float[np.ndarray, "*batch S"]) -> np.ndarray:
-    """Mean of the middle half over the last axis: robust as a median, and surer (Agarwal et al.
-    2021, arXiv:2108.13264)."""
+    """Interquartile mean over the last axis: as robust as a median, with less variance (Agarwal et
+    al. 2021, arXiv:2108.13264)."""
     from scipy.stats import trim_mean  # slow to import
 
     return np.asarray(trim_mean(values, 0.25, axis=-1))

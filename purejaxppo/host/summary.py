@@ -35,16 +35,16 @@ METRICS_COLUMNS = "metrics_columns"
 METRICS_DIGEST = "metrics_sha256"
 """In the summary of a sweep's wave: the SHA-256 of its `metrics.f32`."""
 SETTINGS_DIGEST = "settings_sha256"
-"""In the same: that of its settings, which say what it trained."""
+"""In the summary of a sweep's wave: the SHA-256 of its settings, which define its trials."""
 
 
 class Training(NamedTuple):
-    """What a run has done when it ends or is stopped."""
+    """State and metrics of a run when it ends or is stopped."""
 
     states: TrainState
     """Leaves `[S, ...]`."""
     metrics: dict[str, np.ndarray]
-    """`[S, U]`."""
+    """Arrays `[S, U]`."""
     position: Position
 
 
@@ -61,7 +61,7 @@ class Best(NamedTuple):
 
     checkpoint: Checkpoint
     fresh: np.ndarray | None
-    """Its returns `[S, E]` over episodes that did not choose it; None if there was no choice."""
+    """Its returns `[S, E]` on new episodes; None if there was only one checkpoint to choose."""
 
 
 def summarize(
@@ -74,14 +74,14 @@ def summarize(
     compile_seconds: float,
     best: Best | None,
 ) -> dict[str, Any]:
-    """What `summary.json` holds."""
+    """Make the content of `summary.json`."""
     config, position = settings.config, training.position
-    finished = [s for s in range(settings.num_trainings) if s not in position.failed]
+    finished = [s for s in range(settings.num_runs) if s not in position.failed]
     evaluated = _returns("eval_return", final.sampled, finished)
     if final.deterministic is not None:
         evaluated |= _returns("eval_return_deterministic", final.deterministic, finished)
     done = position.updates * config.batch_size
-    total, seconds = done * settings.num_trainings, position.run_seconds
+    total, seconds = done * settings.num_runs, position.run_seconds
     return {
         "env_id": config.label,
         "num_seeds": settings.run.num_seeds,
@@ -110,7 +110,7 @@ def summarize(
 
 
 def settings_digest(settings: Settings) -> str:
-    """SHA-256 of the settings as a config file."""
+    """SHA-256 of the settings in config-file form."""
     return hashlib.sha256(dump_settings(settings).encode()).hexdigest()
 
 
@@ -147,16 +147,16 @@ def draw_curve(directory: Path, settings: Settings, task: Task, values: np.ndarr
     try:
         evaluations = evaluation_curve(directory)
         learning_curve(directory / CURVE, env_id, steps, values.T, evaluations, metric=task.curve)
-    except Exception as error:  # a picture must never cost a run
+    except Exception as error:  # a plot must never end a run
         warnings.warn(
-            f"{str(directory / CURVE)!r}: cannot be drawn: {error}; all numbers were written",
+            f"{str(directory / CURVE)!r}: cannot be drawn: {error}; all numbers were saved",
             RunWarning,
             stacklevel=3,
         )
 
 
 def _returns(name: str, returns: np.ndarray, finished: list[int]) -> dict[str, Any]:
-    """Means of returns `[S, E]`, and over the seeds that finished."""
+    """Means of the returns `[S, E]` of each seed, and over the seeds that finished."""
     per_seed = episode_mean(returns)
     mean, low, high = (_number(x) for x in mean_interval(per_seed[finished]))
     return {
@@ -188,5 +188,5 @@ def _device(spread: Spread) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-    """JSON has no NaN."""
+    """Convert to float, or None if not finite, since JSON has no NaN."""
     return float(value) if np.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""`Objective`: a value that holds everything in which policy-gradient objectives differ."""
+"""`Objective`: a value that holds everything that differs between policy-gradient objectives."""
 
 import dataclasses
 import importlib
@@ -36,12 +36,12 @@ class Objective:
     loss: Callable[..., Any]
     """`(Terms, hparams) -> loss[T, B]`, per sample."""
     maximises: str = ""
-    """What it maximises, in words."""
+    """The maximised quantity, in words."""
     step: Callable[..., Any] | None = None
     """A replacement for `improve.make_improve`, with the same arguments; None improves parameters
     by minibatch epochs of gradient descent."""
     kl: KLController | None = None
-    """Controller of a KL penalty, if there is one; the divergence is measured after each update."""
+    """Controller of the KL penalty, if any; the divergence is measured after each update."""
     has_critic: bool = True
     """Whether a value function is learned."""
     needs_kl: bool = False

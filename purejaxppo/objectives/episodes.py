@@ -69,7 +69,7 @@ def steps_into_episode(rollout: Rollout) -> Int[Array, "T N"]:
 def whole_episodes(rollout: Rollout, limit: Any) -> Float[Array, "T N"]:
     """Mask of the steps to learn from: 1 in complete episodes that were certain to end in time.
 
-    The rollout must start with new episodes. To count every episode that happens to end within it
+    The rollout must start with new episodes. Counting every episode that happens to end within it
     would favour short ones. Episodes that begin at least `limit` steps (the time limit) before the
     rollout's end always end within it. Their number is a stopping time, so the expectation of a sum
     over them is that of one episode times that of their number (Wald's equation). Without a limit,
@@ -137,14 +137,12 @@ def _make_baseline(kind: str, policy: Policy, observation_space: Any, axis: str 
     def mean(rollout: Rollout, total: Steps, weight: Steps) -> Array:
         """Mean over the other environments: an episode's own return depends on its actions."""
         sums = jnp.sum(total * rollout.mask, axis=0), jnp.sum(rollout.mask, axis=0)
-        returns, steps = (of_others(x, axis) for x in sums)
+        returns, steps = (sum_of_others(x, axis) for x in sums)
         return returns / jnp.maximum(steps, 1.0)
 
     def optimal(rollout: Rollout, total: Steps, weight: Steps) -> Array:
-        otherwise, count = mean(rollout, total, weight), observation_space.n
-        return optimal_baseline(
-            policy, count, rollout, total, weight, otherwise=otherwise, axis=axis
-        )
+        fallback, count = mean(rollout, total, weight), observation_space.n
+        return optimal_baseline(policy, count, rollout, total, weight, fallback=fallback, axis=axis)
 
     baselines: dict[str, Baseline] = {
         "none": lambda rollout, total, weight: 0.0,
@@ -155,7 +153,7 @@ def _make_baseline(kind: str, policy: Policy, observation_space: Any, axis: str 
     return baselines[kind]
 
 
-def of_others(values: Float[Array, "*batch N"], axis: str | None) -> Float[Array, "*batch N"]:
+def sum_of_others(values: Float[Array, "*batch N"], axis: str | None) -> Float[Array, "*batch N"]:
     """For each environment, the sum over all other environments, on all devices. It is not computed
     as the total minus the own value, since that loses precision if the own value dominates."""
     zeros = jnp.zeros_like(values[..., :1])
@@ -174,20 +172,20 @@ def optimal_baseline(
     total: Steps,
     weight: Steps,
     *,
-    otherwise: Float[Array, " N"],
+    fallback: Float[Array, " N"],
     axis: str | None = None,
 ) -> Steps:
     """b(s) = E[|w g|^2 G | s] / E[|w g|^2 | s], estimated from the other environments' visits to s.
 
     g is the gradient of log pi(a|s) with respect to the policy's outputs, w the step's `weight`.
-    Where the others did not visit s, the baseline is `otherwise`. If the outputs are a table of
-    parameters, this b(s) minimises the variance of each step's term; covariances between steps are
-    ignored (Greensmith et al. 2004, "Variance reduction techniques for gradient estimates",
-    theorem 8).
+    Where the other environments did not visit s, the baseline is `fallback`. If the outputs are a
+    table of parameters, this b(s) minimises the variance of each step's term; covariances between
+    steps are ignored (Greensmith et al. 2004, "Variance reduction techniques for gradient
+    estimates", theorem 8).
     """
 
-    def log_prob(outputs: Array) -> Array:
-        return jnp.sum(jnp.asarray(policy.distribution(outputs).log_prob(rollout.action)))
+    def log_prob(policy_outputs: Array) -> Array:
+        return jnp.sum(jnp.asarray(policy.distribution(policy_outputs).log_prob(rollout.action)))
 
     squares = jnp.sum(jnp.square(jax.grad(log_prob)(rollout.policy_outputs)), axis=-1)
     squares = squares * jnp.square(weight) * rollout.mask
@@ -199,8 +197,8 @@ def optimal_baseline(
         own = jax.ops.segment_sum(
             values.reshape(-1), cells.reshape(-1), num_observations * num_envs
         )
-        return of_others(own.reshape((num_observations, num_envs)), axis)
+        return sum_of_others(own.reshape((num_observations, num_envs)), axis)
 
     sums, returns = by_state(squares), by_state(squares * total)
-    found = jnp.where(sums > 1e-8, returns / jnp.maximum(sums, 1e-8), otherwise)
+    found = jnp.where(sums > 1e-8, returns / jnp.maximum(sums, 1e-8), fallback)
     return jnp.take_along_axis(found, rollout.obs, axis=0)

@@ -144,6 +144,6 @@ def check_objective(config: Any, objective: Objective) -> None:
         )
     if objective.fixed_critic and config.shared_trunk:
         raise ConfigError(
-            f"{name} with shared_trunk = true: the critic is fitted after the policy's step, which "
-            "this would change through the shared layers; use shared_trunk = false"
+            f"{name} with shared_trunk = true: fitting the critic after the policy's step would "
+            "change the policy through the shared layers; use shared_trunk = false"
         )

@@ -105,7 +105,7 @@ class _Surface(NamedTuple):
         return self._over_all(partial(self._terms, flat))
 
     def gradient(self, flat: Vector) -> Vector:
-        """Of the loss."""
+        """Gradient of the loss."""
 
         def loss(flat: Vector, part: Batch, count: Array) -> Array:
             return _loss(self._terms(flat, part, count), self.hparams)
@@ -125,8 +125,8 @@ class _Surface(NamedTuple):
 
     def _terms(self, flat: Vector, part: Batch, count: Array) -> Metrics:
         old = part.rollout
-        _, outputs, _ = self.network.apply(self.unravel(flat), old.carry, old.obs, old.start)
-        values = policy_terms(self.objective, self.policy, outputs, part, self.hparams)
+        _, policy_outputs, _ = self.network.apply(self.unravel(flat), old.carry, old.obs, old.start)
+        values = policy_terms(self.objective, self.policy, policy_outputs, part, self.hparams)
         return {name: jnp.sum(x * part.weight) / count for name, x in values.items()}
 
     def _over_all(self, function: Callable[[Batch, Array], PyTree]) -> PyTree:
@@ -178,7 +178,7 @@ def search_along(
     none."""
     start = measure(flat)
 
-    def going_on(search: Search) -> Array:
+    def searching(search: Search) -> Array:
         return ~search.accepted & (search.halvings < config.line_search_steps)
 
     def halve(search: Search) -> Search:
@@ -191,7 +191,7 @@ def search_along(
         return Search(search.halvings + 1, accepted, *kept)
 
     first = Search(jnp.zeros((), jnp.int32), jnp.zeros((), bool), flat, start)
-    return jax.lax.while_loop(going_on, halve, first)
+    return jax.lax.while_loop(searching, halve, first)
 
 
 def _loss(metrics: Metrics, hparams: HParams) -> Array:

@@ -1,1 +1,1 @@
-"""Many trainings with different settings, and which of them was best."""
+"""Hyperparameter sweeps: train many trials and select the best."""

@@ -1,4 +1,4 @@
-"""Runs a sweep: batch by batch, wave by wave, so that it can be interrupted anywhere."""
+"""Run a sweep batch by batch and wave by wave, so that it can be interrupted anywhere."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,17 +21,17 @@ from purejaxppo.host.summary import METRICS_COLUMNS, SETTINGS_DIGEST, settings_d
 from purejaxppo.objectives.table import objective_of
 from purejaxppo.sweeps import files
 from purejaxppo.sweeps.files import PlannedBatch, PlannedWave, wave_directory
-from purejaxppo.sweeps.onray import OnRay, cluster, leave_memory
+from purejaxppo.sweeps.onray import OnRay, cluster, disable_preallocation
 from purejaxppo.sweeps.outcomes import Outcome, SweepResult, curve_columns, ranked, result_rows
-from purejaxppo.sweeps.plan import Wave, filled, make_groups
+from purejaxppo.sweeps.plan import Wave, make_groups, padded_count
 from purejaxppo.sweeps.progress import SweepProgress
 from purejaxppo.sweeps.report import write_report
 from purejaxppo.sweeps.settings import Definition, SweepSettings, load_definition
 from purejaxppo.sweeps.space import apply, space_texts
 from purejaxppo.sweeps.strategies import Batch, Strategy, Trial, make_strategy
-from purejaxppo.sweeps.trials import alone, last_hparams
+from purejaxppo.sweeps.trials import final_hparams, single_trial_settings
 from purejaxppo.sweeps.waves import Job, Local, Work, Workers, trial_rows
-from purejaxppo.sweeps.winner import Winner, best_of, evaluate_again, write_winner
+from purejaxppo.sweeps.winner import Winner, best_trials, evaluate_on_fresh_episodes, write_winner
 from purejaxppo.task import PartArguments, Task, as_task, own_class
 from purejaxppo.types import TrainState
 
@@ -64,36 +64,47 @@ def sweep(
     wave_tpus: int = 0,
     **parts: Unpack[PartArguments],
 ) -> SweepResult:
-    """Train every trial of a space with `num_seeds` seeds, select the best by its mean return in
-    the final evaluation, and evaluate it again on fresh episodes.
+    """Train every trial of a search space, and evaluate the best one again on fresh episodes.
 
-    Trials of the same shapes share one compiled program. Seed s of each trial is seed s of `run`
-    with its settings, bit for bit on CPU.
+    Each trial has `num_seeds` seeds. The best is selected by its mean return in the final
+    evaluation.
+
+    Trials of the same shapes share one compiled program. Seed s of each trial equals seed s of
+    `run` with the trial's settings, bit for bit on CPU.
 
     Args:
-        space: settings by name. Each value of a list is tried, in every combination; `uniform`,
-            `loguniform` and `choice` are drawn from.
+        space: values to search, by setting name. Lists are tried in every combination; `uniform`,
+            `loguniform` and `choice` are sampled.
         hparams: hyperparameters that are not swept.
-        strategy: how samples are drawn, see `SweepSettings.strategy`: random, sobol, optuna,
-            halving (successive halving) or pbt (population-based training).
-        trials: samples drawn, each tried at every point of the grid; with optuna all trials.
-        batch: with optuna, trials that run side by side.
-        eta: with halving, the best 1 / eta of the trials continue, eta times as long.
-        rungs: with halving, the maximum number of selections.
-        interval: with pbt, updates between exchanges.
+        strategy: search strategy, see `SweepSettings.strategy`: random, sobol, optuna, halving
+            (successive halving) or pbt (population-based training).
+        trials: number of samples, each tried at every point of the grid; with optuna, number of
+            trials.
+        batch: with optuna, trials that run in parallel.
+        eta: with halving, the best 1 / eta of the trials continue for eta times as many updates.
+        rungs: with halving, maximum number of selections.
+        interval: with pbt, updates between replacements.
         num_seeds: seeds (S) per trial.
-        devices: how many to spread over; 0 takes all if there are enough trainings.
+        devices: number of devices to use; 0 uses all if there are enough runs.
         run_dir: directory for `sweep.toml`, `results.csv`, `curves.npz`, `winner.toml`,
             `winner.json`, `report.html` and the waves; None writes nothing.
         checkpoint_every: seconds between checkpoints.
-        seed, eval_episodes, compilation_cache, progress, env, env_params: as in `run`.
-        memory_gb: memory on each device for trainings; trials that do not fit run one wave after
-            the other. 0 takes half of the free memory.
+        seed: as in `run`.
+        eval_episodes: as in `run`.
+        compilation_cache: as in `run`.
+        progress: as in `run`.
+        env: as in `run`.
+        env_params: as in `run`.
+        memory_gb: memory to use on each device, in GB; trials that do not fit run in several waves,
+            one after the other. 0 uses half of the free memory.
         engine: where waves run: local, or ray (a Ray cluster, see `SweepSettings.engine`).
-        wave_cpus, wave_gpus, wave_tpus: with ray, CPU cores, GPUs and TPU chips per wave.
+        wave_cpus: with ray, CPU cores per wave.
+        wave_gpus: with ray, GPUs per wave.
+        wave_tpus: with ray, TPU chips per wave.
+        **parts: see `make_task`.
 
     Raises:
-        ConfigError: before anything is compiled or written, if the space or a setting cannot work.
+        ConfigError: if the space or a setting is invalid, before anything is compiled or written.
         StorageError: as `run`.
         LostError: with engine = ray, if machines are lost too often.
     """
@@ -127,26 +138,28 @@ def start_sweep(
     progress: bool = True,
     compilation_cache: bool = True,
 ) -> SweepResult | None:
-    """`sweep`, for a definition as a file gives it; None if it is only planned (`dry_run`).
+    """Run the sweep that a definition describes; with `dry_run`, only print the plan (None).
 
     Args:
-        task: None makes the one that the config describes.
+        task: the task to train; None builds it from the config.
     """
     if not definition.sweep.space.names:
-        raise ConfigError("the sweep changes nothing: give a grid, or something to sample")
+        raise ConfigError(
+            "nothing to sweep; add --grid or --sample (in Python, give a non-empty space)"
+        )
     check_scalars(definition.settings.hparams, "sweep")
     if definition.sweep.strategy == "pbt" and definition.settings.run.num_seeds != 1:
         raise ConfigError(
-            f"num_seeds = {definition.settings.run.num_seeds}: must be 1 with strategy = pbt, each "
-            "of whose members has its own random numbers; set trials instead"
+            f"num_seeds = {definition.settings.run.num_seeds}: must be 1 with strategy = pbt; "
+            "its members have their own random numbers; set trials instead"
         )
     if definition.sweep.engine == "ray" and directory is None and not dry_run:
         raise ConfigError(
-            "engine = ray: waves hand over their results in the run directory; give run_dir, on a "
+            "engine = ray: waves pass their results through the run directory; give run_dir, on a "
             "disk that all machines share"
         )
     use_all_cores()
-    leave_memory(definition.sweep)
+    disable_preallocation(definition.sweep)
     task = task_of(definition.settings, None, {}) if task is None else task
     # A named objective may have other defaults for settings left at auto.
     settings = dataclasses.replace(definition.settings, config=task.config)
@@ -174,45 +187,48 @@ def resume_sweep(
     env_params: Any = None,
     **parts: Unpack[PartArguments],
 ) -> SweepResult:
-    """Resume a sweep that was stopped or killed. Finished waves are not repeated, and the current
-    one continues from its newest checkpoint; the results are those of an undisturbed sweep, bit for
-    bit if trials do not depend on each other.
+    """Resume a sweep that was stopped or killed.
+
+    Finished waves are not repeated; the current one continues from its newest checkpoint. The
+    results equal those of an uninterrupted sweep, bit for bit if trials are independent.
 
     Args:
         task: the task passed to `sweep`, if one was.
-        env, env_params, parts: those passed to `sweep`, if any were.
+        env: the environment passed to `sweep`, if one was.
+        env_params: its parameters, if they were passed.
+        **parts: other parts passed to `sweep`.
 
     Raises:
-        ConfigError: if there is no sweep, or another process writes there.
+        ConfigError: if the directory holds no sweep, or another process is writing there.
         StorageError: as `run`.
     """
     directory = Path(run_dir)
     use_all_cores()
     if compilation_cache:
         enable_compilation_cache()
-    with files.old_sweep(directory) as held, ExitStack() as stack:
+    with files.existing_sweep(directory) as held, ExitStack() as stack:
         definition = load_definition(directory / SWEEP)
-        leave_memory(definition.sweep)
+        disable_preallocation(definition.sweep)
         task = task_of(definition.settings, task, {"env": env, "env_params": env_params, **parts})
         stack.enter_context(cluster(definition.sweep))
-        shown = SweepProgress(definition, progress)
-        return _Engine(Work(definition, directory, task), shown, held).run()
+        reports = SweepProgress(definition, progress)
+        return _Engine(Work(definition, directory, task), reports, held).run()
 
 
 def _check_first_batch(definition: Definition, task: Task) -> None:
-    """Every setting of it, before anything is compiled."""
+    """Check all settings of the first batch before anything is compiled."""
     batch = make_strategy(definition.sweep, definition.settings.run.seed).ask()
     groups = make_groups(definition.settings, batch.trials if batch else [])
     _check_effects(definition, [group.settings.config for group in groups])
     for group in groups:
         own = task.with_config(group.settings.config)
         if definition.sweep.engine == "local":
-            wave = group.waves(filled(len(group.members), group.settings))[0]
+            wave = group.waves(padded_count(len(group.members), group.settings))[0]
             choose_spread(wave.settings, own)
 
 
 def _check_effects(definition: Definition, configs: list[Any]) -> None:
-    """Each hyperparameter that is swept has to matter to some trial."""
+    """Raise `ConfigError` if a swept hyperparameter has no effect in any trial."""
     configs = [config for config in configs if isinstance(config, Config)]
     for name in definition.sweep.space.names:
         if name not in HParams.__dataclass_fields__:
@@ -233,27 +249,27 @@ def _check_effects(definition: Definition, configs: list[Any]) -> None:
 @dataclass
 class _Engine:
     work: Work
-    shown: SweepProgress
+    progress: SweepProgress
     held: Held | None
-    """The directory."""
+    """Lock of the directory."""
     jobs: list[Job] = field(default_factory=list)
-    """Waves begun, by their index."""
+    """All waves of the batches so far, by index."""
     latest: dict[int, tuple[Wave, int]] = field(default_factory=dict)
-    """Of each trial, the wave that trained it last, and that wave's index."""
+    """For each trial, the wave that trained it last, and that wave's index."""
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     summaries: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """Of the waves that are finished, by their index."""
+    """Summaries of the finished waves, by wave index."""
 
     def __post_init__(self) -> None:
         self.definition, self.directory = self.work.definition, self.work.directory
         sweep, run = self.definition.sweep, self.definition.settings.run
-        self.here = Local(self.work, self.shown)
+        self.local = Local(self.work, self.progress)
         ray = sweep.engine == "ray"
-        self.workers: Workers = OnRay(self.work, self.shown) if ray else self.here
+        self.workers: Workers = OnRay(self.work, self.progress) if ray else self.local
         self.strategy: Strategy = make_strategy(sweep, run.seed)
 
     def plan_only(self) -> None:
-        """Compile and print what the first batch would be."""
+        """Compile the first batch and print its plan."""
         if batch := self.strategy.ask():
             self._plan(batch)
 
@@ -274,14 +290,14 @@ class _Engine:
         return self._finish()
 
     def _plan(self, batch: Batch) -> PlannedBatch:
-        """Compiles what the batch needs, to know what fits."""
+        """Compile the batch's programs to find out how many trials fit in a wave."""
         waves, rows = [], []
         groups = make_groups(self.definition.settings, batch.trials)
         for group in groups:
-            cut, size = self.workers.cut(group)
-            rows.append((group, len(cut), size))
-            waves += [self._planned(wave, batch) for wave in cut]
-        self.shown.batch(len(batch.trials), batch.share, rows)
+            parts, size = self.workers.split(group)
+            rows.append((group, len(parts), size))
+            waves += [self._planned(wave, batch) for wave in parts]
+        self.progress.batch(len(batch.trials), batch.share, rows)
         return PlannedBatch(batch, waves)
 
     def _planned(self, wave: Wave, batch: Batch) -> PlannedWave:
@@ -292,7 +308,7 @@ class _Engine:
         return PlannedWave(numbers, len(wave.settings.trials), max(before, default=0), last)
 
     def _train(self, planned: PlannedBatch) -> None:
-        """All waves of a batch that are not finished; then tell the strategy."""
+        """Train the unfinished waves of a batch, then tell the strategy the returns."""
         left = []
         for job in self._jobs_of(planned):
             self.jobs.append(job)
@@ -300,10 +316,10 @@ class _Engine:
             if summary is None:
                 left.append(job)
             else:
-                self._take(job, summary)
+                self._record(job, summary)
         self._check_directory()
         for job, summary in self.workers.train(left):
-            self._take(job, summary)
+            self._record(job, summary)
             self._write_results()
         scores = [self.outcomes[trial.number].score for trial in planned.batch.trials]
         self.strategy.tell(planned.batch, np.asarray(scores))
@@ -318,36 +334,36 @@ class _Engine:
         return jobs
 
     def _finished(self, job: Job) -> dict[str, Any] | None:
-        """The summary of a wave that an earlier process trained to its end."""
+        """The summary of a wave that an earlier process finished; None if it is not finished."""
         if self.directory is None:
             return None
         directory = wave_directory(self.directory, job.index)
-        summary = files.wave_outcome(directory)
+        summary = files.finished_summary(directory)
         if summary and summary[SETTINGS_DIGEST] != settings_digest(job.wave.settings):
             raise files.damaged_wave(directory, "was trained with other settings than planned")
         return summary
 
-    def _take(self, job: Job, summary: dict[str, Any]) -> None:
+    def _record(self, job: Job, summary: dict[str, Any]) -> None:
         seeds = self.definition.settings.run.num_seeds
         self.summaries[job.index] = summary
         failed = {int(row): entry["update"] for row, entry in summary["failed_seeds"].items()}
         means = np.array([np.nan if x is None else x for x in summary["eval_return_per_seed"]])
         means[list(failed)] = np.nan
-        for i, trial in enumerate(self._with_last_values(job.wave, job.index)):
+        for i, trial in enumerate(self._with_final_values(job.wave, job.index)):
             rows = range(i * seeds, (i + 1) * seeds)
             own = {row - rows.start: failed[row] for row in rows if row in failed}
             returns = means[rows.start : rows.stop]
             self.outcomes[trial.number] = Outcome(trial, returns, own, job.planned.last, job.index)
             self.latest[trial.number] = (job.wave, job.index)
 
-    def _with_last_values(self, wave: Wave, index: int) -> list[Trial]:
-        """The wave's trials with the values that they ended with, which differ in a population."""
+    def _with_final_values(self, wave: Wave, index: int) -> list[Trial]:
+        """The wave's trials with their final values; only those of a population change."""
         sweep = self.definition.sweep
         if sweep.strategy != "pbt":
             return wave.trials
-        states = self.here.states_after(index)
+        states = self.local.states_after(index)
         ended = [
-            last_hparams(sweep, began, states, i) for i, began in enumerate(wave.settings.trials)
+            final_hparams(sweep, began, states, i) for i, began in enumerate(wave.settings.trials)
         ]
         return [
             Trial(trial.number, {name: getattr(hparams, name) for name in sweep.space.names})
@@ -368,7 +384,7 @@ class _Engine:
         return content
 
     def _finish(self) -> SweepResult:
-        """Rebuild everything that is derived from the waves, whatever is there."""
+        """Rebuild all files that are derived from the waves, even if they exist already."""
         winner = self._winner()
         written = {files.RESULTS: self._write_results()}
         if self.directory is not None:
@@ -378,8 +394,8 @@ class _Engine:
             files.write_finished(self.directory, written)
             write_report(self.directory)
         order = ranked(self.outcomes, self.definition)
-        self.shown.best([(o.trial, o.score, float(np.min(o.returns))) for o in order])
-        self.shown.finished(self.directory, None if winner is None else winner.table())
+        self.progress.best([(o.trial, o.score, float(np.min(o.returns))) for o in order])
+        self.progress.finished(self.directory, None if winner is None else winner.table())
         settings = self.definition.settings if winner is None else winner.settings
         return SweepResult(
             outcomes=[self.outcomes[n] for n in sorted(self.outcomes)],
@@ -392,33 +408,33 @@ class _Engine:
         )
 
     def _winner(self) -> Winner | None:
-        equals = best_of(self.outcomes, self.definition)
-        if not equals:
+        tied = best_trials(self.outcomes, self.definition)
+        if not tied:
             return None
-        best, settings = equals[0], self.definition.settings
+        best, settings = tied[0], self.definition.settings
         wave, _ = self.latest[best.trial.number]
         _, hparams = apply(best.trial.values, settings.config, settings.hparams)
-        own = alone(wave.settings, hparams, settings.run.num_seeds)
-        with self.shown.evaluating():
-            returns = evaluate_again(
+        own = single_trial_settings(wave.settings, hparams, settings.run.num_seeds)
+        with self.progress.evaluating():
+            returns = evaluate_on_fresh_episodes(
                 own, self._states(best.trial.number), self.work.task.with_config(own.config)
             )
-        return Winner(best, [other.trial.number for other in equals[1:]], own, returns)
+        return Winner(best, [other.trial.number for other in tied[1:]], own, returns)
 
     def _states(self, number: int) -> TrainState:
         """States `[S, ...]` of a trial."""
         wave, index = self.latest[number]
         position = [trial.number for trial in wave.trials].index(number)
         seeds = self.definition.settings.run.num_seeds
-        return trial_rows(self.here.states_after(index), position, seeds)
+        return trial_rows(self.local.states_after(index), position, seeds)
 
     def _curves(self, directory: Path) -> list[dict[str, np.ndarray]]:
         seeds = self.definition.settings.run.num_seeds
         parts = []
         for job in self.jobs:
             wave = wave_directory(directory, job.index)
-            content = files.binary_content(wave, self.summaries[job.index])
+            content = files.metrics_content(wave, self.summaries[job.index])
             columns = self.summaries[job.index][METRICS_COLUMNS]
-            metrics = binary_metrics(content, columns, job.wave.settings.num_trainings)
+            metrics = binary_metrics(content, columns, job.wave.settings.num_runs)
             parts.append(curve_columns(metrics, job.planned.numbers, seeds, job.planned.first))
         return parts

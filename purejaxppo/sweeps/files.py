@@ -1,4 +1,4 @@
-"""A sweep's directory: the plan, the waves and the results."""
+"""Read and write the files of a sweep's directory: the plan, the waves and the results."""
 
 import csv
 import dataclasses
@@ -41,36 +41,39 @@ FINISHED = "finished.json"
 
 
 class PlannedWave(NamedTuple):
-    """A wave as the plan has it."""
+    """A wave as recorded in the plan."""
 
     numbers: list[int]
-    """Of its trials."""
+    """Numbers of its trials."""
     size: int
-    """Trials it is filled up to."""
+    """Number of trials, padding included."""
     first: int
-    """Updates done before."""
+    """Updates done before this wave."""
     last: int
+    """Updates done at its end."""
 
 
 class PlannedBatch(NamedTuple):
+    """A batch as recorded in the plan."""
+
     batch: Batch
     waves: list[PlannedWave]
 
 
 @contextmanager
 def new_sweep(directory: Path, definition: Definition) -> Iterator[Held]:
-    """Make a sweep's directory, hold its lock, and write the definition there.
+    """Create a sweep's directory, hold its lock, and write the definition to it.
 
     Raises:
-        ConfigError: if it already holds a sweep or a run, another process writes there, or it
-            cannot be written.
+        ConfigError: if it already holds a sweep or a run, another process is writing there, or
+            it cannot be written.
     """
     with locked(directory, make=True) as held:
         names = (SWEEP, PLAN, WAVES, CONFIG, RESULTS, CURVES, WINNER, WINNER_JSON, FINISHED)
-        there = [name for name in names if (directory / name).exists()]
-        if there:
+        existing = [name for name in names if (directory / name).exists()]
+        if existing:
             raise ConfigError(
-                f"run_dir = {str(directory)!r}: already holds a run ({', '.join(there)}); "
+                f"run_dir = {str(directory)!r}: already holds a run ({', '.join(existing)}); "
                 f"choose another directory, or resume it: {resume_command(directory)}"
             )
         write(directory / SWEEP, dump_definition(definition))
@@ -79,17 +82,17 @@ def new_sweep(directory: Path, definition: Definition) -> Iterator[Held]:
         except ConfigError:
             if not (directory / PLAN).exists():
                 held.check()
-                # or the corrected command would be refused
+                # otherwise the corrected command would be refused
                 (directory / SWEEP).unlink(missing_ok=True)
             raise
 
 
 @contextmanager
-def old_sweep(directory: Path) -> Iterator[Held]:
+def existing_sweep(directory: Path) -> Iterator[Held]:
     """Hold the lock of a directory that holds a sweep.
 
     Raises:
-        ConfigError: if it holds none, another process writes there, or it cannot be written.
+        ConfigError: if it holds none, another process is writing there, or it cannot be written.
     """
     if not holds(directory, SWEEP):
         raise ConfigError(f"run_dir = {str(directory)!r}: holds no {SWEEP}; check the path")
@@ -98,7 +101,7 @@ def old_sweep(directory: Path) -> Iterator[Held]:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Raises `StorageError` if it cannot be written."""
+    """Write a file atomically. Raises `StorageError` if it cannot be written."""
     try:
         write_whole(path, content)
     except OSError as error:
@@ -117,7 +120,7 @@ def write_plan(directory: Path, definition: Definition, batches: Sequence[Planne
         }
         for planned in batches
     ]
-    content = {"definition": _digest(_lasting(definition).encode()), "batches": table}
+    content = {"definition": _digest(_machine_independent(definition).encode()), "batches": table}
     write(directory / PLAN, sealed(content))
 
 
@@ -137,10 +140,10 @@ def read_plan(directory: Path, definition: Definition) -> list[PlannedBatch]:
         return []
     try:
         plan = unsealed(path)
-        if plan["definition"] != _digest(_lasting(definition).encode()):
+        if plan["definition"] != _digest(_machine_independent(definition).encode()):
             raise ConfigError(
                 f"{str(directory / SWEEP)!r}: was changed since the sweep began; undo the change, "
-                "or start a new sweep (machine settings such as memory_gb and engine may change)"
+                "or start a new sweep (only machine settings, such as memory_gb, may change)"
             )
         return [
             PlannedBatch(
@@ -151,11 +154,11 @@ def read_plan(directory: Path, definition: Definition) -> list[PlannedBatch]:
         ]
     except (DamagedError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise ConfigError(
-            f"{str(path)!r}: is not a sweep's plan: {error}; restore a copy, or start a new sweep"
+            f"{str(path)!r}: is not a sweep plan: {error}; restore a copy, or start a new sweep"
         ) from error
 
 
-def _lasting(definition: Definition) -> str:
+def _machine_independent(definition: Definition) -> str:
     """The definition without the settings that depend on the machine."""
     machine = ("memory_gb", "engine", "wave_cpus", "wave_gpus", "wave_tpus")
     defaults = {name: getattr(SweepSettings(), name) for name in machine}
@@ -168,7 +171,7 @@ def _digest(content: bytes) -> str:
 
 
 def _trial(entry: dict[str, Any], definition: Definition) -> Trial:
-    """With its values in the order of the search space."""
+    """A trial from the plan, with its values in the order of the search space."""
     values = {name: entry["values"][name] for name in definition.sweep.space.names}
     return Trial(
         int(entry["number"]), {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -176,13 +179,13 @@ def _trial(entry: dict[str, Any], definition: Definition) -> Trial:
 
 
 def make_waves_folder(directory: Path) -> None:
-    """Raises `StorageError` if it cannot be made."""
+    """Create the folder of the waves. Raises `StorageError` if that fails."""
     path = directory / WAVES
     try:
         path.mkdir(exist_ok=True)
     except OSError as error:
         raise StorageError(
-            f"{str(path)!r}: cannot be made: {error.strerror}; free space, then: "
+            f"{str(path)!r}: cannot be created: {error.strerror}; free space, then: "
             f"{resume_command(directory)}"
         ) from error
 
@@ -191,19 +194,19 @@ def wave_directory(directory: Path, index: int) -> Path:
     return directory / WAVES / f"{index:04d}"
 
 
-def wave_outcome(directory: Path) -> dict[str, Any] | None:
-    """The summary of a finished wave with intact metrics; None otherwise, and the wave is finished
-    again from its checkpoint."""
+def finished_summary(directory: Path) -> dict[str, Any] | None:
+    """The summary of a finished wave with intact metrics; None otherwise, in which case the wave is
+    finished again from its checkpoint."""
     try:
         summary = unsealed(directory / SUMMARY)
-        binary_content(directory, summary)
+        metrics_content(directory, summary)
     except (DamagedError, ConfigError):
         return None
     return summary
 
 
-def binary_content(directory: Path, summary: Mapping[str, Any]) -> bytes:
-    """The metrics of a finished wave. Raises `ConfigError` if they were changed."""
+def metrics_content(directory: Path, summary: Mapping[str, Any]) -> bytes:
+    """The metrics file of a finished wave. Raises `ConfigError` if it was changed."""
     path, reason = directory / BINARY_METRICS, "has changed since it was written"
     try:
         content = path.read_bytes()
@@ -215,7 +218,7 @@ def binary_content(directory: Path, summary: Mapping[str, Any]) -> bytes:
 
 
 def damaged_wave(directory: Path, reason: str) -> ConfigError:
-    """The error for a damaged wave, with its remedy."""
+    """The error for a damaged wave, including how to repair it."""
     sweep = directory.parent.parent
     return ConfigError(
         f"{str(directory)!r}: {reason}; restore a copy, or remove this folder to train the wave "
@@ -224,7 +227,7 @@ def damaged_wave(directory: Path, reason: str) -> ConfigError:
 
 
 def remove(path: Path) -> None:
-    """Remove a file if it is there. Raises `StorageError`."""
+    """Remove a file if it exists. Raises `StorageError` if that fails."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
@@ -232,14 +235,16 @@ def remove(path: Path) -> None:
 
 
 def write_finished(directory: Path, written: Mapping[str, bytes]) -> None:
-    """Mark the sweep as finished, with digests of what was written, by file name. Raises
-    `StorageError`."""
+    """Mark the sweep as finished, with digests of the written files by name.
+
+    Raises `StorageError` if the mark cannot be written.
+    """
     digests = {name: _digest(content) for name, content in written.items()}
     write(directory / FINISHED, sealed(digests))
 
 
 def finished_content(directory: Path, name: str) -> bytes | None:
-    """The content of a derived file of a finished sweep; None if the sweep did not write it.
+    """Read a derived file of a finished sweep; None if the sweep did not write it.
 
     Raises:
         ConfigError: as `check_finished`, or if the file was changed.
@@ -263,7 +268,7 @@ def finished_content(directory: Path, name: str) -> bytes | None:
 
 
 def read_winner(directory: Path) -> dict[str, Any] | None:
-    """`winner.json` of a finished sweep; None if every trial failed.
+    """Read `winner.json` of a finished sweep; None if every trial failed.
 
     Raises:
         ConfigError: as `finished_content`.
@@ -273,16 +278,16 @@ def read_winner(directory: Path) -> dict[str, Any] | None:
         return None if content is None else json.loads(content)
     except ValueError as error:
         raise ConfigError(
-            f"{str(directory / WINNER_JSON)!r}: is not JSON; to rebuild it: "
+            f"{str(directory / WINNER_JSON)!r}: is not valid JSON; to rebuild it: "
             f"{resume_command(directory)}"
         ) from error
 
 
 def check_finished(directory: Path) -> None:
-    """Raise `ConfigError` if the directory holds no sweep, or one that is not finished."""
+    """Raise `ConfigError` if the directory holds no finished sweep."""
     if not holds(directory, SWEEP):
         raise ConfigError(
-            f"run_dir = {str(directory)!r}: no {SWEEP} found; give a sweep's directory"
+            f"run_dir = {str(directory)!r}: no {SWEEP} found; give the directory of a sweep"
         )
     if not holds(directory, FINISHED):
         raise ConfigError(
@@ -292,7 +297,7 @@ def check_finished(directory: Path) -> None:
 
 
 def results_text(rows: Sequence[dict[str, Any]]) -> str:
-    """`results.csv`."""
+    """The content of `results.csv`."""
     out = io.StringIO()
     writer = csv.DictWriter(out, list(rows[0]) if rows else ["trial"], lineterminator="\n")
     writer.writeheader()
@@ -301,9 +306,12 @@ def results_text(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def curves_content(parts: Sequence[dict[str, np.ndarray]]) -> bytes:
-    """`curves.npz`: a column each of `trial`, `seed`, `update` and every metric, a row for each
-    update of each training. Metrics of an update that was not kept, since its loss was not finite,
-    are NaN, but for the first one where a seed's training ends."""
+    """The content of `curves.npz`: columns `trial`, `seed`, `update` and every metric, with one row
+    per update of each run.
+
+    Metrics are NaN for updates that were discarded because their loss was not finite, except for
+    the first such update if it ends the seed's run.
+    """
     out, first = io.BytesIO(), ("trial", "seed", "update")
     names = (*first, *in_order(name for part in parts for name in part if name not in first))
     columns: dict[str, Any] = {

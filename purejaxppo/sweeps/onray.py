@@ -1,7 +1,7 @@
-"""Trains the waves of a sweep on the machines of a Ray cluster, each as a task of its own.
+"""Train the waves of a sweep on a Ray cluster, each as a separate task.
 
-A task does what a local sweep does with a wave, in the same directory: if its machine is lost,
-another one goes on from the wave's newest checkpoint.
+A task trains a wave as a local sweep does, in the same directory. If its machine is lost, another
+one continues from the wave's newest checkpoint.
 """
 
 import importlib
@@ -35,108 +35,112 @@ from purejaxppo.sweeps.settings import Definition, SweepSettings
 from purejaxppo.sweeps.waves import Job, Local, Work
 
 TRIES = 4
-"""How often a wave is begun, before a sweep ends because its machines are lost."""
+"""Number of times a wave is started before the sweep gives up because of lost machines."""
 SAVE_SECONDS = 60.0
-"""How long waves that are asked to stop, or whose machine was lost, may go on writing."""
+"""Seconds that a wave may keep writing after it was asked to stop or its machine was lost."""
 ANSWER_SECONDS = 30.0
-"""How long a cluster's address may take to answer."""
+"""Timeout for an answer from a cluster's address."""
 PACKAGES = ("purejaxppo", "jax", "jaxlib", "flax", "optax", "gymnax")
 
 
 class _Task(NamedTuple):
-    """What a machine has to know of a sweep."""
+    """What a machine needs to know about a sweep."""
 
     work: Work
     cache: bool
     versions: dict[str, str]
 
 
-class Places(NamedTuple):
-    """How many waves a cluster runs at a time."""
+class Slots(NamedTuple):
+    """Number of waves that a cluster runs at a time."""
 
     total: int
-    most_on_one: int
+    max_per_node: int
 
 
 class OnRay:
-    """`Workers` on the cluster that was joined."""
+    """`Workers` on the cluster that this process has joined."""
 
-    def __init__(self, work: Work, shown: SweepProgress):
+    def __init__(self, work: Work, progress: SweepProgress):
         directory = None if work.directory is None else work.directory.absolute()
         cache = jax.config.jax_compilation_cache_dir is not None  # pyright: ignore[reportAttributeAccessIssue]
         self._task = _Task(work._replace(directory=directory), cache, _versions())
-        self._shown, self._ray = shown, importlib.import_module("ray")
-        self._needs = needs(work.definition.sweep)
+        self._progress, self._ray = progress, importlib.import_module("ray")
+        self._resources = wave_resources(work.definition.sweep)
         try:
             self._ray.cloudpickle.dumps(self._task)
         except (TypeError, ValueError, pickle.PicklingError) as error:
             raise ConfigError(
                 f"env: cannot be sent to the machines of a cluster ({error}); pass one that can be "
-                "pickled, or choose engine = local"
+                "pickled, or use engine = local"
             ) from error
 
-    def cut(self, group: Group) -> tuple[list[Wave], int]:
-        """On a machine as waves will have it, into as many waves at least as run at a time."""
-        places = places_of(self._ray.nodes(), self._needs)
-        with self._shown.compiling():
-            size, needed = self._one(_cut, group, places)
+    def split(self, group: Group) -> tuple[list[Wave], int]:
+        """Split on a machine of the cluster, into at least as many waves as run at a time."""
+        slots = count_slots(self._ray.nodes(), self._resources)
+        with self._progress.compiling():
+            size, needed = self._run_with_retries(_split, group, slots)
         return group.waves(size), needed
 
     def train(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
-        running = {self._begin(_train, job): job for job in jobs}
+        running = {self._submit(_train, job): job for job in jobs}
         tries = Counter(job.index for job in jobs)
-        with stop_requests() as stop, self._shown.waves() as status:
+        with stop_requests() as stop, self._progress.training() as status:
             try:
                 while running and not stop:
-                    self._shown.waves_left(status, len(running))
+                    self._progress.waves_left(status, len(running))
                     done, _ = self._ray.wait(list(running), timeout=0.2)
                     for job, task in [(running.pop(task), task) for task in done]:
-                        found = self._found(task)
+                        found = self._result(task)
                         if isinstance(found, _Lost):
-                            self._again(found, job, tries)
-                            running[self._begin(_train, job)] = job
+                            self._count_retry(found, job, tries)
+                            running[self._submit(_train, job)] = job
                         else:
                             summary, where = found
-                            self._shown.trained(job.index, job.planned, job.wave, summary, where)
+                            self._progress.trained(job.index, job.planned, job.wave, summary, where)
                             yield job, summary
             finally:
-                self._end(list(running))
+                self._cancel(list(running))
             if stop:
                 directory = self._task.work.directory
-                self._shown.stopped(resume_command(directory) if directory else "")
+                self._progress.stopped(resume_command(directory) if directory else "")
                 stop.leave()
 
-    def _one(self, function: Any, *arguments: Any) -> Any:
+    def _run_with_retries(self, function: Any, *arguments: Any) -> Any:
         tries = 1
-        while isinstance(found := self._found(self._begin(function, *arguments)), _Lost):
+        while isinstance(found := self._result(self._submit(function, *arguments)), _Lost):
             if tries == TRIES:
-                raise _given_up("planning", found, self._task.work.directory)
+                raise _lost_error("planning", found, self._task.work.directory)
             tries += 1
         return found
 
-    def _again(self, lost: "_Lost", job: Job, tries: Counter[int]) -> None:
+    def _count_retry(self, lost: "_Lost", job: Job, tries: Counter[int]) -> None:
         if tries[job.index] == TRIES:
-            raise _given_up(f"wave {job.index}", lost, self._task.work.directory)
+            raise _lost_error(f"wave {job.index}", lost, self._task.work.directory)
         try:
-            places_of(self._ray.nodes(), self._needs)
+            count_slots(self._ray.nodes(), self._resources)
         except ConfigError as error:
-            why = _given_up(f"wave {job.index}", lost, self._task.work.directory, tries[job.index])
+            why = _lost_error(
+                f"wave {job.index}", lost, self._task.work.directory, tries[job.index]
+            )
             raise LostError(f"{why} ({error})") from error
         tries[job.index] += 1
-        self._shown.begun_again(job.index, lost.why)
+        self._progress.wave_restarted(job.index, lost.why)
 
-    def _begin(self, function: Any, *arguments: Any) -> Any:
-        # Processes serve one number of devices alone: JAX takes no other once it has started.
+    def _submit(self, function: Any, *arguments: Any) -> Any:
+        # JAX fixes the number of devices when it starts, so a process serves only one number.
         count = str(self._task.work.definition.sweep.wave_cpus)
         fresh = {"env_vars": {"JAX_NUM_CPU_DEVICES": count}}
-        remote = self._ray.remote(max_retries=0, runtime_env=fresh, **self._needs)(_guarded)
+        remote = self._ray.remote(max_retries=0, runtime_env=fresh, **self._resources)(
+            _run_in_worker
+        )
         return remote.remote(function, self._task, *arguments)
 
-    def _found(self, task: Any) -> Any:
-        """What a task returned; `_Lost` if its process or machine went before that.
+    def _result(self, task: Any) -> Any:
+        """What a task returned; `_Lost` if its process or machine was lost first.
 
         Raises:
-            what the task raised.
+            whatever the task raised.
         """
         errors = self._ray.exceptions
         try:
@@ -151,8 +155,8 @@ class OnRay:
             raise found
         return found
 
-    def _end(self, tasks: Sequence[Any]) -> None:
-        """Have them save, and wait for that."""
+    def _cancel(self, tasks: Sequence[Any]) -> None:
+        """Tell tasks to save and stop, and wait until they have."""
         for task in tasks:
             self._ray.cancel(task)
         self._ray.wait(tasks, num_returns=len(tasks), timeout=SAVE_SECONDS) if tasks else None
@@ -162,19 +166,21 @@ class _Lost(NamedTuple):
     why: str
 
 
-def _given_up(what: str, lost: _Lost, directory: Path | None, count: int = TRIES) -> LostError:
-    how = f"; once there are machines again: {resume_command(directory)}" if directory else ""
-    return LostError(f"{what}: lost {count} of its machines, the last by {lost.why}{how}")
+def _lost_error(what: str, lost: _Lost, directory: Path | None, count: int = TRIES) -> LostError:
+    how = f"; when machines are back: {resume_command(directory)}" if directory else ""
+    return LostError(f"{what}: lost its machine {count} times, last by {lost.why}{how}")
 
 
 @contextmanager
 def cluster(sweep: SweepSettings) -> Iterator[None]:
-    """Joined to the cluster that RAY_ADDRESS names, or that of this machine, or one of this machine
-    alone that ends with the block; for a sweep that runs here, nothing.
+    """Join a Ray cluster for the block; do nothing for a local sweep.
+
+    The cluster is the one at RAY_ADDRESS, else one running on this machine, else a new one on this
+    machine that ends with the block.
 
     Raises:
-        ConfigError: if Ray is not installed or does not answer, or no machine has what a wave
-            takes.
+        ConfigError: if Ray is not installed or does not answer, or no machine has the resources
+            of a wave.
     """
     if sweep.engine != "ray":
         yield
@@ -186,16 +192,18 @@ def cluster(sweep: SweepSettings) -> Iterator[None]:
     if not joined:
         _join(ray)
     try:
-        places_of(ray.nodes(), needs(sweep))
+        count_slots(ray.nodes(), wave_resources(sweep))
         yield
     finally:
         if not joined:
             ray.shutdown()
 
 
-def leave_memory(sweep: SweepSettings) -> None:
-    """Before JAX starts: have it not take most of a GPU's memory, which waves need that may run on
-    this machine."""
+def disable_preallocation(sweep: SweepSettings) -> None:
+    """Stop JAX from preallocating most of a GPU's memory, which waves on this machine may need.
+
+    Call it before JAX starts.
+    """
     if sweep.engine == "ray":
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
@@ -203,9 +211,9 @@ def leave_memory(sweep: SweepSettings) -> None:
 def _join(ray: Any) -> None:
     address = os.environ.get("RAY_ADDRESS", "")
     try:
-        _knock(address)
-        with _signals_kept(), warnings.catch_warnings():
-            # Of JAX, whose threads the processes that Ray starts do not need.
+        _check_address(address)
+        with _keep_signal_handlers(), warnings.catch_warnings():
+            # JAX warns about its threads, which the processes that Ray starts do not need.
             warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
     except (
@@ -213,14 +221,14 @@ def _join(ray: Any) -> None:
     ) as error:  # fmt: skip
         first = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"engine = ray: RAY_ADDRESS = {address!r} cannot be joined ({first}); see to it by "
-            "`ray status`, or choose engine = local"
+            f"engine = ray: RAY_ADDRESS = {address!r} cannot be joined ({first}); check it with "
+            "`ray status`, or use engine = local"
         ) from error
 
 
-def _knock(address: str) -> None:
-    """Raise `OSError` if nobody listens there, and `subprocess.TimeoutExpired` if it is no cluster:
-    Ray takes minutes to say so, in which it cannot be stopped."""
+def _check_address(address: str) -> None:
+    """Raise `OSError` if nothing listens at an address, `subprocess.TimeoutExpired` if it is not a
+    cluster. Ray itself takes minutes to report that, and cannot be interrupted meanwhile."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
@@ -229,28 +237,31 @@ def _knock(address: str) -> None:
 
 
 @contextmanager
-def _signals_kept() -> Iterator[None]:
-    """Undoes that Ray takes SIGTERM for itself."""
+def _keep_signal_handlers() -> Iterator[None]:
+    """Restore the signal handlers afterwards, since Ray installs its own for SIGTERM."""
     before = {number: signal.getsignal(number) for number in STOPPING}
     try:
         yield
     finally:
         for number, handler in before.items():
-            with suppress(ValueError):  # not the main thread, where Ray takes none either
+            with suppress(ValueError):  # not in the main thread, where Ray installs none either
                 signal.signal(number, handler)
 
 
-def needs(sweep: SweepSettings) -> dict[str, Any]:
-    """What a wave takes of a machine, as `ray.remote` has it."""
+def wave_resources(sweep: SweepSettings) -> dict[str, Any]:
+    """Resources of one wave, as arguments of `ray.remote`."""
     found: dict[str, Any] = {"num_cpus": sweep.wave_cpus, "num_gpus": sweep.wave_gpus}
     return found | ({"resources": {"TPU": sweep.wave_tpus}} if sweep.wave_tpus else {})
 
 
-def places_of(nodes: Sequence[dict[str, Any]], wanted: dict[str, Any]) -> Places:
-    """For `ray.nodes()` and what a wave takes.
+def count_slots(nodes: Sequence[dict[str, Any]], wanted: dict[str, Any]) -> Slots:
+    """Count the waves that fit on the machines of `ray.nodes()` at a time.
+
+    Args:
+        wanted: resources of one wave.
 
     Raises:
-        ConfigError: if no machine has that.
+        ConfigError: if no machine has them.
     """
     amounts = {"CPU": wanted["num_cpus"], "GPU": wanted["num_gpus"]} | wanted.get("resources", {})
     amounts = {name: amount for name, amount in amounts.items() if amount}
@@ -263,9 +274,9 @@ def places_of(nodes: Sequence[dict[str, Any]], wanted: dict[str, Any]) -> Places
         )
         raise ConfigError(
             f"wave_cpus, wave_gpus and wave_tpus ask for {asked}, and no machine of the cluster "
-            f"has that (there are {most or 'none'}); choose less, or add a machine"
+            f"has that (available: {most or 'none'}); ask for less, or add a machine"
         )
-    return Places(sum(fits), max(fits))
+    return Slots(sum(fits), max(fits))
 
 
 def _versions() -> dict[str, str]:
@@ -275,17 +286,16 @@ def _versions() -> dict[str, str]:
 _process: dict[tuple[Definition, Path | None], Local] = {}
 
 
-def _guarded(function: Any, task: _Task, *arguments: Any) -> Any:
-    """In a process of the cluster: what `function` returns; the error, if it is one that says what
-    to do."""
+def _run_in_worker(function: Any, task: _Task, *arguments: Any) -> Any:
+    """Call `function` in a process of the cluster; return errors that tell the user what to do."""
     try:
-        return function(_local(task), task, *arguments)
+        return function(_worker_state(task), task, *arguments)
     except (ConfigError, StorageError) as error:
         return error
 
 
-def _local(task: _Task) -> Local:
-    """What this process keeps, since it serves many tasks: programs that it compiled."""
+def _worker_state(task: _Task) -> Local:
+    """State that this process keeps between its tasks, such as compiled programs."""
     key = (task.work.definition, task.work.directory)
     if key not in _process:
         _check_machine(task)
@@ -306,17 +316,17 @@ def _check_machine(task: _Task) -> None:
         if here[package] != wanted:
             raise ConfigError(
                 f"engine = ray: machine {machine} has {package} {here[package]}, and the sweep was "
-                f"begun with {wanted}; install the same versions on all machines"
+                f"started with {wanted}; install the same versions on all machines"
             )
     if directory is not None and not holds(directory, SWEEP):
         raise ConfigError(
             f"run_dir = {str(directory)!r}: machine {machine} of the cluster finds no {SWEEP} "
-            "there; choose a directory on a disk that all of its machines share"
+            "there; use a directory on a disk that all machines share"
         )
 
 
-def _cut(local: Local, task: _Task, group: Group, places: Places) -> tuple[int, int]:
-    waves, needed = local.cut(group, places.total, 1 / places.most_on_one)
+def _split(local: Local, task: _Task, group: Group, slots: Slots) -> tuple[int, int]:
+    waves, needed = local.split(group, slots.total, 1 / slots.max_per_node)
     return len(waves[0].settings.trials), needed
 
 
@@ -326,7 +336,7 @@ def _train(local: Local, task: _Task, job: Job) -> tuple[dict[str, Any], str]:
         try:
             return local.train_one(job), platform.node()
         except BusyError:
-            # Whose machine was lost may still be alive for a while.
+            # The process that was reported lost may still be alive for a while.
             if time.monotonic() > give_up:
                 raise
             time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""Results of trials, and their order."""
+"""Results of trials, and their ranking."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,27 +20,27 @@ class Outcome(NamedTuple):
 
     trial: Trial
     returns: np.ndarray
-    """`[S]` means over the episodes of the final evaluation, by which the best trial is selected;
-    NaN for a seed that failed."""
+    """`[S]` mean returns in the final evaluation, by which the best trial is selected; NaN for a
+    seed that failed."""
     failed: dict[int, int]
-    """Seeds whose loss turned non-finite, and the update at which it did. A member of a population
-    that was replaced later has not failed."""
+    """Update at which the loss turned non-finite, by seed. A member of a population that was
+    replaced later does not count as failed."""
     updates: int
     """Updates trained."""
     wave: int
-    """Number of the wave that trained it last."""
+    """Index of the wave that trained it last."""
 
     @property
     def score(self) -> float:
-        """Selection return, by which trials are ranked: the mean over seeds, NaN if one failed."""
+        """Selection return, by which trials are ranked: mean over seeds, NaN if one failed."""
         return float(np.mean(self.returns))
 
     def num_updates(self, settings: Settings) -> int:
-        """Updates of the trial at full length."""
+        """Number of updates of the trial at full length."""
         return apply(self.trial.values, settings.config, settings.hparams)[0].num_updates
 
     def is_whole(self, settings: Settings) -> bool:
-        """Whether it was trained to the end, and no seed of it failed."""
+        """Whether it was trained to the end and no seed failed."""
         return np.isfinite(self.score) and self.updates == self.num_updates(settings)
 
 
@@ -51,8 +51,8 @@ class SweepResult:
     outcomes: list[Outcome]
     """Ordered by trial number."""
     best: Outcome | None
-    """The trial with the highest selection return of those trained to the end, the lowest number
-    of equals; None if every trial failed."""
+    """The trial with the highest selection return among those trained to the end (ties: the lowest
+    number); None if every trial failed."""
     tied: list[int]
     """Numbers of the trials whose selection return equals the best one's."""
     best_returns: np.ndarray
@@ -66,8 +66,8 @@ class SweepResult:
 
     @property
     def returns(self) -> np.ndarray:
-        """`[K, S]` selection returns: means over the episodes that trials are ranked by. The
-        highest of them is optimistic; `best_return` is not."""
+        """`[K, S]` selection returns, by which trials are ranked. The highest of them is
+        optimistic; `best_return` is not."""
         return np.stack([outcome.returns for outcome in self.outcomes])
 
     @property
@@ -76,17 +76,22 @@ class SweepResult:
         return float(np.mean(self.best_returns)) if self.best_returns.size else np.nan
 
     def states(self, trial: int | None = None) -> TrainState:
-        """Trained states of a trial, or of the best; of a seed that failed, its last good state.
+        """Trained states of a trial; for a seed that failed, its last good state.
+
+        Args:
+            trial: number of the trial; None gives the best.
 
         Returns:
             leaves `[S, ...]`.
 
         Raises:
-            ConfigError: if there is no such trial, or every trial failed.
+            ConfigError: if the trial does not exist, or `trial` is None and every trial failed.
         """
         if trial is None:
             if self.best is None:
-                raise ConfigError("every trial failed, so none is best; give the number of a trial")
+                raise ConfigError(
+                    "every trial failed, so there is no best one; give the number of a trial"
+                )
             trial = self.best.trial.number
         if not 0 <= trial < len(self.outcomes):
             count = len(self.outcomes)
@@ -95,7 +100,7 @@ class SweepResult:
 
 
 def ranked(outcomes: Mapping[int, Outcome], definition: Definition) -> list[Outcome]:
-    """Trials that did not fail: those trained longest first, then by selection return, then by
+    """Trials that did not fail: longest trained first, then by highest selection return, then by
     number."""
     settings = definition.settings
     good = [outcome for outcome in outcomes.values() if np.isfinite(outcome.score)]
@@ -105,8 +110,11 @@ def ranked(outcomes: Mapping[int, Outcome], definition: Definition) -> list[Outc
 
 
 def result_rows(outcomes: Mapping[int, Outcome], definition: Definition) -> list[dict[str, Any]]:
-    """`results.csv`: a row per trial and seed, with the seed's mean return in the final evaluation
-    (`eval_return`, empty if it failed) and the update at which its loss turned non-finite."""
+    """The rows of `results.csv`, one per trial and seed.
+
+    `eval_return` is the seed's mean return in the final evaluation, empty if it failed;
+    `failed_at_update` is the update at which its loss turned non-finite.
+    """
     names, rows = definition.sweep.space.names, []
     for number in sorted(outcomes):
         outcome = outcomes[number]
@@ -131,8 +139,11 @@ def result_rows(outcomes: Mapping[int, Outcome], definition: Definition) -> list
 def curve_columns(
     metrics: HostMetrics, numbers: Sequence[int], seeds: int, first: int
 ) -> dict[str, np.ndarray]:
-    """The metrics `[U, S]` of a wave that began after `first` updates, as columns with a row per
-    training and update; without the trials that only fill it up."""
+    """Metrics `[U, S]` of a wave as columns with one row per run and update, without padding.
+
+    Args:
+        first: updates done before the wave.
+    """
     kept = len(numbers) * seeds
     length = len(next(iter(metrics.values())))
     trial = np.repeat(np.asarray(numbers, np.int32), seeds * length)
@@ -143,5 +154,5 @@ def curve_columns(
 
 
 def _cell(value: Any) -> Any:
-    """As `parse_values` reads it back."""
+    """A value as written to `results.csv`; `parse_values` reads it back."""
     return "none" if value is None else toml(value) if isinstance(value, tuple | bool) else value

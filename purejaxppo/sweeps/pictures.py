@@ -1,4 +1,4 @@
-"""Pictures of a finished sweep."""
+"""Plots of a finished sweep."""
 
 import math
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ from purejaxppo.sweeps.winner import count_seeds
 SHOWN_CURVES = 5
 SHOWN_INTERVALS = 10
 FEW_VALUES = 3
-"""A list of at most this many numbers is drawn with equal spaces, and each is a tick."""
-MOST_TICKS = 5
+"""A list of at most this many numbers is drawn with equal spacing and a tick for each."""
+MAX_TICKS = 5
 
 
 def learning_curves(results: Results) -> Any:
-    """The best trials with 95% bootstrap intervals over seeds, the others in grey."""
+    """Plot learning curves: the best trials with 95% bootstrap intervals, the others in grey."""
     from matplotlib.figure import Figure  # slow to import
     from matplotlib.ticker import EngFormatter
 
@@ -45,7 +45,7 @@ def learning_curves(results: Results) -> Any:
         grey.set_label("other trials")
     if band is not None:
         axes.fill_between([], [], color="0.5", alpha=0.3, label=band_label(results.num_seeds))
-    bare_axes(axes, "environment steps (per training)", metric_label(results.curve))
+    bare_axes(axes, "environment steps (per run)", metric_label(results.curve))
     axes.set_title(f"{plain(results.env_id)}: learning curves")
     axes.set_xlim(0, results.steps.max())
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -55,7 +55,7 @@ def learning_curves(results: Results) -> Any:
 
 
 def final_returns(results: Results) -> Any:
-    """A panel for each swept setting: every seed's selection return, and each trial's mean."""
+    """Plot the selection return of each seed and trial over each swept setting."""
     from matplotlib.figure import Figure  # slow to import
     from matplotlib.ticker import MaxNLocator
 
@@ -77,10 +77,10 @@ def final_returns(results: Results) -> Any:
         elif _is_logarithmic(results, name, values) and np.isfinite(results.returns).any():
             _make_logarithmic(axes, min(values), max(values))
         else:
-            axes.xaxis.set_major_locator(MaxNLocator(MOST_TICKS))
+            axes.xaxis.set_major_locator(MaxNLocator(MAX_TICKS))
     for axes in panels[count:]:
         axes.set_axis_off()
-    figure.suptitle(f"{plain(results.env_id)}: selection return over each setting")
+    figure.suptitle(f"{plain(results.env_id)}: selection return by setting")
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
@@ -93,7 +93,7 @@ def _label_levels(axes: Any, labels: Sequence[str]) -> None:
 
 
 def _make_logarithmic(axes: Any, low: float, high: float) -> None:
-    """A logarithmic axis with a few ticks, whose labels do not overlap."""
+    """Make the x axis logarithmic, with few enough ticks that their labels do not overlap."""
     from matplotlib.ticker import NullFormatter  # slow to import
 
     axes.set_xscale("log")
@@ -103,19 +103,19 @@ def _make_logarithmic(axes: Any, low: float, high: float) -> None:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """At most `MOST_TICKS` round numbers between two bounds, evenly spread over a logarithmic
-    axis; the bounds if there are not two round ones."""
+    """At most `MAX_TICKS` round numbers between two bounds, evenly spread on a logarithmic axis;
+    the bounds themselves if there are fewer than two round numbers."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     for digits in ((1, 2, 5), (1, 3), (1,)):
         ticks = [d * 10.0**k for k in range(first, last + 1) for d in digits]
         ticks = [tick for tick in ticks if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
-        if 2 <= len(ticks) <= MOST_TICKS:
+        if 2 <= len(ticks) <= MAX_TICKS:
             return ticks
-    return ticks[:: -(-len(ticks) // MOST_TICKS)] if len(ticks) > 1 else sorted({low, high})
+    return ticks[:: -(-len(ticks) // MAX_TICKS)] if len(ticks) > 1 else sorted({low, high})
 
 
 def parallel_coordinates(results: Results) -> Any:
-    """A line for each trial through all its settings to its selection return, coloured by it."""
+    """Plot each trial as a line through its settings to its selection return, coloured by it."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure  # slow to import
 
@@ -158,9 +158,11 @@ def _colour_scale(figure: Any, axes: Any, low: float, high: float) -> None:
 
 
 def robustness(results: Results) -> Any:
-    """The best trials' interquartile means over seeds with 95% bootstrap intervals, and their
-    performance profiles: the share of seeds whose return is above each value (Agarwal et al. 2021,
-    arXiv:2108.13264)."""
+    """Plot interquartile means over seeds and performance profiles of the best trials.
+
+    The means have 95% bootstrap intervals. A profile is the fraction of seeds whose return is above
+    each value (Agarwal et al. 2021, arXiv:2108.13264).
+    """
     from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=(10, 4.4), layout="constrained")
@@ -183,7 +185,7 @@ def robustness(results: Results) -> Any:
     if results.num_seeds > 1:
         left.plot([], [], color="0.5", lw=5, alpha=0.5, label="95% bootstrap interval")
     left.plot([], [], "o", color="0.5", label=f"{count_seeds(results.num_seeds)}")
-    bare_axes(right, "selection return", "share of seeds above")
+    bare_axes(right, "selection return", "fraction of seeds above")
     right.set_ylim(0, 1.03)
     figure.suptitle(f"{plain(results.env_id)}: robustness over {count_seeds(results.num_seeds)}")
     if shown:
@@ -204,8 +206,10 @@ def _curve(results: Results, number: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _levels(results: Results, name: str) -> list[Any] | None:
-    """Values that a setting was given as a list, if they are drawn with equal spaces: those that
-    are no numbers, and a few numbers, in order."""
+    """The listed values of a setting if they are drawn with equal spacing, else None.
+
+    These are values that are not numbers, and short lists of numbers, which are sorted.
+    """
     space = results.definition.sweep.space
     wanted = (dict(space.grid) | dict(space.sample))[name]
     if isinstance(wanted, Range):
@@ -219,7 +223,7 @@ def _levels(results: Results, name: str) -> list[Any] | None:
 def _positions(
     results: Results, name: str, values: Sequence[Any]
 ) -> tuple[np.ndarray, list[str] | None]:
-    """Where trials lie on a setting's axis, and the labels of its ticks if it has levels."""
+    """Positions of trials on a setting's axis, and the labels of its ticks if it has levels."""
     levels = _levels(results, name)
     if levels is None:
         return np.asarray(values, float), None
@@ -229,7 +233,7 @@ def _positions(
 def _heights(
     results: Results, name: str, values: Sequence[Any]
 ) -> tuple[np.ndarray, list[tuple[float, str]]]:
-    """Positions on a vertical axis from 0 to 1, and (position, text) of its marks."""
+    """Positions of trials on an axis from 0 to 1, and (position, text) of the axis labels."""
     at, labels = _positions(results, name, values)
     if labels is not None:
         last = max(1, len(labels) - 1)

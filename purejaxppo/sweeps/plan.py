@@ -1,4 +1,4 @@
-"""How trials become waves: trainings that are compiled as one program and run side by side."""
+"""Split trials into waves: runs that are compiled as one program and run in parallel."""
 
 import dataclasses
 import math
@@ -17,28 +17,28 @@ from purejaxppo.sweeps.space import Range, apply
 from purejaxppo.sweeps.strategies import Trial, describe
 from purejaxppo.task import Task
 
-SHARE_OF_MEMORY = 0.5
-"""Of what is free: evaluations and checkpoints keep states of their own."""
+MEMORY_FRACTION = 0.5
+"""Fraction of the free memory to use; evaluations and checkpoints need copies of the states."""
 
 
 class Wave(NamedTuple):
-    """Trials that run side by side."""
+    """Trials that run in parallel."""
 
     trials: list[Trial]
     settings: Settings
-    """Whose `trials` are those above, and as many more as fill the program up."""
+    """Settings with the hyperparameters of these trials, padded to the size of the program."""
 
 
 class Group(NamedTuple):
-    """Trials that differ in numbers alone, so that one program serves them all."""
+    """Trials that differ only in traced hyperparameters, so that they share one program."""
 
     settings: Settings
-    """Without `trials`."""
+    """Settings without `trials`."""
     members: list[tuple[Trial, HParams]]
 
     def waves(self, size: int) -> list[Wave]:
-        """Of `size` trials each; the last is filled up by repeating its last trial."""
-        cut = [self.members[i : i + size] for i in range(0, len(self.members), size)]
+        """Split into waves of `size` trials; pad the last one with copies of its last trial."""
+        parts = [self.members[i : i + size] for i in range(0, len(self.members), size)]
         return [
             Wave(
                 [trial for trial, _ in part],
@@ -47,15 +47,15 @@ class Group(NamedTuple):
                     trials=tuple(h for _, h in part) + (part[-1][1],) * (size - len(part)),
                 ),
             )
-            for part in cut
+            for part in parts
         ]
 
 
 def make_groups(settings: Settings, trials: Sequence[Trial]) -> list[Group]:
-    """Trials by what has to be compiled for them.
+    """Group trials by the program that they need.
 
     Raises:
-        ConfigError: if a trial's values cannot work, with those values.
+        ConfigError: if a trial's values are invalid; the message names them.
     """
     groups: dict[Any, Group] = {}
     for trial in trials:
@@ -71,15 +71,15 @@ def make_groups(settings: Settings, trials: Sequence[Trial]) -> list[Group]:
 
 
 class Programs:
-    """Compiles what waves need, once, and cuts waves to the memory there is."""
+    """Compiles each program of a sweep once, and sizes waves to fit the memory."""
 
     def __init__(self, sweep: SweepSettings, task: Task):
         self._sweep, self._task = sweep, task
         self._max_bytes = int(sweep.memory_gb * 1e9)
         self._compiled: dict[tuple[Any, int, tuple[bool, ...]], Prepared] = {}
 
-    def of(self, settings: Settings) -> Prepared:
-        """For waves of as many trials as these."""
+    def get(self, settings: Settings) -> Prepared:
+        """The program for waves with this config and number of trials."""
         absent = tuple(value is None for value in vars(settings.trials[0]).values())
         key = (settings.config, len(settings.trials), absent)
         if key not in self._compiled:
@@ -88,41 +88,48 @@ class Programs:
             self._compiled[key] = prepare(settings, task, population)
         return self._compiled[key]
 
-    def cut(
-        self, group: Group, waves: int = 1, share_of_memory: float = 1.0
+    def split(
+        self, group: Group, waves: int = 1, memory_fraction: float = 1.0
     ) -> tuple[list[Wave], int]:
-        """The group's waves, as few as fit but `waves` at least, where there are trials enough and
-        they do not learn from each other; and the bytes that one takes on each device.
+        """Split a group into waves that fit in memory.
+
+        Args:
+            waves: minimum number of waves, if there are enough trials and they are independent.
+            memory_fraction: fraction of the memory that one wave may use.
+
+        Returns:
+            the waves, as few as fit, and the bytes that one needs on each device.
 
         Raises:
             ConfigError: if not even one trial fits.
         """
-        most = self._max_bytes or int(share_of_memory * SHARE_OF_MEMORY * free_bytes())
+        most = self._max_bytes or int(memory_fraction * MEMORY_FRACTION * free_bytes())
         parts = 1 if self._sweep.strategy == "pbt" else waves
-        size = filled(-(-len(group.members) // parts), group.settings)
-        least = min(size, filled(1, group.settings))
+        size = padded_count(-(-len(group.members) // parts), group.settings)
+        least = min(size, padded_count(1, group.settings))
         while True:
-            cut = group.waves(size)
-            needed = self.of(cut[0].settings).program.device_bytes
+            found = group.waves(size)
+            needed = self.get(found[0].settings).program.device_bytes
             if needed <= most:
-                return cut, needed
+                return found, needed
             if self._sweep.strategy == "pbt":
                 raise ConfigError(
                     f"a population of trials = {len(group.members)} takes {needed / 1e9:.2f} GB on "
-                    f"each device, and there are {most / 1e9:.2f} GB to use; choose fewer trials"
+                    f"each device, but only {most / 1e9:.2f} GB may be used; use fewer trials"
                 )
             if size == least:
                 raise ConfigError(
                     f"trials = {least} of num_seeds = {group.settings.run.num_seeds} take "
-                    f"{needed / 1e9:.2f} GB on each device, and there are {most / 1e9:.2f} GB to "
-                    "use; choose fewer seeds, environments or steps, or another memory_gb"
+                    f"{needed / 1e9:.2f} GB on each device, but only {most / 1e9:.2f} GB may be "
+                    "used; use fewer seeds, environments or steps, or a larger memory_gb"
                 )
             fitting = min(size - least, int(size * most / needed))
-            size = max(least, fitting // _even(group.settings) * _even(group.settings) or fitting)
+            multiple = _trial_multiple(group.settings)
+            size = max(least, fitting // multiple * multiple or fitting)
 
 
 def population_of(settings: Settings, sweep: SweepSettings) -> Population | None:
-    """How the trials of a wave learn from each other, if the strategy is that they do."""
+    """The population-based training of a wave; None for other strategies."""
     if sweep.strategy != "pbt":
         return None
     ranges = tuple((name, x.low, x.high) for name, x in sweep.space.sample if isinstance(x, Range))
@@ -131,17 +138,20 @@ def population_of(settings: Settings, sweep: SweepSettings) -> Population | None
     )
 
 
-def _even(settings: Settings) -> int:
-    """The fewest trials whose trainings can be dealt out to all devices."""
+def _trial_multiple(settings: Settings) -> int:
+    """The smallest number of trials whose runs can be divided evenly among all devices."""
     devices = settings.run.devices or jax.device_count()
     return devices // math.gcd(devices, settings.run.num_seeds)
 
 
-def filled(count: int, settings: Settings) -> int:
-    """As many trials as keep all devices busy to the end, `count` or a few more; `count` where
-    there are more devices than trainings, which then share them evenly or leave some idle."""
+def padded_count(count: int, settings: Settings) -> int:
+    """`count` rounded up so that its runs divide evenly among all devices.
+
+    `count` itself if there are more devices than runs: each run then uses several devices, or some
+    devices stay idle.
+    """
     wanted, seeds = settings.run.devices, settings.run.num_seeds
     devices = wanted or jax.device_count()
     if count * seeds < devices and (not wanted or devices % (count * seeds) == 0):
         return count
-    return -(-count // _even(settings)) * _even(settings)
+    return -(-count // _trial_multiple(settings)) * _trial_multiple(settings)

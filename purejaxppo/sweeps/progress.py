@@ -1,4 +1,4 @@
-"""What a person sees of a sweep."""
+"""Progress output of a sweep."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,19 +18,24 @@ SHOWN_TRIALS = 5
 
 
 class SweepProgress:
-    """Reports of a sweep; silent unless `enabled`."""
+    """Prints the progress of a sweep; silent unless `enabled`."""
 
     def __init__(self, definition: Definition, enabled: bool):
         self.enabled, self._settings, self._sweep = enabled, definition.settings, definition.sweep
         self._console = make_console(enabled)
 
     def batch(self, trials: int, share: float, groups: Sequence[tuple[Group, int, int]]) -> None:
-        """The plan of a batch: groups with their number of waves and bytes per device."""
+        """Print the plan of a batch.
+
+        Args:
+            share: fraction of its updates up to which each trial is trained.
+            groups: each group with its number of waves and bytes per device.
+        """
         config, seeds = self._settings.config, self._settings.run.num_seeds
-        steps = "" if share == 1 else f" up to {share:.3g} of the training"
+        steps = "" if share == 1 else f", up to {share:.3g} of the updates"
         self._console.print(
             f"{config.label}: {_count(trials, 'trial')} x {_count(seeds, 'seed')} = "
-            f"{_count(trials * seeds, 'training')}{steps}"
+            f"{_count(trials * seeds, 'run')}{steps}"
         )
         for number, (group, waves, size) in enumerate(groups, 1):
             config = group.settings.config
@@ -48,8 +53,8 @@ class SweepProgress:
     def wave(self, index: int, planned: PlannedWave, wave: Wave) -> "WaveProgress":
         return WaveProgress(wave, planned, f"wave {index}", self.enabled, self._sweep.strategy)
 
-    def waves(self) -> Any:
-        """A sign of life while machines train."""
+    def training(self) -> Any:
+        """Show a spinner while other machines train."""
         return self._console.status("training")
 
     def waves_left(self, status: Any, left: int) -> None:
@@ -58,16 +63,16 @@ class SweepProgress:
     def trained(
         self, index: int, planned: PlannedWave, wave: Wave, summary: dict[str, Any], machine: str
     ) -> None:
-        """A wave that another process trained, from the summary of its run."""
+        """Report a wave that another process trained, from the summary of its run."""
         trials = _count(len(wave.trials), "trial")
         self._console.print(f"wave {index}: {trials}, on {machine}")
-        shown = self.wave(index, planned, wave)
+        progress = self.wave(index, planned, wave)
         for row, entry in summary["failed_seeds"].items():
-            shown.failed(int(row), entry["update"])
-        shown.finished(summary, None)
+            progress.failed(int(row), entry["update"])
+        progress.finished(summary, None)
 
-    def begun_again(self, index: int, why: str) -> None:
-        self._console.print(f"wave {index}: its machine was lost ({why}); going on elsewhere")
+    def wave_restarted(self, index: int, why: str) -> None:
+        self._console.print(f"wave {index}: its machine was lost ({why}); resuming on another")
 
     def stopped(self, how: str) -> None:
         self._console.print(f"stopped; to resume: {how}")
@@ -76,7 +81,7 @@ class SweepProgress:
         return self._console.status("evaluating the best trial")
 
     def best(self, rows: Sequence[tuple[Trial, float, float]]) -> None:
-        """The best trials, with mean and lowest return of their seeds."""
+        """Print the best trials, with the mean and lowest return of their seeds."""
         run = self._settings.run
         title = f"best trials by selection return ({run.eval_episodes} episodes per seed):"
         self._console.print(title if rows else "every trial failed")
@@ -94,7 +99,7 @@ class SweepProgress:
 
 
 class WaveProgress(Progress):
-    """Reports of one wave."""
+    """Prints the progress of one wave."""
 
     def __init__(self, wave: Wave, planned: PlannedWave, title: str, enabled: bool, strategy: str):
         super().__init__(wave.settings, planned.first, enabled, planned.last)
@@ -102,7 +107,7 @@ class WaveProgress(Progress):
         self._trials, self._title = wave.trials, title
         self._seeds = wave.settings.run.num_seeds
 
-    def starting(self, checkpoint: Checkpoint | None, again: bool, where: str) -> None:
+    def starting(self, checkpoint: Checkpoint | None, resumed: bool, where: str) -> None:
         done = f", resuming from update {checkpoint.position.updates:,}" if checkpoint else ""
         if checkpoint is not None:
             self._done = checkpoint.position.updates
@@ -115,7 +120,7 @@ class WaveProgress(Progress):
         index = seed // self._seeds
         if index < len(self._trials):
             trial = self._trials[index]
-            # A member of a population may still be replaced, and has other values by now.
+            # A member of a population may still be replaced, and its values have changed.
             result = "" if self._population else f"; recorded as failed ({describe(trial)})"
             self._console.print(
                 f"trial {trial.number}, seed {seed % self._seeds}: the loss is not finite at "

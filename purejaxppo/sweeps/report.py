@@ -1,4 +1,4 @@
-"""One self-contained page about a finished sweep, with its pictures."""
+"""Write a self-contained HTML report of a finished sweep."""
 
 import base64
 import html
@@ -29,10 +29,10 @@ SHOWN_ROWS = 50
 
 
 def write_report(directory: Path) -> Path:
-    """Draw each picture as a PNG, and write `report.html`, which contains them.
+    """Draw each plot as a PNG, and write `report.html`, which contains them all.
 
     Returns:
-        the page's path.
+        the path of the report.
 
     Raises:
         ConfigError: as `read_results`.
@@ -46,9 +46,9 @@ def write_report(directory: Path) -> Path:
             draw(results).savefig(path, dpi=150)
         except OSError as error:
             raise StorageError(f"{str(path)!r}: cannot be written: {error.strerror}") from error
-        except Exception as error:  # a picture must never cost the report
+        except Exception as error:  # a plot that fails must not prevent the report
             warnings.warn(f"{str(path)!r}: cannot be drawn: {error}", RunWarning, stacklevel=2)
-            body.append(f"<h2>{title}</h2>\n<p>This picture could not be drawn.</p>")
+            body.append(f"<h2>{title}</h2>\n<p>This plot could not be drawn.</p>")
             continue
         data = base64.b64encode(path.read_bytes()).decode()
         body.append(
@@ -61,7 +61,7 @@ def write_report(directory: Path) -> Path:
 
 
 def _pictures(results: Results) -> dict[str, tuple[str, Callable[[Results], Any], str]]:
-    """Title, drawing function and caption of each picture."""
+    """Title, drawing function and caption of each plot."""
     seeds, shown = count_seeds(results.num_seeds), min(SHOWN_CURVES, len(results.numbers))
     episodes = results.definition.settings.run.eval_episodes
     band = f"; bands are {band_label(results.num_seeds)}" if results.num_seeds > 1 else ""
@@ -74,19 +74,19 @@ def _pictures(results: Results) -> dict[str, tuple[str, Callable[[Results], Any]
             f"{band}.",
         ),
         "final_return": (
-            "Selection return over each setting", final_returns,
+            "Selection return by setting", final_returns,
             f"{selection}. Grey: one seed. Blue: mean of a trial over its seeds.",
         ),
         "parallel_coordinates": (
             "All settings at once", parallel_coordinates,
-            "One line per trial, from its values on each axis to its selection return, which is "
-            "also its colour.",
+            "One line per trial, through its value on each axis to its selection return, which "
+            "also sets its colour.",
         ),
         "robustness": (
             "Robustness over seeds", robustness,
             f"The best {min(SHOWN_INTERVALS, len(results.numbers))} trials. Left: interquartile "
             f"mean of the selection return over {seeds}, with its 95% bootstrap interval. Right: "
-            "share of seeds with a selection return above each value.",
+            "fraction of seeds with a selection return above each value.",
         ),
     }  # fmt: skip
 
@@ -103,7 +103,7 @@ def _heading(results: Results) -> str:
         said = ", ".join(f"{name} = {short(column[k])}" for name, column in values)
         best = (
             f"<strong>Winner: {html.escape(describe_winner(results.winner))}.</strong> It has "
-            f"{html.escape(said)}. <code>winner.toml</code> has all of its settings."
+            f"{html.escape(said)}. <code>winner.toml</code> lists all of its settings."
         )
     facts = "\n".join(
         f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>"
@@ -113,7 +113,7 @@ def _heading(results: Results) -> str:
 
 
 def _facts(results: Results) -> dict[str, str]:
-    """What was searched, and how, by the names of rows."""
+    """The rows of the table of facts: what was searched, and how."""
     settings, count = results.definition.settings, len(results.numbers)
     steps = sorted({int(steps) for steps in results.steps})
     lengths = f"{steps[-1]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
@@ -123,7 +123,7 @@ def _facts(results: Results) -> dict[str, str]:
         "strategy": results.definition.sweep.strategy,
         "trials": f"{count:,}",
         "seeds": f"{results.num_seeds:,} per trial",
-        "environment steps": f"{lengths} per training",
+        "environment steps": f"{lengths} per run",
         "selection return": f"mean over {settings.run.eval_episodes:,} evaluation episodes per "
         "seed, by which trials are ranked",
     }
@@ -143,11 +143,11 @@ def _table(results: Results) -> str:
     lines = []
     for k, number in enumerate(results.numbers[:SHOWN_ROWS]):
         score = results.scores[k]
-        shown = [str(number), *(short(results.values[name][k]) for name in names)]
-        shown += ["failed", ""] if np.isnan(score) else [
+        cells = [str(number), *(short(results.values[name][k]) for name in names)]
+        cells += ["failed", ""] if np.isnan(score) else [
             f"{score:.2f}", f"{results.returns[k].min():.2f}"
         ]  # fmt: skip
-        lines.append("<tr>" + "".join(f"<td>{html.escape(x)}</td>" for x in shown) + "</tr>")
+        lines.append("<tr>" + "".join(f"<td>{html.escape(x)}</td>" for x in cells) + "</tr>")
     more = len(results.numbers) - SHOWN_ROWS
     note = f"<p>and {more} more in <code>results.csv</code></p>" if more > 0 else ""
     return f"<h2>Trials</h2>\n<table><tr>{head}</tr>\n" + "\n".join(lines) + f"\n</table>{note}"

@@ -1,4 +1,4 @@
-"""Reads the results of a finished sweep."""
+"""Read the results of a finished sweep."""
 
 import csv
 import io
@@ -23,24 +23,24 @@ class Results:
 
     definition: Definition
     numbers: list[int]
-    """`[K]` of the trials."""
+    """`[K]` trial numbers."""
     values: dict[str, list[Any]]
-    """`[K]` of each swept setting."""
+    """`[K]` values of each swept setting."""
     returns: np.ndarray
     """`[K, S]` selection returns, NaN for a seed that failed."""
     steps: np.ndarray
-    """`[K]` environment steps of each training."""
+    """`[K]` environment steps per run."""
     curves: dict[str, np.ndarray]
     winner: dict[str, Any] | None
     """Content of `winner.json`; None if every trial failed."""
     curve: str
-    """The metric of the learning curves."""
+    """Name of the metric shown in the learning curves."""
     versions: dict[str, str]
-    """Versions of the packages with which the first wave was trained."""
+    """Package versions with which the first wave was trained."""
 
     @property
     def scores(self) -> np.ndarray:
-        """`[K]` selection returns, means over seeds."""
+        """`[K]` selection returns: means over seeds."""
         return self.returns.mean(axis=1)
 
     @property
@@ -53,11 +53,10 @@ class Results:
 
 
 def read_results(directory: Path) -> Results:
-    """Read what `write_report` draws.
+    """Read the results that `write_report` shows.
 
     Raises:
-        ConfigError: if the directory holds no sweep, or one that is not finished, or its
-            results were changed.
+        ConfigError: if the directory holds no finished sweep, or its results were changed.
     """
     try:
         return _read(directory)
@@ -81,7 +80,7 @@ def _read(directory: Path) -> Results:
     score = np.where(np.isfinite(returns.mean(axis=1)), returns.mean(axis=1), -np.inf)
     order = np.lexsort((-score, -steps))
     firsts = [rows[i * seeds] for i in order]
-    first = files.wave_outcome(wave_directory(directory, 0)) or {}
+    first = files.finished_summary(wave_directory(directory, 0)) or {}
     with np.load(io.BytesIO(columns), allow_pickle=False) as curves:
         return Results(
             definition=definition,

@@ -1,4 +1,4 @@
-"""What a sweep is told, and `sweep.toml`, which holds all of it."""
+"""Settings of a sweep, and `sweep.toml`, which records them."""
 
 import math
 from dataclasses import dataclass, field
@@ -20,11 +20,11 @@ from purejaxppo.host.configfile import (
 from purejaxppo.references import already_imported, resolve
 from purejaxppo.sweeps.space import Range, Space, parse_space
 
-LEAST_POPULATION = 5
+MIN_POPULATION = 5
 
 
 def _count(default: int, low: int, high: int = 2**20, **only_with: str) -> Any:
-    """A whole number that has an effect only where another setting has a certain value."""
+    """A whole number that has an effect only if another setting has a given value."""
     choices = {name: (value,) for name, value in only_with.items()}
     return field(
         default=default,
@@ -34,7 +34,7 @@ def _count(default: int, low: int, high: int = 2**20, **only_with: str) -> Any:
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """What is searched, and how.
+    """Search space and strategy of a sweep.
 
     Raises `ConfigError` on construction if a value is out of range.
     """
@@ -45,30 +45,30 @@ class SweepSettings:
     """NAME=uniform:LOW,HIGH or loguniform:LOW,HIGH or choice:VALUE,VALUE: draw a setting for each
     trial."""
     strategy: Literal["random", "sobol", "optuna", "halving", "pbt"] = "random"
-    """How samples are drawn: independently (random), evenly spread (sobol), or where returns were
-    high (optuna, which treats grid values as choices). halving draws like random and repeatedly
-    continues only the best 1 / eta of the trials. pbt is one population: it periodically replaces
-    the worst fifth with perturbed copies of the best."""
+    """Search strategy. random draws samples independently, sobol spreads them evenly, optuna draws
+    where returns were high (and treats grid values as choices). halving draws like random and
+    repeatedly continues only the best 1 / eta of the trials. pbt trains one population and
+    periodically replaces the worst fifth with perturbed copies of the best."""
     trials: int = _count(16, 1)
-    """Number of samples, each tried at every point of the grid; with optuna, of all trials."""
+    """Number of samples, each tried at every point of the grid; with optuna, number of trials."""
     batch: int = _count(16, 1, strategy="optuna")
     """With optuna: trials to ask for at a time, which run in parallel."""
     eta: int = _count(3, 2, strategy="halving")
     """With halving: continue the best 1 / eta of the trials, for eta times as many updates."""
     rungs: int = _count(3, 1, 64, strategy="halving")
-    """With halving: maximum number of selections; all trials begin with 1 / eta^rungs of their
+    """With halving: maximum number of selections; all trials start with 1 / eta^rungs of their
     updates."""
     interval: int = _count(10, 1, strategy="pbt")
     """With pbt: updates between replacements."""
     memory_gb: float = field(default=0.0, metadata={"low": 0, "high": math.inf, "open_low": False})
-    """Memory to use on each device, in GB; what does not fit runs in waves, one after the other. 0
-    uses half of the free memory."""
+    """Memory to use on each device, in GB; trials that do not fit run in several waves, one after
+    the other. 0 uses half of the free memory."""
     engine: Literal["local", "ray"] = "local"
-    """Where waves run: local, in this process; ray, on the machines of a Ray cluster, several at a
-    time: that of RAY_ADDRESS, one running on this machine, or one started for this sweep. The run
+    """Where waves run: local, one after the other in this process; ray, several at a time on a Ray
+    cluster (at RAY_ADDRESS, running on this machine, or started for this sweep). With ray, the run
     directory must be on a disk that all machines share."""
     wave_cpus: int = _count(1, 1, engine="ray")
-    """With ray: CPU cores per wave; its devices if it has no GPUs or TPUs."""
+    """With ray: CPU cores per wave; they are its devices if it has no GPUs or TPUs."""
     wave_gpus: int = _count(0, 0, engine="ray")
     """With ray: GPUs per wave."""
     wave_tpus: int = _count(0, 0, engine="ray")
@@ -90,27 +90,29 @@ def _check_population(space: Space, trials: int) -> None:
     fixed += [name for name, wanted in space.sample if not isinstance(wanted, Range)]
     if fixed:
         raise ConfigError(
-            f"strategy = pbt changes numbers while training, and {fixed[0]} has a list of values; "
+            f"strategy = pbt changes numbers during training, but {fixed[0]} has a list of values; "
             "give it a range, as in --sample gamma=uniform:0.9,0.999"
         )
-    if trials < LEAST_POPULATION:
+    if trials < MIN_POPULATION:
         raise ConfigError(
-            f"trials = {trials}: a population has at least {LEAST_POPULATION} members, of which "
-            "the best fifth take the place of the worst"
+            f"trials = {trials}: a population has at least {MIN_POPULATION} members, since "
+            "the best fifth replaces the worst fifth; use more trials"
         )
 
 
 RUN_ONLY = ("tensorboard", "wandb", "loggers", "eval_every", "eval_unit", "checkpoint_unit")
-"""Settings of runs that a sweep does not have."""
+"""Settings that runs have and sweeps do not."""
 
 
 @dataclass(frozen=True)
 class Definition:
-    """All that determines a sweep. Raises `ConfigError` for settings that only runs have, and for
-    more devices than a wave has."""
+    """Everything that determines a sweep.
+
+    Raises `ConfigError` for settings that only runs have, and for more devices than a wave has.
+    """
 
     settings: Settings
-    """What trials have in common; `settings.run` says with how many seeds each is trained."""
+    """Settings shared by all trials; `settings.run.num_seeds` is the number of seeds of each."""
     sweep: SweepSettings
 
     def __post_init__(self) -> None:
@@ -125,23 +127,23 @@ class Definition:
         own = sweep.wave_gpus or sweep.wave_tpus or sweep.wave_cpus
         if sweep.engine == "ray" and devices > own:
             raise ConfigError(
-                f"devices = {devices}: with engine = ray a wave has {own}, by wave_cpus, wave_gpus "
-                "and wave_tpus; ask for more of those, or for devices = 0, which takes them all"
+                f"devices = {devices}: with engine = ray a wave has {own} (from wave_cpus, "
+                "wave_gpus or wave_tpus); raise those, or set devices = 0 to use all of them"
             )
 
 
 def dump_definition(definition: Definition) -> str:
-    """The TOML text that `load_definition` reads back to an equal one."""
+    """A definition as TOML text; `load_definition` reads back an equal one."""
     return "\n".join([dump_settings(definition.settings), "[sweep]", *dump(definition.sweep), ""])
 
 
 def load_definition(path: Path) -> Definition:
-    """Raises `ConfigError` as `load_settings` does."""
+    """Read `sweep.toml`. Raises `ConfigError` as `load_settings` does."""
     return from_file(path, lambda table: definition_from(table, resolve))
 
 
 def definition_from(table: dict[str, Any], find: Find = already_imported) -> Definition:
-    """From a table as `tomllib` reads it. Raises `ConfigError` as `load_settings` does."""
+    """A definition from a `tomllib` table. Raises `ConfigError` as `load_settings` does."""
     sweep = table.pop("sweep", {})
     if not isinstance(sweep, dict):
         raise ConfigError(f"sweep = {sweep!r}: must be a table, written as [sweep]")

@@ -1,4 +1,4 @@
-"""What a sweep searches: values of a grid, and ranges to draw from."""
+"""Search space of a sweep: a grid of values, and ranges to sample."""
 
 import dataclasses
 import math
@@ -29,22 +29,22 @@ def _fields_of(kind: type) -> dict[str, Any]:
 
 
 def _static() -> dict[str, Any]:
-    """Settings that are compiled into a program, of any task."""
+    """Settings of any task that are compiled into a program."""
     return _fields_of(TaskConfig)
 
 
 def _traced() -> dict[str, Any]:
-    """Hyperparameters, of any task."""
+    """Traced hyperparameters of any task."""
     return _fields_of(HParams)
 
 
 Values = dict[str, Any]
-"""Of one trial, by the names of their settings."""
+"""Values of one trial, by setting name."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers between two bounds, alike in themselves (`uniform`) or in their logarithm."""
+    """A range of numbers that are drawn uniformly, or whose logarithms are (`loguniform`)."""
 
     kind: Literal["uniform", "loguniform"]
     low: float
@@ -54,13 +54,13 @@ class Range:
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
             raise ConfigError(f"{self}: is empty; the first bound must be below the second")
         if self.kind == "loguniform" and self.low <= 0:
-            raise ConfigError(f"{self}: has no logarithm at its first bound; give one above 0")
+            raise ConfigError(f"{self}: the first bound has no logarithm; give one above 0")
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.low!r},{self.high!r}"
 
     def at(self, u: float) -> float:
-        """The number at the share `u` in [0, 1] of the range."""
+        """The number at the fraction `u` in [0, 1] of the range."""
         if self.kind == "uniform":
             return self.low + u * (self.high - self.low)
         return min(max(self.low * (self.high / self.low) ** u, self.low), self.high)
@@ -68,7 +68,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of several values, each as likely."""
+    """One of several values, with equal probability."""
 
     values: tuple[Any, ...]
 
@@ -77,32 +77,36 @@ class Choice:
             raise ConfigError(f"{self}: is empty; give at least one value")
 
     def __str__(self) -> str:
-        return f"choice:{_texts(self.values)}"
+        return f"choice:{_format_values(self.values)}"
 
     def at(self, u: float) -> Any:
         return self.values[min(int(u * len(self.values)), len(self.values) - 1)]
 
 
 def uniform(low: float, high: float) -> Range:
-    """Numbers between `low` and `high`, drawn uniformly. Raises `ConfigError` if there are none."""
+    """Draw numbers uniformly between `low` and `high`.
+
+    Raises `ConfigError` if the range is empty.
+    """
     return Range("uniform", float(low), float(high))
 
 
 def loguniform(low: float, high: float) -> Range:
-    """Numbers between `low` and `high` whose logarithms are drawn uniformly.
+    """Draw numbers between `low` and `high` with uniformly distributed logarithms.
 
-    Raises `ConfigError` if there are none, or `low` is not above 0."""
+    Raises `ConfigError` if the range is empty, or `low` is not above 0.
+    """
     return Range("loguniform", float(low), float(high))
 
 
 def choice(values: Sequence[Any]) -> Choice:
-    """One of `values`, each as likely. Raises `ConfigError` if there are none."""
+    """Draw one of `values`, each with equal probability. Raises `ConfigError` if it is empty."""
     return Choice(tuple(values))
 
 
 @dataclass(frozen=True)
 class Space:
-    """`grid`: settings of which every combination is tried. `sample`: settings that are drawn."""
+    """Search space: every combination of the values in `grid` is tried; `sample` is drawn."""
 
     grid: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     sample: tuple[tuple[str, Range | Choice], ...] = ()
@@ -113,11 +117,12 @@ class Space:
 
 
 def space_texts(given: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """A space from Python, as texts for `parse_space`: a list of values is part of the grid, a
-    range or `choice` is drawn from.
+    """Convert a search space from Python to texts for `parse_space`.
+
+    Lists of values become part of the grid; ranges and `choice` become samples.
 
     Raises:
-        ConfigError: if something is neither, or a list is empty.
+        ConfigError: if a value is none of these, or a list is empty.
     """
     if not isinstance(given, Mapping):
         raise ConfigError(
@@ -128,28 +133,28 @@ def space_texts(given: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, .
         if isinstance(wanted, Range | Choice):
             sample.append(f"{name}={wanted}")
         elif isinstance(wanted, Sequence | np.ndarray) and not isinstance(wanted, str):
-            grid.append(f"{name}={_texts(wanted)}")
+            grid.append(f"{name}={_format_values(wanted)}")
         else:
             raise ConfigError(
-                f"{name} = {wanted!r}: must be a list of values, or what uniform, loguniform or "
-                "choice return"
+                f"{name} = {wanted!r}: must be a list of values, or made by uniform, loguniform or "
+                "choice"
             )
     return tuple(grid), tuple(sample)
 
 
 def parse_space(grid: Sequence[str], sample: Sequence[str]) -> Space:
-    """A space from texts `NAME=VALUE,VALUE` and `NAME=KIND:...`.
+    """Parse a search space from texts `NAME=VALUE,VALUE` and `NAME=KIND:...`.
 
     Raises:
-        ConfigError: if a text has another form, a setting does not exist or is there twice, there
-            are no values, or a setting that fixes shapes is given a range.
+        ConfigError: if a text has another form, a setting does not exist or is given twice, there
+            are no values, or a compiled-in setting is given a range.
     """
     grids, samples = [], []
     for text in grid:
-        name, values = _named(text, "NAME=VALUE,VALUE")
+        name, values = _split_name(text, "NAME=VALUE,VALUE")
         grids.append((name, parse_values(name, values)))
     for text in sample:
-        name, wanted = _named(text, "NAME=uniform:LOW,HIGH, loguniform:LOW,HIGH or choice:V,V")
+        name, wanted = _split_name(text, "NAME=uniform:LOW,HIGH, loguniform:LOW,HIGH or choice:V,V")
         kind, _, rest = wanted.partition(":")
         if kind == "choice":
             samples.append((name, Choice(parse_values(name, rest))))
@@ -162,26 +167,27 @@ def parse_space(grid: Sequence[str], sample: Sequence[str]) -> Space:
         wanted = Range(kind, float(bounds[0]), float(bounds[1]))
         _check_traced(name, wanted)
         samples.append((name, wanted))
-    return _checked(Space(tuple(grids), tuple(samples)))
+    return _check_unique(Space(tuple(grids), tuple(samples)))
 
 
 def parse_values(name: str, text: str) -> tuple[Any, ...]:
-    """Values apart by commas, as TOML writes them; words need no quotes, and `none` is `None`
-    where a number may be missing.
+    """Parse comma-separated TOML values.
+
+    Words need no quotes; `none` is `None` for settings that may be None.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if there are no values.
     """
     if not text.strip():
         raise ConfigError(f"{name}: has no values; give at least one, as in {name}=1,2")
     try:
         return tuple(_tuples(x) for x in tomllib.loads(f"x = [{text}]")["x"])
     except tomllib.TOMLDecodeError:
-        return tuple(_word(name, part.strip()) for part in text.split(","))
+        return tuple(_parse_word(name, part.strip()) for part in text.split(","))
 
 
 def apply(values: Values, config: Any, hparams: HParams) -> tuple[Any, HParams]:
-    """The settings of a trial. Raises `ConfigError` if a value cannot work."""
+    """The config and hyperparameters of a trial. Raises `ConfigError` if a value is invalid."""
     own = (
         {f.name for f in dataclasses.fields(config)},
         {f.name for f in dataclasses.fields(hparams)},
@@ -197,13 +203,13 @@ def apply(values: Values, config: Any, hparams: HParams) -> tuple[Any, HParams]:
 
 
 def short(value: Any) -> str:
-    """A value to be read, numbers with 4 significant digits."""
+    """Format a value for display, floats with 4 significant digits."""
     if isinstance(value, tuple):
         return f"[{', '.join(map(short, value))}]"
     return "none" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _word(name: str, text: str) -> Any:
+def _parse_word(name: str, text: str) -> Any:
     try:
         return _tuples(tomllib.loads(f"x = {text}")["x"])
     except tomllib.TOMLDecodeError:
@@ -217,22 +223,22 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(x) for x in value) if isinstance(value, list | tuple) else value
 
 
-def _texts(values: Any) -> str:
-    """What `parse_values` reads back."""
+def _format_values(values: Any) -> str:
+    """Format values as text that `parse_values` reads back."""
     return ",".join("none" if x is None else toml(_plain(x)) for x in values)
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's numbers and lists as Python's own and tuples."""
+    """Convert NumPy scalars to Python numbers, and lists to tuples."""
     return _tuples(value.tolist() if isinstance(value, np.generic) else value)
 
 
 def swept_setting(text: str) -> str:
-    """The setting that `NAME=...` sweeps. Raises `ConfigError` if there is no such setting."""
-    return _named(text, "NAME=VALUE,VALUE")[0]
+    """The setting that `NAME=...` sweeps. Raises `ConfigError` if it does not exist."""
+    return _split_name(text, "NAME=VALUE,VALUE")[0]
 
 
-def _named(text: str, form: str) -> tuple[str, str]:
+def _split_name(text: str, form: str) -> tuple[str, str]:
     name, equals, rest = text.partition("=")
     if not equals:
         raise ConfigError(f"{text!r}: write {form}")
@@ -240,14 +246,16 @@ def _named(text: str, form: str) -> tuple[str, str]:
 
 
 def _canonical(name: str) -> str:
-    """The field that a name, `learning_rate`, `learning-rate` or `hparams.learning_rate`, means."""
+    """The field for a name such as `learning_rate`, `learning-rate` or `hparams.learning_rate`."""
     table, _, field = name.rpartition(".")
     field = field.replace("-", "_")
     known = {"": _static() | _traced(), "hparams": _traced()}.get(table, {})
     if field in known:
         return field
     if field == "env_id":
-        raise ConfigError("env_id: returns of different environments do not compare; sweep each")
+        raise ConfigError(
+            "env_id: returns of different environments do not compare; run one sweep for each"
+        )
     near = nearest(field, [*_static(), *_traced()], 0.5)
     hint = f"did you mean {near}?" if near else "`purejaxppo train --help` lists them"
     raise ConfigError(f"{name}: no such setting to sweep; {hint}")
@@ -256,13 +264,13 @@ def _canonical(name: str) -> str:
 def _check_traced(name: str, wanted: Range | Choice) -> None:
     if name in _static() and isinstance(wanted, Range):
         raise ConfigError(
-            f"{name} = {wanted}: each value of {name} is compiled anew, so it takes a list of "
-            "values, in the grid or by choice, not a range"
+            f"{name} = {wanted}: each value of {name} needs its own compilation, so give a list of "
+            "values (in the grid or with choice), not a range"
         )
 
 
-def _checked(space: Space) -> Space:
+def _check_unique(space: Space) -> Space:
     for name in space.names:
         if space.names.count(name) > 1:
-            raise ConfigError(f"{name}: is swept twice; give its values once")
+            raise ConfigError(f"{name}: is swept twice; give it once")
     return space

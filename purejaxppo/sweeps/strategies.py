@@ -1,4 +1,4 @@
-"""Which trials a sweep tries, and what it learns from their returns."""
+"""Search strategies: choose the trials of a sweep, and learn from their returns."""
 
 import itertools
 import math
@@ -12,42 +12,48 @@ from purejaxppo.sweeps.space import Range, Space, Values, short
 
 
 class Trial(NamedTuple):
-    """One set of values, to be trained with every seed."""
+    """One set of values, trained with every seed."""
 
     number: int
     values: Values
 
 
 def describe(trial: Trial) -> str:
-    """Its values, rounded to be read."""
+    """The values of a trial, rounded for display."""
     return ", ".join(f"{name} = {short(value)}" for name, value in trial.values.items())
 
 
 class Batch(NamedTuple):
-    """Trials that do not wait for each other."""
+    """Trials that may run in parallel."""
 
     trials: list[Trial]
     share: float = 1.0
-    """Of its updates, up to where each trial is trained; those of an earlier batch go on from
-    where they are."""
+    """Fraction of its updates up to which each trial is trained; trials of an earlier batch
+    continue from there."""
 
 
 class Strategy(Protocol):
-    """Asked for batches of trials, and told their returns, until it has no more."""
+    """Proposes batches of trials and is told their returns, until there are no more."""
 
     def ask(self) -> Batch | None:
-        """The next batch, which may depend on what was told of those before; None at the end."""
+        """The next batch, which may depend on earlier returns; None at the end."""
         ...
 
     def tell(self, batch: Batch, returns: np.ndarray) -> None:
-        """The mean return of each trial, NaN where a training failed. Batches that an earlier
-        process has asked for are told too, in their order, before the first is asked for."""
+        """Record the mean return of each trial, NaN if a seed failed.
+
+        After a resume, the batches of earlier processes are told first, in order, before the first
+        call of `ask`.
+        """
         ...
 
 
 def make_strategy(sweep: SweepSettings, seed: int) -> Strategy:
-    """The strategy that a sweep names. Its batches depend only on the settings, the seed and the
-    results it was told, so that a resumed sweep continues like an undisturbed one."""
+    """The strategy of a sweep.
+
+    Its batches depend only on the settings, the seed and the returns it was told, so that a resumed
+    sweep proposes the same trials as an uninterrupted one.
+    """
     if sweep.strategy == "optuna":
         return Optuna(sweep.space, sweep.trials, sweep.batch, seed)
     trials = all_trials(sweep.space, sweep.strategy, sweep.trials, seed)
@@ -55,8 +61,11 @@ def make_strategy(sweep: SweepSettings, seed: int) -> Strategy:
 
 
 def all_trials(space: Space, method: str, count: int, seed: int) -> list[Trial]:
-    """Every point of the grid, each with the same `count` samples, which are independent, or for
-    the method `sobol` spread evenly by a scrambled Sobol sequence (Sobol 1967, Owen 1998)."""
+    """Every point of the grid, each with the same `count` samples.
+
+    The samples are independent, or, with the method `sobol`, spread evenly by a scrambled Sobol
+    sequence (Sobol 1967, Owen 1998).
+    """
     names = [name for name, _ in space.grid]
     points = list(itertools.product(*(values for _, values in space.grid)))
     shares = _shares(method, count if space.sample else 1, len(space.sample), seed)
@@ -86,9 +95,11 @@ class Fixed:
 
 
 class Halving:
-    """Successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943): all trials are trained a
-    part of the way; the best 1 / `eta` of them go on, `eta` times as far; and so on to the end,
-    `rungs` times at most."""
+    """Successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943).
+
+    All trials are trained for a fraction of their updates. The best 1 / `eta` of them continue for
+    `eta` times as many, and so on to the end, with at most `rungs` selections.
+    """
 
     def __init__(self, trials: list[Trial], eta: int, rungs: int):
         rungs = min(rungs, int(math.log(len(trials), eta) + 1e-9))
@@ -107,8 +118,9 @@ class Halving:
 
 
 class Optuna:
-    """Optuna's tree-structured Parzen estimator (Bergstra et al. 2011), asked for `batch` trials
-    at a time. Its draws depend only on the seed and the results it was told.
+    """Optuna's tree-structured Parzen estimator (Bergstra et al. 2011), `batch` trials at a time.
+
+    Its draws depend only on the seed and the returns it was told.
 
     Raises:
         ConfigError: if Optuna is not installed.
@@ -161,7 +173,7 @@ class Optuna:
         return found
 
     def _lists(self) -> list[tuple[str, tuple[Any, ...]]]:
-        """Settings with a list of values, of which Optuna chooses an index."""
+        """Settings with a list of values; Optuna chooses an index into it."""
         drawn = [(n, x.values) for n, x in self._space.sample if not isinstance(x, Range)]
         return [*self._space.grid, *drawn]
 
@@ -175,7 +187,7 @@ class Optuna:
 
 
 def _shares(method: str, count: int, dimensions: int, seed: int) -> np.ndarray:
-    """`[count, dimensions]` in [0, 1)."""
+    """Samples `[count, dimensions]` in [0, 1)."""
     if method == "sobol" and dimensions:
         from scipy.stats import qmc  # slow to import
 

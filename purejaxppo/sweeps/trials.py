@@ -1,4 +1,4 @@
-"""Single trials of a finished sweep: their states, and run directories made of them."""
+"""Load single trials of a finished sweep, or extract them as run directories."""
 
 import dataclasses
 import shutil
@@ -28,7 +28,7 @@ from purejaxppo.task import PartArguments, Task
 from purejaxppo.types import TrainState
 
 TRIALS = "trials"
-"""Folder of the run directories that `extract_trial` makes."""
+"""Folder of the run directories that `extract_trial` creates."""
 
 
 def load_trial(
@@ -43,20 +43,22 @@ def load_trial(
 ) -> Loaded:
     """Load the settings and trained states of a trial of a finished sweep.
 
-    A member of a population (strategy = pbt) has the hyperparameters that it ended with.
+    A member of a population (strategy = pbt) has its final hyperparameters.
 
     Args:
-        trial: its number, or the best.
-        seed: one seed, counted from 0; None gives all, leaves `[S, ...]`.
+        trial: number of the trial, or `best`.
+        seed: one seed, counted from 0; None loads all, with leaves `[S, ...]`.
         task: the task passed to `sweep`, if one was.
-        env, env_params, parts: those passed to `sweep`, if any were.
+        env: the environment passed to `sweep`, if one was.
+        env_params: its parameters, if they were passed.
+        **parts: other parts passed to `sweep`.
 
     Raises:
-        ConfigError: if the sweep is not finished, or has no such trial or seed, or its loss turned
-            non-finite, or the environment is another.
+        ConfigError: if the sweep is not finished, the trial or seed does not exist, its loss
+            turned non-finite, or the environment is a different one.
     """
     given = {"env": env, "env_params": env_params, **parts}
-    source = _open(Path(sweep_dir), trial, seed, lambda x: task_of(x, task, given))
+    source = _open_trial(Path(sweep_dir), trial, seed, lambda x: task_of(x, task, given))
     states = source.states
     if seed is not None:
         states = jax.tree.map(lambda x: x[0], states)
@@ -73,11 +75,12 @@ def extract_trial(
     env_params: Any = None,
     **parts: Unpack[PartArguments],
 ) -> Path:
-    """Make a run directory of a trial of a finished sweep, for `resume`, `load`, `eval` and
-    `export`: `SWEEP_DIR/trials/NNNN`, or `NNNN-seed-K` for one seed.
+    """Extract a trial of a finished sweep as a run directory.
 
-    With all seeds, resuming a trial that successive halving stopped early ends as `run` with its
-    settings does, bit for bit on CPU. A directory that exists already is left as it is.
+    The directory is `SWEEP_DIR/trials/NNNN`, or `NNNN-seed-K` for one seed. It works with `resume`,
+    `load`, `eval` and `export`. If it already exists, it is left unchanged. Resuming all seeds of a
+    trial that successive halving stopped early gives the results of `run` with the trial's
+    settings, bit for bit on CPU.
 
     Args:
         trial, seed, task, env, env_params, parts: as in `load_trial`.
@@ -86,19 +89,19 @@ def extract_trial(
         the run directory.
 
     Raises:
-        ConfigError: as `load_trial`, or if another process writes to the sweep's directory.
+        ConfigError: as `load_trial`, or if another process is writing to the sweep's directory.
         StorageError: if the directory cannot be written.
     """
     directory = Path(sweep_dir)
     files.check_finished(directory)
     with locked(directory):
-        number = _number(directory, trial)
+        number = _trial_number(directory, trial)
         name = f"{number:04d}" if seed is None else f"{number:04d}-seed-{seed}"
         target = directory / TRIALS / name
         if target.exists():
             return target
         given = {"env": env, "env_params": env_params, **parts}
-        source = _open(directory, number, seed, lambda x: task_of(x, task, given))
+        source = _open_trial(directory, number, seed, lambda x: task_of(x, task, given))
         part = target.with_name(f"{name}.part")
         try:
             shutil.rmtree(part, ignore_errors=True)
@@ -117,26 +120,26 @@ class _Leg(NamedTuple):
 
     wave: int
     columns: np.ndarray
-    """Of the wave's trainings, the trial's `[S]`."""
-    num_trainings: int
+    """Indices `[S]` of the trial's runs within the wave."""
+    num_runs: int
 
 
 class _Source(NamedTuple):
     """A trial of a finished sweep, or one seed of it."""
 
     settings: Settings
-    """Of a run of this trial alone."""
+    """Settings of a run of only this trial."""
     states: TrainState
     """`[S, ...]`."""
     updates: int
     legs: list[_Leg]
 
 
-def alone(wave: Settings, hparams: HParams, num_seeds: int) -> Settings:
-    """Settings of a run of one trial of a wave, with as many devices per training as there."""
+def single_trial_settings(wave: Settings, hparams: HParams, num_seeds: int) -> Settings:
+    """Settings of a run of one trial, with as many devices per run as in its wave."""
     run = wave.run
-    each = run.devices // wave.num_trainings
-    whole = 1 if num_seeds == 1 else 0  # or a single run might be spread over more
+    each = run.devices // wave.num_runs
+    whole = 1 if num_seeds == 1 else 0  # otherwise a single run might use more devices
     own = RunSettings(
         seed=run.seed, num_seeds=num_seeds, devices=num_seeds * each if each > 1 else whole,
         eval_episodes=run.eval_episodes, checkpoint_every=run.checkpoint_every,
@@ -145,11 +148,16 @@ def alone(wave: Settings, hparams: HParams, num_seeds: int) -> Settings:
     return Settings(wave.config, hparams, own)
 
 
-def last_hparams(
+def final_hparams(
     sweep: SweepSettings, hparams: HParams, states: TrainState, position: int
 ) -> HParams:
-    """Hyperparameters with which a trial of a wave ended, given those it began with. Only those
-    of a population change."""
+    """Final hyperparameters of a trial; only those of a population differ from the initial ones.
+
+    Args:
+        hparams: the initial hyperparameters.
+        states: states of the wave at its end.
+        position: position of the trial within the wave.
+    """
     if sweep.strategy != "pbt":
         return hparams
     member: Any = states.learner
@@ -157,13 +165,13 @@ def last_hparams(
     return dataclasses.replace(hparams, **ended)
 
 
-def _open(
+def _open_trial(
     directory: Path, trial: str | int, seed: int | None, make: Callable[[Settings], Task]
 ) -> _Source:
     """Read a trial. Raises `ConfigError` as `load_trial`."""
     files.check_finished(directory)
     definition = load_definition(directory / SWEEP)
-    number, num_seeds = _number(directory, trial), definition.settings.run.num_seeds
+    number, num_seeds = _trial_number(directory, trial), definition.settings.run.num_seeds
     task = make(definition.settings)
     if seed is not None and whole_number("seed", seed, 0) >= num_seeds:
         raise ConfigError(f"seed = {seed}: the trials have seeds 0 to {num_seeds - 1}")
@@ -178,18 +186,20 @@ def _open(
             )
     position = int(legs[-1].columns[0]) // num_seeds
     began = found.settings.trials[position]
-    hparams = last_hparams(definition.sweep, began, states, position)
+    hparams = final_hparams(definition.sweep, began, states, position)
     mine = jax.tree.map(lambda x: x[seeds], trial_rows(states, position, num_seeds))
-    settings = alone(found.settings, hparams, len(seeds))
+    settings = single_trial_settings(found.settings, hparams, len(seeds))
     return _Source(settings, mine, found.position.updates, legs)
 
 
-def _number(directory: Path, trial: str | int) -> int:
-    """Raises `ConfigError` if there is no such trial."""
+def _trial_number(directory: Path, trial: str | int) -> int:
+    """The number of a trial. Raises `ConfigError` if it does not exist."""
     if trial == "best":
         winner = files.read_winner(directory)
         if winner is None:
-            raise ConfigError(f"run_dir = {str(directory)!r}: every trial failed, so none is best")
+            raise ConfigError(
+                f"run_dir = {str(directory)!r}: every trial failed, so there is no best one"
+            )
         return winner["trial"]
     if isinstance(trial, str):
         raise ConfigError(f"trial = {trial!r}: must be best, or the number of a trial")
@@ -201,7 +211,7 @@ def _number(directory: Path, trial: str | int) -> int:
 
 
 def _legs(directory: Path, number: int, seeds: np.ndarray, num_seeds: int) -> list[_Leg]:
-    """Waves that trained a trial, in order: several with successive halving."""
+    """The waves that trained a trial, in order; successive halving has several."""
     plan = files.read_plan(directory, load_definition(directory / SWEEP))
     waves = [wave for batch in plan for wave in batch.waves]
     return [
@@ -212,18 +222,18 @@ def _legs(directory: Path, number: int, seeds: np.ndarray, num_seeds: int) -> li
 
 
 def _write_run(sweep_dir: Path, source: _Source, target: Path) -> None:
-    """All files of a run directory that `resume` needs. Raises `StorageError` or `OSError`."""
+    """Write the files that `resume` needs. Raises `StorageError` or `OSError`."""
     settings, parts = source.settings, []
     seconds, returns = 0.0, np.empty(0)
     for leg in source.legs:
         wave = wave_directory(sweep_dir, leg.wave)
-        summary = files.wave_outcome(wave)
+        summary = files.finished_summary(wave)
         if summary is None:
-            raise files.damaged_wave(wave, "is not as it was written")
-        content, columns = files.binary_content(wave, summary), summary[METRICS_COLUMNS]
-        metrics = binary_metrics(content, columns, leg.num_trainings)
+            raise files.damaged_wave(wave, "has changed since it was written")
+        content, columns = files.metrics_content(wave, summary), summary[METRICS_COLUMNS]
+        metrics = binary_metrics(content, columns, leg.num_runs)
         parts.append({name: column[:, leg.columns] for name, column in metrics.items()})
-        seconds += summary["run_seconds"] * len(leg.columns) / leg.num_trainings
+        seconds += summary["run_seconds"] * len(leg.columns) / leg.num_runs
         returns = np.asarray(summary["eval_return_per_seed"], float)[leg.columns]
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     kept = np.any([~np.isnan(column) for column in joined.values()], axis=0)
@@ -238,8 +248,11 @@ def _write_run(sweep_dir: Path, source: _Source, target: Path) -> None:
 
 
 def _as_logged(metrics: HostMetrics, kept: np.ndarray, config: Any) -> HostMetrics:
-    """Metrics `[U, S]` with counts as integers, as the learner gives them: 32-bit floats, which
-    waves log, hold integers up to 2^24 only. The seconds of single rows are not known."""
+    """Metrics `[U, S]` with counts as integers, as the learner returns them.
+
+    Waves log 32-bit floats, which are exact only for integers up to 2^24. The seconds of single
+    rows are unknown.
+    """
     updates = np.arange(1, len(kept) + 1, dtype=np.int32)[:, None]
     counts: HostMetrics = {}
     if "env_steps" in metrics:

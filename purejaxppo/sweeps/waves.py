@@ -1,4 +1,4 @@
-"""Trains the waves of a sweep in this process."""
+"""Train the waves of a sweep in this process."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ from purejaxppo.host.rundir import BINARY_METRICS, SUMMARY
 from purejaxppo.sweeps.files import (
     PlannedWave,
     damaged_wave,
+    finished_summary,
     make_waves_folder,
     wave_directory,
-    wave_outcome,
 )
 from purejaxppo.sweeps.plan import Group, Programs, Wave
 from purejaxppo.sweeps.progress import SweepProgress
@@ -30,7 +30,7 @@ from purejaxppo.types import TrainState
 
 
 class Work(NamedTuple):
-    """What a sweep does, with which task, and where it writes."""
+    """A sweep's definition, its task and the directory it writes to."""
 
     definition: Definition
     directory: Path | None
@@ -39,22 +39,27 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """A wave to be trained."""
+    """A wave to train."""
 
     index: int
     planned: PlannedWave
     wave: Wave
     before: dict[int, tuple[Wave, int]]
-    """Of each of its trials that was trained already: the wave that did it last, and that one's
+    """For each trial that was trained already, the wave that trained it last, and that wave's
     index."""
 
 
 def wave_states(work: Work, index: int) -> tuple[Checkpoint, TrainState]:
-    """The last checkpoint of a finished wave and its states `[trials * S, ...]`; of a population
-    with `Member`s. Raises `ConfigError` if it is not complete: an older one has other numbers."""
+    """The last checkpoint of a finished wave and its states `[trials * S, ...]`.
+
+    The states of a population contain `Member`s.
+
+    Raises:
+        ConfigError: if the last checkpoint is damaged; an older one would give other results.
+    """
     assert work.directory is not None
     wave = wave_directory(work.directory, index)
-    summary = wave_outcome(wave)
+    summary = finished_summary(wave)
     if summary is None:
         raise damaged_wave(wave, f"{SUMMARY} or {BINARY_METRICS} is missing or was changed")
 
@@ -62,7 +67,7 @@ def wave_states(work: Work, index: int) -> tuple[Checkpoint, TrainState]:
         trained = found.position.updates * found.settings.config.batch_size
         if trained != summary["env_steps"]:
             raise ConfigError(
-                f"checkpoint {str(found.path)!r} is after {trained} environment steps, and the "
+                f"checkpoint {str(found.path)!r} is after {trained} environment steps, but the "
                 f"wave ended after {summary['env_steps']}"
             )
 
@@ -78,39 +83,44 @@ def wave_states(work: Work, index: int) -> tuple[Checkpoint, TrainState]:
 
 
 def trial_rows(states: TrainState, position: int, num_seeds: int) -> TrainState:
-    """States `[S, ...]` of the trial at a position of a wave, without `Member`s."""
+    """States `[S, ...]` of the trial at a position within a wave, without `Member`s."""
     rows = jax.tree.map(lambda x: x[position * num_seeds : (position + 1) * num_seeds], states)
     return without_members(rows) if isinstance(rows.learner, Member) else rows
 
 
 class Workers(Protocol):
-    """Whoever trains waves."""
+    """Trains waves, in this process or elsewhere."""
 
-    def cut(self, group: Group) -> tuple[list[Wave], int]:
-        """The group's waves, and the bytes that one takes on each device; `ConfigError` if not
-        even one trial fits."""
+    def split(self, group: Group) -> tuple[list[Wave], int]:
+        """Split a group into waves; also return the bytes that one needs on each device.
+
+        Raises:
+            ConfigError: if not even one trial fits.
+        """
         ...
 
     def train(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
-        """Each job with the summary of its run, in any order, as they are finished. Only what
-        lies in the sweep's directory is gone on with."""
+        """Train jobs, and yield each with the summary of its run when it finishes, in any order.
+
+        Jobs resume only from checkpoints in the sweep's directory.
+        """
         ...
 
 
 class Local:
     """Trains waves one after the other, in this process and on its devices."""
 
-    def __init__(self, work: Work, shown: SweepProgress):
-        self._work, self._shown = work, shown
+    def __init__(self, work: Work, progress: SweepProgress):
+        self._work, self._progress = work, progress
         self._programs = Programs(work.definition.sweep, work.task)
         self._kept: dict[int, TrainState] = {}
 
-    def cut(
-        self, group: Group, waves: int = 1, share_of_memory: float = 1.0
+    def split(
+        self, group: Group, waves: int = 1, memory_fraction: float = 1.0
     ) -> tuple[list[Wave], int]:
-        """Into `waves` at least; each may take a share of the memory that there is for all."""
-        with self._shown.compiling():
-            return self._programs.cut(group, waves, share_of_memory)
+        """Split a group into at least `waves` waves, each within a fraction of the memory."""
+        with self._progress.compiling():
+            return self._programs.split(group, waves, memory_fraction)
 
     def train(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
         for job in jobs:
@@ -120,26 +130,26 @@ class Local:
         settings = job.wave.settings
         directory = self._work.directory
         where = None if directory is None else wave_directory(directory, job.index)
-        with self._shown.compiling():
-            prepared = self._programs.of(settings)
+        with self._progress.compiling():
+            prepared = self._programs.get(settings)
         leg = Leg(job.planned.first, job.planned.last, self._states_before(job))
         if directory is not None:
             make_waves_folder(directory)
         found = run_wave(
-            settings, where, prepared, leg, self._shown.wave(job.index, job.planned, job.wave),
+            settings, where, prepared, leg, self._progress.wave(job.index, job.planned, job.wave),
         )  # fmt: skip
         if where is None:
             self._kept[job.index] = found.states
         return found.summary
 
     def states_after(self, index: int) -> TrainState:
-        """States `[trials * S, ...]` at the end of a wave; of a population with `Member`s."""
+        """States `[trials * S, ...]` at the end of a wave, with `Member`s for a population."""
         if self._work.directory is None:
             return self._kept[index]
         return wave_states(self._work, index)[1]
 
     def _states_before(self, job: Job) -> Any:
-        """Where the trials of a wave were left by earlier ones; None if they begin with it."""
+        """A function that loads the states from earlier waves; None if the trials are new."""
         if job.planned.first == 0:
             return None
         seeds = self._work.definition.settings.run.num_seeds

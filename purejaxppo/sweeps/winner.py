@@ -1,4 +1,4 @@
-"""The best trial of a sweep, evaluated again on episodes that did not select it."""
+"""Select the best trial of a sweep, and evaluate it again on fresh episodes."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from purejaxppo.task import Task
 from purejaxppo.types import TrainState
 
 FRESH_EPISODES = 1024
-"""Minimum number of episodes of the winner's second evaluation, over all of its seeds."""
+"""Minimum number of episodes of the winner's second evaluation, over all seeds."""
 SHOWN_TIES = 5
 
 
@@ -32,7 +32,7 @@ class Winner:
     tied: list[int]
     """Other trials with the same selection return; the winner is the one with the lowest number."""
     settings: Settings
-    """Of the run that trains it again."""
+    """Settings of a run that trains it again."""
     returns: np.ndarray
     """`[S, E]` returns on fresh episodes."""
 
@@ -55,16 +55,19 @@ class Winner:
         }
 
 
-def best_of(outcomes: Mapping[int, Outcome], definition: Definition) -> list[Outcome]:
-    """The best trial trained to the end, and those tied with it; none if every trial failed."""
+def best_trials(outcomes: Mapping[int, Outcome], definition: Definition) -> list[Outcome]:
+    """The best trial trained to the end, and those tied with it; empty if every trial failed."""
     settings, order = definition.settings, ranked(outcomes, definition)
     whole = [outcome for outcome in order if outcome.is_whole(settings)]
     return [outcome for outcome in whole if outcome.score == whole[0].score]
 
 
-def evaluate_again(settings: Settings, states: TrainState, task: Task) -> np.ndarray:
-    """Returns `[S, E]` of states `[S, ...]` on fresh episodes: the return that selected the best of
-    many trials is optimistic, since it is the largest of as many noisy means."""
+def evaluate_on_fresh_episodes(settings: Settings, states: TrainState, task: Task) -> np.ndarray:
+    """Evaluate states `[S, ...]` on fresh episodes; returns `[S, E]`.
+
+    The return that selected the best trial is optimistic, since it is the largest of many noisy
+    means.
+    """
     run = settings.run
     episodes = max(run.eval_episodes, -(-FRESH_EPISODES // run.num_seeds))
     longer = dataclasses.replace(settings, run=dataclasses.replace(run, eval_episodes=episodes))
@@ -72,13 +75,15 @@ def evaluate_again(settings: Settings, states: TrainState, task: Task) -> np.nda
 
 
 def write_winner(directory: Path, winner: Winner | None) -> dict[str, bytes]:
-    """Write `winner.json`, and `winner.toml`, which trains it again; neither if there is no winner.
+    """Write `winner.json`, and `winner.toml`, which trains the winner again.
+
+    If there is no winner, remove both.
 
     Returns:
-        the content of `winner.json` by its name; empty if there is no winner.
+        the content of `winner.json` by file name; empty if there is no winner.
 
     Raises:
-        StorageError: if they cannot be written.
+        StorageError: if they cannot be written or removed.
     """
     if winner is None:
         for name in (files.WINNER_JSON, files.WINNER):
@@ -93,7 +98,7 @@ def write_winner(directory: Path, winner: Winner | None) -> dict[str, bytes]:
 
 
 def describe_winner(table: Mapping[str, Any]) -> str:
-    """One sentence from `winner.json`."""
+    """Summarise `winner.json` in one sentence."""
     low, high = table["return_interval_95"]
     seeds = len(table["return_per_seed"])
     episodes = seeds * table["episodes_per_seed"]
@@ -106,7 +111,7 @@ def describe_winner(table: Mapping[str, Any]) -> str:
 
 
 def describe_ties(tied: Sequence[int]) -> str:
-    """Which trials have the same selection return."""
+    """List the trials with the same selection return."""
     if not tied:
         return ""
     more = f" and {len(tied) - SHOWN_TIES} more" if len(tied) > SHOWN_TIES else ""
@@ -115,6 +120,6 @@ def describe_ties(tied: Sequence[int]) -> str:
 
 
 def count_seeds(seeds: int) -> str:
-    """Number of seeds, with a remark if an interval over them is only rough."""
+    """Number of seeds, with a note if they are too few for a reliable interval."""
     few = " (few seeds)" if seeds < FEW_SEEDS else ""
     return f"{seeds} seed{'' if seeds == 1 else 's'}{few}"

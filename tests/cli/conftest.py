@@ -3,5 +3,5 @@ from kept import keep_programs
 
 
 @pytest.fixture(autouse=True)
-def programs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def cache_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     keep_programs(monkeypatch.setattr)

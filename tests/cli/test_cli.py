@@ -1,4 +1,4 @@
-"""The command line, as a person types it."""
+"""The command line as users type it."""
 
 import csv
 import dataclasses
@@ -23,7 +23,7 @@ SMALL = ["--total-timesteps=640", "--num-steps=8", "--hidden-sizes=8", "--num-mi
 
 
 def failed_with_2(argv: list[str], capsys: Any) -> str:
-    """Run a command that must fail; what it said, in one line where lines are wrapped."""
+    """Run a command that must fail with status 2; return its output with wrapped lines joined."""
     try:
         status: Any = main(argv)
     except SystemExit as stop:
@@ -66,8 +66,8 @@ def failed_with_2(argv: list[str], capsys: Any) -> str:
         ("eval", "eval needs RUN_DIR, as in `purejaxppo eval RUN_DIR`"),
         ("export x", "export needs FILE"),
         ("plot a b", "'b': one argument too many"),
-        ("eval . --trial best", "is no sweep; leave --trial out"),
-        ("resume . --seed 1", "seed = 1: goes with --trial"),
+        ("eval . --trial best", "is not a sweep; leave out --trial"),
+        ("resume . --seed 1", "seed = 1: needs --trial"),
         ("train --num-envs 0", "num_envs = 0: must be at least 1"),
         ("train --hparams.gamma 1.2", "purejaxppo: gamma = 1.2: must be at least 0 and at most 1"),
         ("train --hparams.clip-eps -1", "clip_eps = -1.0: must be greater than 0"),
@@ -83,13 +83,13 @@ def failed_with_2(argv: list[str], capsys: Any) -> str:
         ("train --eval-episodes 0", "eval_episodes = 0"),
         ("eval /proc/none", "run directory '/proc/none': does not exist"),
         ("eval . --checkpoint last", "must be newest, best, or a number"),
-        ("eval .", "has no whole checkpoint (there: none)"),
-        ("resume /proc/none", "no run to go on with"),
-        ("export . x.bin", "has no whole checkpoint"),
+        ("eval .", "no complete checkpoint found in '.' (existing: none)"),
+        ("resume /proc/none", "no config.toml found, so there is no run to resume"),
+        ("export . x.bin", "no complete checkpoint found"),
         ("eval . --checkpoint " + "1" * 5000, "must be newest, best, or a number"),
         (f"resume {'x' * 300}", "File name too long"),
         (f"eval {'x' * 300}", "File name too long"),
-        (f"export . {'x' * 300}", "whole checkpoint"),
+        (f"export . {'x' * 300}", "complete checkpoint"),
         ("train --keep 0", "keep = 0"),
         ("train --checkpoint-every 0", "checkpoint_every = 0.0: must be greater than 0"),
         ("train --checkpoint-every 0.5 --checkpoint-unit updates", "must be a whole number"),
@@ -97,7 +97,7 @@ def failed_with_2(argv: list[str], capsys: Any) -> str:
         ("", "no command given; the commands are train, sweep"),
     ],
 )
-def test_bad_input_ends_with_one_clear_message(
+def test_bad_input_gives_one_clear_message(
     arguments: str, words: str, capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -106,7 +106,7 @@ def test_bad_input_ends_with_one_clear_message(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_bad_file_is_refused(tmp_path: Path, capsys: Any):
+def test_bad_config_file_is_refused(tmp_path: Path, capsys: Any):
     path = tmp_path / "my.toml"
     path.write_text("num_env = 3")
     assert "did you mean num_envs?" in failed_with_2(["train", str(path)], capsys)
@@ -120,7 +120,7 @@ def printed_config(capsys: Any, *arguments: str) -> Settings:
 
 
 @pytest.mark.parametrize("source", ["configs/cartpole.toml", "cartpole"])
-def test_the_config_may_stand_anywhere_and_options_override_it(source: str, capsys: Any):
+def test_config_may_come_anywhere_and_options_override_it(source: str, capsys: Any):
     shipped = load_settings("configs/cartpole.toml")
     assert printed_config(capsys, "train", source) == shipped
     found = printed_config(
@@ -147,17 +147,19 @@ def test_flags_take_true_and_false(capsys: Any):
     ):
         found = printed_config(capsys, "train", *arguments)
         assert found.config.normalize_obs is wanted
-    assert main(["train", "--print-config=false", "--num-envs=0"]) == 2  # not printed, but checked
+    assert (
+        main(["train", "--print-config=false", "--num-envs=0"]) == 2
+    )  # not printed, but still checked
 
 
 @pytest.mark.parametrize("none", ["none", "None"])
-def test_none_has_either_spelling(none: str, capsys: Any):
+def test_none_may_be_capitalised(none: str, capsys: Any):
     assert printed_config(capsys, "train", "--target-kl", none).hparams.target_kl is None
     space = SweepSettings(grid=(f"clip_higher={none},0.3", "normalize_obs=True,false")).space
     assert space.grid == (("clip_higher", (None, 0.3)), ("normalize_obs", (True, False)))
 
 
-def test_options_of_a_search_override_those_of_the_file(tmp_path: Path, capsys: Any):
+def test_search_options_override_the_config_file(tmp_path: Path, capsys: Any):
     path = tmp_path / "s.toml"
     path.write_text(
         '[sweep]\ngrid = ["gamma=0.9,0.99", "num_envs=4,8"]\nsample = ["ent_coef=uniform:0,1"]\n'
@@ -169,7 +171,7 @@ def test_options_of_a_search_override_those_of_the_file(tmp_path: Path, capsys: 
     assert not found.get("sample")
 
 
-def test_settings_that_a_sweep_does_not_have_are_refused(tmp_path: Path, capsys: Any):
+def test_sweep_refuses_settings_of_runs(tmp_path: Path, capsys: Any):
     path = tmp_path / "s.toml"
     for line in ('checkpoint_unit = "updates"', "eval_every = 10.0", "tensorboard = true"):
         path.write_text(f'[run]\nkeep = 5\n{line}\n[sweep]\ngrid = ["gamma=0.9,0.99"]\n')
@@ -178,7 +180,7 @@ def test_settings_that_a_sweep_does_not_have_are_refused(tmp_path: Path, capsys:
 
 
 @pytest.mark.parametrize("end", [">&-", "> /dev/full", "2>&-"])
-def test_an_output_that_is_closed_or_full_gives_no_traceback(end: str, tmp_path: Path):
+def test_closed_or_full_output_gives_no_traceback(end: str, tmp_path: Path):
     def status(command: str) -> int:
         done = subprocess.run(
             f"{sys.executable} -m purejaxppo {command} {end}",
@@ -192,15 +194,13 @@ def test_an_output_that_is_closed_or_full_gives_no_traceback(end: str, tmp_path:
     assert (tmp_path / "r/summary.json").exists()
 
 
-def test_an_environment_may_be_named_in_place_of_a_config(capsys: Any):
+def test_environment_may_replace_the_config(capsys: Any):
     found = printed_config(capsys, "train", "Acrobot-v1", "--num-envs", "2")
     assert found == Settings(ppo.Config(env_id="Acrobot-v1", num_envs=2))
     assert printed_config(capsys, "sweep", "Acrobot-v1").config.env_id == "Acrobot-v1"
 
 
-def test_parameters_of_the_environment_are_trained_recorded_and_restored(
-    tmp_path: Path, capsys: Any
-):
+def test_environment_parameters_are_used_recorded_and_restored(tmp_path: Path, capsys: Any):
     run = str(tmp_path / "r")
     limit = ["--env-params.max-steps-in-episode", "7"]
     assert main(["train", "CartPole-v1", *limit, "--run-dir", run, *SMALL]) == 0
@@ -217,7 +217,7 @@ def test_parameters_of_the_environment_are_trained_recorded_and_restored(
 
 
 @pytest.mark.parametrize("command", ["train", "sweep"])
-def test_help_shows_each_setting_once_with_its_docstring_in_groups(command: str, capsys: Any):
+def test_help_shows_each_setting_with_its_docstring_in_groups(command: str, capsys: Any):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
@@ -235,7 +235,7 @@ def test_help_shows_each_setting_once_with_its_docstring_in_groups(command: str,
 
 
 def test_every_option_has_a_description():
-    """Also those of the groups, which are made from the settings."""
+    """Including the options in groups generated from settings."""
     options.join_help_lines()
     for command in (options.Train, options.Sweep):
         for group in dataclasses.fields(command):
@@ -243,7 +243,7 @@ def test_every_option_has_a_description():
                 assert option.metadata.get("help"), option.name
 
 
-def test_help_and_refusals_do_not_import_jax():
+def test_help_and_argument_errors_do_not_import_jax():
     code = """
 import sys
 from purejaxppo.cli import main, options
@@ -260,8 +260,8 @@ assert "jax" not in sys.modules
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_a_closed_pipe_ends_in_silence():
-    """As in `purejaxppo envs | head`, where the reader leaves before everything is written."""
+def test_closed_pipe_ends_silently():
+    """As in `purejaxppo envs | head`, where the reader exits before all output is written."""
     code = """
 import sys
 from purejaxppo.cli import commands, entry
@@ -280,7 +280,7 @@ entry()
     assert process.wait() == 141
 
 
-def test_a_shell_can_complete_options(capsys: Any):
+def test_shell_completion_includes_options(capsys: Any):
     with pytest.raises(SystemExit) as stop:
         main(["--tyro-print-completion", "bash"])
     assert not stop.value.code
@@ -288,7 +288,7 @@ def test_a_shell_can_complete_options(capsys: Any):
 
 
 def test_train_and_eval_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """In a process of its own: config file, command line over it, run directory, evaluation."""
+    """Config file, options that override it, run directory and evaluation, as subprocesses."""
     (tmp_path / "my.toml").write_text(
         'env_id = "CartPole-v1"\nnum_envs = 2\n[hparams]\ngamma = 0.9\n[run]\nnum_seeds = 3\n'
     )
@@ -301,7 +301,7 @@ def test_train_and_eval_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture
         )  # fmt: skip
 
     trained = command("train", "my.toml", "--num-envs", "4", "--run-dir", "m[/x]", *SMALL)
-    assert "\x1b" not in trained.stdout  # plain lines when the output is no terminal
+    assert "\x1b" not in trained.stdout  # plain lines if the output is not a terminal
     assert trained.stdout.startswith("purejaxppo 0.1.0: loading JAX\n")
     assert "= 640 environment steps per seed" in trained.stdout
     assert " CPU core" in trained.stdout
@@ -323,7 +323,7 @@ def test_train_and_eval_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "mean: " in plain
 
 
-def test_a_run_that_diverges_exits_1(tmp_path: Path, capsys: Any):
+def test_diverged_run_exits_with_status_1(tmp_path: Path, capsys: Any):
     argv = ["train", "--run-dir", str(tmp_path / "r"), "--learning-rate", "1e38", *SMALL]
     assert main(argv) == 1
     said = capsys.readouterr().out
@@ -331,7 +331,7 @@ def test_a_run_that_diverges_exits_1(tmp_path: Path, capsys: Any):
     assert "every seed failed, so there is no return to report" in said
 
     assert main(["export", str(tmp_path / "r"), str(tmp_path / "x.bin")]) == 0
-    assert "seed 0 failed: this is its last good state" in capsys.readouterr().err
+    assert "seed 0 failed: exporting its last good state" in capsys.readouterr().err
     assert main(["resume", str(tmp_path / "r")]) == 1
     said = capsys.readouterr().out
     assert "every seed failed" in said
@@ -340,7 +340,7 @@ def test_a_run_that_diverges_exits_1(tmp_path: Path, capsys: Any):
     assert "so no seed can be trained longer" in failed_with_2(longer, capsys)
 
 
-def test_a_run_on_an_environment_object_is_not_taken_for_another(tmp_path: Path, capsys: Any):
+def test_run_with_a_passed_environment_is_refused(tmp_path: Path, capsys: Any):
     config = ppo.Config(total_timesteps=64, num_steps=8, hidden_sizes=(8,))
     limit = gymnax.make("CartPole-v1")[1].replace(max_steps_in_episode=7)
     ppo.run(config, env_params=limit, run_dir=tmp_path / "r", eval_episodes=2, progress=False)
@@ -348,7 +348,7 @@ def test_a_run_on_an_environment_object_is_not_taken_for_another(tmp_path: Path,
         assert "passed from Python" in failed_with_2(argv, capsys)
 
 
-def test_eval_names_seeds_that_failed_and_leaves_them_out(tmp_path: Path, capsys: Any):
+def test_eval_reports_failed_seeds_and_excludes_them(tmp_path: Path, capsys: Any):
     argv = ["train", "--run-dir", str(tmp_path / "r"), "--learning-rate", "1e38", *SMALL]
     main([*argv, "--no-compilation-cache"])
     capsys.readouterr()
@@ -360,7 +360,7 @@ def test_eval_names_seeds_that_failed_and_leaves_them_out(tmp_path: Path, capsys
     assert "this seed failed" in capsys.readouterr().out
 
 
-def test_envs_lists_what_can_be_trained(capsys: Any):
+def test_envs_lists_environments(capsys: Any):
     assert main(["envs"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split() == ["CartPole-v1", "Box[4]", "Discrete(2)"] for line in lines)

@@ -1,4 +1,4 @@
-"""The environment contract: auto-reset, flags, types, adapters."""
+"""The environment interface: auto-reset, flags, types, adapters."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ def roll(env: Environment, steps: int, n: int = 3) -> tuple[Any, TimeStep]:
     )[1]
 
 
-def test_an_episode_that_ends_hands_out_both_observations():
+def test_the_end_of_an_episode_returns_both_observations():
     first, steps = roll(make_environment(ppo.Config(), RandomWalk()), 60)
     done = np.asarray(steps.terminated | steps.truncated)
     both = np.asarray(steps.terminated & steps.truncated)
@@ -67,7 +67,7 @@ def test_an_episode_that_ends_hands_out_both_observations():
     assert (final[done][:, 0] > 0).all()
     before = np.concatenate([np.asarray(first)[None], obs[:-1]])
     np.testing.assert_array_equal(final[..., 0], before[..., 0] + 1)
-    np.testing.assert_array_equal(final[..., 1], before[..., 1])  # the same episode's mark
+    np.testing.assert_array_equal(final[..., 1], before[..., 1])  # identifies the episode
     assert len(np.unique(obs[done][:, 1])) > 0.8 * done.sum()  # fresh episodes differ
 
 
@@ -80,8 +80,8 @@ def test_the_time_limit_truncates_and_does_not_terminate():
 
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1", "Catch-bsuite"])
-def test_stepping_inside_equals_the_public_step(env_id: str):
-    """Until the first reset, whose keys differ: the same states, flags and rewards."""
+def test_step_env_equals_the_public_step(env_id: str):
+    """Equal states, flags and rewards until the first reset, where keys differ."""
     inner, params = gymnax.make(env_id)
     fast = make_environment(ppo.Config(env_id=env_id), inner, params)
     public = make_environment(ppo.Config(env_id=env_id), Wrapped(inner), params)
@@ -104,7 +104,7 @@ def test_a_wrapper_is_not_bypassed(tiny: ppo.Config, key: jax.Array):
     np.testing.assert_allclose(np.nanmax(wrapped["episode_return"]), 10.0)
 
 
-def test_an_environment_of_the_old_contract_is_refused(tiny: ppo.Config, key: jax.Array):
+def test_an_environment_with_the_old_interface_is_refused(tiny: ppo.Config, key: jax.Array):
     with pytest.raises(ppo.ConfigError, match=r"returned 5 values; gymnax 1\.x returns"):
         ppo.make_train(tiny, env=FiveValues(ConstantChain()))(key, ppo.HParams())
     with pytest.raises(ppo.ConfigError, match="has no reset, step"):
@@ -113,7 +113,7 @@ def test_an_environment_of_the_old_contract_is_refused(tiny: ppo.Config, key: ja
 
 @pytest.mark.parametrize("env_id", ppo.available_environments())
 def test_every_listed_environment_can_be_trained(env_id: str, key: jax.Array):
-    """Traced, not run: types and shapes of the whole training fit."""
+    """Traced, not run: types and shapes of the whole run fit."""
     config = ppo.Config(env_id=env_id, num_envs=2, num_steps=4, num_minibatches=2)
     state, metrics = jax.eval_shape(ppo.make_train(config), key, ppo.HParams())
     assert metrics["episode_return"].shape == (config.num_updates,)
@@ -130,7 +130,7 @@ IN_EVERY_SUITE = ("Pendulum-v1", "PointRobot-misc", "Reacher-misc")
         for name in ppo.available_environments()
     ],
 )
-def test_every_listed_environment_trains_and_evaluates_by_the_command_line(
+def test_every_listed_environment_trains_and_evaluates_from_the_command_line(
     env_id: str, tmp_path: Path, capsys: Any
 ):
     small = "--total-timesteps=32 --num-envs=2 --num-steps=8 --update-epochs=1 --num-minibatches=1"
@@ -141,7 +141,7 @@ def test_every_listed_environment_trains_and_evaluates_by_the_command_line(
 
 
 class ArrayBounds(ConstantChain):
-    """Bounds made by jnp, of both spaces, and of the observation's also from a parameter."""
+    """Both spaces have bounds made by jnp; those of observations also depend on a parameter."""
 
     def observation_space(self, params: Any) -> Any:
         return spaces.Box(0.0, jnp.array([1.0, params.max_steps_in_episode]), (2,))
@@ -203,12 +203,12 @@ def test_an_environment_whose_shapes_do_not_fit_is_refused(tiny: ppo.Config):
         ppo.make_learner(tiny, env=WrongObs())
     with pytest.raises(ppo.ConfigError, match=r"shape \(1,\) as its reward"):
         ppo.make_learner(tiny, env=VectorReward())
-    with pytest.raises(ppo.ConfigError, match="other shapes than the one reset returns"):
+    with pytest.raises(ppo.ConfigError, match="a state with different shapes than reset"):
         ppo.make_learner(tiny, env=GrowingState(ConstantChain()))
 
 
 class OtherTypes(ConstantChain):
-    """Reset gives numbers of `first` as state and observation, step adds `second` to both."""
+    """Reset returns `first` as state and observation, step adds `second` to both."""
 
     def __init__(self, first: Any, second: Any, observation: Any = None):
         self.first, self.second, self.observation = first, second, observation
@@ -253,7 +253,7 @@ HALF = jnp.float32(0.5)
         (IntegerObs(), "float32 but reset returns int32 as its observation, so"),
     ],
 )  # fmt: skip
-def test_types_that_would_cut_what_step_returns_are_refused(tiny: ppo.Config, env: Any, words: str):
+def test_types_that_lose_values_of_step_are_refused(tiny: ppo.Config, env: Any, words: str):
     with pytest.raises(ppo.ConfigError, match=f"env CartPole-v1: step returns .*{words}"):
         ppo.make_learner(tiny, env=env)
 
@@ -262,8 +262,8 @@ def test_types_that_would_cut_what_step_returns_are_refused(tiny: ppo.Config, en
     ("first", "second"),
     [(HALF, jnp.int32(2)), (HALF, jnp.bool_(True)), (HALF, 2), (jnp.int8(0), 3)],
 )  # fmt: skip
-def test_types_that_keep_what_step_returns_are_cast(first: Any, second: Any):
-    """Also a state that is not added to but replaced."""
+def test_types_that_keep_values_of_step_are_cast(first: Any, second: Any):
+    """Also if step replaces the state instead of adding to it."""
     env = OtherTypes(first, second)
     env.step_env = lambda key, state, action, params: (
         jnp.stack([second] * 2), {"at": second, "time": state["time"] + 1}, 1, False, {}
@@ -286,14 +286,14 @@ BOX, TWO = spaces.Box(0, 1, (2,)), spaces.Discrete(2)
         (BOX, spaces.Box(float("nan"), 1.0, (1,)), "lower bound must be below"),
     ],
 )
-def test_spaces_that_are_not_supported_are_refused(
+def test_unsupported_spaces_are_refused(
     tiny: ppo.Config, observation: Any, action: Any, words: str
 ):
     with pytest.raises(ppo.ConfigError, match=words):
         ppo.run(tiny, env=OddSpaces(observation, action))
 
 
-def test_trainings_can_be_vmapped_over_parameters_of_the_environment(tiny: ppo.Config):
+def test_runs_can_be_vmapped_over_parameters_of_the_environment(tiny: ppo.Config):
     def longest(limit: jax.Array) -> jax.Array:
         train = ppo.make_train(tiny, ConstantChain(), Params(limit))
         return jnp.nanmax(train(jax.random.key(0), ppo.HParams())[1]["episode_length"])
@@ -301,7 +301,7 @@ def test_trainings_can_be_vmapped_over_parameters_of_the_environment(tiny: ppo.C
     np.testing.assert_array_equal(jax.jit(jax.vmap(longest))(jnp.array([3, 6])), [3, 6])
 
 
-def test_unknown_environments_name_the_nearest():
+def test_unknown_environments_suggest_the_nearest():
     with pytest.raises(ppo.ConfigError, match="did you mean CartPole-v1"):
         ppo.make_learner(ppo.Config(env_id="cartpole"))
     with pytest.raises(ppo.ConfigError, match="pass it as env"):
@@ -331,6 +331,6 @@ print(env.render(state, params))
 """
 
 
-def test_what_draws_is_imported_when_something_is_drawn():
+def test_plotting_libraries_are_imported_when_used():
     done = subprocess.run([sys.executable, "-c", DRAWS], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("AxesImage")

@@ -1,9 +1,9 @@
 /* Watches the calls by which a process changes files below one directory.
  *
- * Loaded by LD_PRELOAD. FAULT_ROOT is the directory. Before each call that changes something there,
- * and after it, the directory as it is then (what a kill would leave) is copied to FAULT_SNAPSHOTS,
- * if that is set. `fault_arm` makes chosen calls fail. Calls are numbered from 1 and logged in
- * FAULT_LOG, one line each: number, name, path, result.
+ * Loaded by LD_PRELOAD. FAULT_ROOT is the directory. Before and after each call that changes it, the
+ * directory (in the state that a kill would leave) is copied to FAULT_SNAPSHOTS, if that is set.
+ * `fault_arm` makes chosen calls fail. Calls are numbered from 1 and logged in FAULT_LOG, one line
+ * each: number, name, path, second path of a rename, result.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -42,7 +42,7 @@ static int below_root(const char *path) {
     return length && !strncmp(path, top, length) && (path[length] == '/' || !path[length]);
 }
 
-/* The absolute path of a name relative to a directory, or of a handle if there is no name. */
+/* Absolute path of a name relative to a directory, or of a file descriptor if name is NULL. */
 static int absolute(int directory, const char *name, char *out) {
     char link[64], base[PATH_MAX];
     if (name && name[0] == '/') {
@@ -90,12 +90,12 @@ void fault_arm(int new_kind, int new_error, long at) {
     pthread_mutex_unlock(&lock);
 }
 
-/* Whether the call under way is to fail. */
+/* Whether the current call must fail. */
 static int fails(void) {
     return (kind == ONCE && number == chosen) || (kind == LASTING && number >= chosen);
 }
 
-/* The wrapped call, with `what` evaluated under the lock unless it is to fail. */
+/* The wrapped call: evaluates `what` under the lock, unless it must fail. */
 #define GUARD(call, directory, name, other, what)                     \
     char path[PATH_MAX];                                              \
     if (inside || !root() || !absolute(directory, name, path) || !below_root(path)) return what; \

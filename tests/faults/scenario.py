@@ -1,10 +1,10 @@
-"""A short run and a short sweep, into which faults are injected, and their results.
+"""A short run and a short sweep for fault injection, and a comparison of their results.
 
 python scenario.py run|sweep DIRECTORY             once, watched by interpose.c
-python scenario.py run|sweep DIRECTORY CALL ...    once for each CALL:KIND:ERRNO, which fails,
-                                                   and resumed; prints what differs
-python scenario.py run|sweep DIRECTORY --from LEFT CALL ...   the same for the resume of a copy of
-                                                              LEFT
+python scenario.py run|sweep DIRECTORY CALL ...    once for each CALL:KIND:ERRNO, with that call
+                                                   failing, then resumed; prints what differs
+python scenario.py run|sweep DIRECTORY --from SNAPSHOT CALL ...   the same, resuming a copy of
+                                                                  SNAPSHOT instead of starting
 """
 
 import ctypes
@@ -33,24 +33,24 @@ from purejaxppo.sweeps import report
 from purejaxppo.sweeps.engine import resume_sweep
 
 TASK = line_task(LineConfig(total_timesteps=4 * 8))
-"""A task that compiles in no time: what is tested here is the host."""
+"""A task that compiles quickly, since these tests are about the host."""
 HPARAMS = ppo.HParams(learning_rate=0.3)
 KINDS = {"once": 1, "lasting": 2}
 
 
 def speed_up(replace: Callable[[Any, str, Any], None]) -> None:
     """Make a trial take a fraction of a second: keep compiled programs, which do not depend on the
-    disk, and draw one small picture for the report.
+    disk, and draw one small plot for the report.
 
     Args:
-        replace: `setattr`, or a test's.
+        replace: `setattr`, or `monkeypatch.setattr`.
     """
     keep_programs(replace)
     small = {"picture": ("Picture", lambda _: Figure(figsize=(0.2, 0.2)), "")}
     replace(report, "_pictures", lambda _: small)
 
 
-def begin(what: str, directory: Path) -> None:
+def start(what: str, directory: Path) -> None:
     if what == "run":
         ppo.run(
             TASK, HPARAMS, run_dir=directory, eval_episodes=2, checkpoint_every=2, keep=1,
@@ -63,11 +63,11 @@ def begin(what: str, directory: Path) -> None:
         )  # fmt: skip
 
 
-def go_on(what: str, directory: Path) -> None:
-    """Resume; start again if nothing had started."""
+def resume(what: str, directory: Path) -> None:
+    """Resume, or start again if nothing was written yet."""
     if not (directory / ("config.toml" if what == "run" else "sweep.toml")).exists():
         shutil.rmtree(directory, ignore_errors=True)
-        begin(what, directory)
+        start(what, directory)
     elif what == "run":
         ppo.resume(directory, TASK, progress=False)
     else:
@@ -75,7 +75,7 @@ def go_on(what: str, directory: Path) -> None:
 
 
 def outcome(what: str, directory: Path) -> dict[str, Any]:
-    """Everything that a user reads, without dates and durations."""
+    """Read all results that a user sees, without dates and durations."""
     if what == "run":
         state = ppo.load(directory, TASK, seed=None).state
         summary = json.loads((directory / "summary.json").read_text())
@@ -97,27 +97,29 @@ def outcome(what: str, directory: Path) -> dict[str, Any]:
         return found | {name: curves[name].tobytes().hex() for name in curves}
 
 
-def resumed(what: str, directory: Path, wanted: dict[str, Any], failed: bool = False) -> list[str]:
-    """What differs from `wanted` after a resume, or what the resume raised.
+def resume_and_compare(
+    what: str, directory: Path, wanted: dict[str, Any], failed: bool = False
+) -> list[str]:
+    """Resume, and return the results that differ from `wanted`, or the exception.
 
     Args:
-        failed: whether a call has failed before, which may cost an evaluation.
+        failed: whether a call failed before, which may lose an evaluation.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            go_on(what, directory)
+            resume(what, directory)
         found = outcome(what, directory)
     except Exception as error:
         return [f"resumed: {error!r}"]
     different = [name for name in wanted if found[name] != wanted[name]]
-    return [] if failed and _lacks_an_evaluation(different, found, wanted) else different
+    return [] if failed and _only_evaluations_missing(different, found, wanted) else different
 
 
-def _lacks_an_evaluation(
+def _only_evaluations_missing(
     different: list[str], found: dict[str, Any], wanted: dict[str, Any]
 ) -> bool:
-    """A checkpoint that could not be saved is not evaluated, so it cannot be the best either."""
+    """A checkpoint that could not be saved is not evaluated, so it cannot be the best one."""
     if not different or not set(different) <= {"evaluations", "best_checkpoint"}:
         return False
     rows, all_rows = found["evaluations"], wanted["evaluations"]
@@ -126,32 +128,32 @@ def _lacks_an_evaluation(
 
 def main() -> None:
     what, directory, calls = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
-    left = None
+    snapshot = None
     if calls[:1] == ["--from"]:
-        left, calls = Path(calls[1]), calls[2:]
+        snapshot, calls = Path(calls[1]), calls[2:]
     if not calls:
-        go_on(what, directory)
+        resume(what, directory)
         return
     speed_up(setattr)
-    begin(what, directory)
+    start(what, directory)
     wanted, library = outcome(what, directory), ctypes.CDLL(None)
     shutil.rmtree(directory)
     for call in calls:
         number, kind, error = call.split(":")
-        if left is not None:
-            shutil.copytree(left, directory)
+        if snapshot is not None:
+            shutil.copytree(snapshot, directory)
         library.fault_arm(KINDS[kind], int(error), ctypes.c_long(int(number)))
         different = []
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                go_on(what, directory)
+                resume(what, directory)
         except (StorageError, ppo.ConfigError):
-            pass  # one message
+            pass  # reported in one message
         except Exception as error:
-            different.append(f"began: {error!r}")
+            different.append(f"first process: {error!r}")
         library.fault_arm(0, 0, ctypes.c_long(0))
-        different += resumed(what, directory, wanted, failed=True)
+        different += resume_and_compare(what, directory, wanted, failed=True)
         print(json.dumps([call, different]), flush=True)
         shutil.rmtree(directory, ignore_errors=True)
 

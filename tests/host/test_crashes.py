@@ -1,7 +1,7 @@
-"""A fault at every call that changes a file: kills, torn writes, failing calls, loss of power.
+"""Faults at every call that changes a file: kills, torn writes, failing calls, power loss.
 
-`faults/interpose.c` watches a short run and a short sweep. A kill leaves the directory as it is at
-that moment, so the directory is copied before and after each call, and each copy is resumed.
+`faults/interpose.c` watches a short run and a short sweep. A kill leaves the directory in its
+current state, so the directory is copied before and after each call, and each copy is resumed.
 """
 
 import hashlib
@@ -22,17 +22,17 @@ from faults import scenario  # isort: skip
 
 FAULTS = Path(__file__).parents[1] / "faults"
 pytestmark = pytest.mark.skipif(
-    shutil.which("cc") is None, reason="the interposer is compiled by a C compiler, cc"
+    shutil.which("cc") is None, reason="the interposer needs a C compiler, cc"
 )
 
 
 RESUMES = 6
-"""Resumes into which every fault is injected, each of a different state after a kill."""
+"""Number of resumes to inject every fault into, each from a different state after a kill."""
 FAILURES = (f"once:{ENOSPC}", f"once:{EIO}", f"lasting:{ENOSPC}")
 
 
 class Call(NamedTuple):
-    """A line of the log."""
+    """One line of the log."""
 
     number: int
     name: str
@@ -46,9 +46,9 @@ class Watched(NamedTuple):
 
     what: str
     root: Path
-    """Which the interposer watched."""
+    """The directory that the interposer watched."""
     snapshots: dict[str, Path]
-    """Directories by `NNNNN-before` and `NNNNN-after`."""
+    """Copies of it, named `NNNNN-before` and `NNNNN-after`."""
     calls: list[Call]
     outcome: dict[str, Any]
 
@@ -74,12 +74,12 @@ def watched(
     return watch(request.param, library, tmp_path_factory.mktemp("watched"))
 
 
-def watch(what: str, library: Path, folder: Path, left: Path | None = None) -> Watched:
-    """Watch a scenario from its beginning, or the resume of a directory that a process left."""
-    root, snapshots, log = folder / "here", folder / "snapshots", folder / "log"
+def watch(what: str, library: Path, folder: Path, snapshot: Path | None = None) -> Watched:
+    """Watch a scenario from its start, or the resume of a snapshot."""
+    root, snapshots, log = folder / "root", folder / "snapshots", folder / "log"
     snapshots.mkdir()
-    if left is not None:
-        shutil.copytree(left, root)
+    if snapshot is not None:
+        shutil.copytree(snapshot, root)
     subprocess.run(
         [sys.executable, FAULTS / "scenario.py", what, root],
         env=environment(library, root, FAULT_SNAPSHOTS=snapshots, FAULT_LOG=log),
@@ -97,7 +97,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fingerprint(directory: Path) -> str:
-    """Of names and contents."""
+    """Digest of names and contents."""
     digest = hashlib.sha256()
     for path in sorted(directory.rglob("*")):
         digest.update(f"{path.relative_to(directory)}\0{path.is_dir()}\0".encode())
@@ -106,7 +106,7 @@ def fingerprint(directory: Path) -> str:
 
 
 def states_after_a_kill(watched: Watched) -> Iterator[tuple[str, Path]]:
-    """Each state that differs from all before it."""
+    """Yield each state that differs from all earlier ones."""
     seen = set()
     for name, path in watched.snapshots.items():
         if (mark := fingerprint(path)) not in seen:
@@ -114,16 +114,16 @@ def states_after_a_kill(watched: Watched) -> Iterator[tuple[str, Path]]:
             yield name, path
 
 
-def differences(watched: Watched, left: Path, tmp_path: Path) -> list[str]:
-    """Resume a directory that a process left; what differs from the end of the undisturbed one."""
-    here = tmp_path / "here"
-    shutil.rmtree(here, ignore_errors=True)
-    shutil.copytree(left, here)
-    return scenario.resumed(watched.what, here, watched.outcome)
+def differences(watched: Watched, snapshot: Path, tmp_path: Path) -> list[str]:
+    """Resume a snapshot; return the results that differ from the undisturbed ones."""
+    copy = tmp_path / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(snapshot, copy)
+    return scenario.resume_and_compare(watched.what, copy, watched.outcome)
 
 
 def test_every_step_of_a_checkpoint_is_watched(watched: Watched):
-    """Orbax writes from C++; a fault must strike there too."""
+    """Orbax writes from C++; those calls must be watched too."""
     saving = [c for c in watched.calls if ".saving" in c.path and c.result >= 0]
     renamed = [Path(c.other) for c in saving if c.name == "rename"]
     assert sum(to.parent.name == "checkpoints" and to.name.isdecimal() for to in renamed) >= 2
@@ -137,13 +137,13 @@ def test_every_step_of_a_checkpoint_is_watched(watched: Watched):
 @some_or_all
 def test_a_kill_before_or_after_any_call(watched: Watched, tmp_path: Path, count: int | None):
     states = some(list(states_after_a_kill(watched)), count)
-    found = {name: differences(watched, left, tmp_path) for name, left in states}
+    found = {name: differences(watched, state, tmp_path) for name, state in states}
     print(len(found), "states")
     assert {name: what for name, what in found.items() if what} == {}
 
 
 @some_or_all
-def test_a_write_of_which_half_was_done(watched: Watched, tmp_path: Path, count: int | None):
+def test_a_half_finished_write(watched: Watched, tmp_path: Path, count: int | None):
     found = {}
     for call in some([c for c in watched.calls if c.name == "write" and c.result > 1], count):
         torn = tmp_path / "torn"
@@ -160,7 +160,7 @@ def test_a_write_of_which_half_was_done(watched: Watched, tmp_path: Path, count:
 
 
 @some_or_all
-def test_a_call_that_fails(watched: Watched, library: Path, tmp_path: Path, count: int | None):
+def test_a_failing_call(watched: Watched, library: Path, tmp_path: Path, count: int | None):
     numbers = [call.number for call in watched.calls if call.result >= 0]
     calls = some([f"{number}:{kind}" for number in numbers for kind in FAILURES], count)
     found = dict(fail(watched, library, tmp_path, calls))
@@ -173,9 +173,9 @@ def test_a_second_kill_during_the_resume(
     watched: Watched, library: Path, tmp_path: Path, count: int | None
 ):
     found = {}
-    for name, left in some(list(states_after_a_kill(watched)), 1 if count else RESUMES):
+    for name, first in some(list(states_after_a_kill(watched)), 1 if count else RESUMES):
         (tmp_path / name).mkdir()
-        again = watch(watched.what, library, tmp_path / name, left)
+        again = watch(watched.what, library, tmp_path / name, first)
         for second, state in some(list(states_after_a_kill(again)), count):
             found[f"{name} {second}"] = differences(watched, state, tmp_path)
     print(len(found), "second kills")
@@ -183,22 +183,22 @@ def test_a_second_kill_during_the_resume(
 
 
 @pytest.mark.faults
-def test_a_call_that_fails_during_the_resume(watched: Watched, library: Path, tmp_path: Path):
+def test_a_failing_call_during_the_resume(watched: Watched, library: Path, tmp_path: Path):
     found = {}
-    for name, left in some(list(states_after_a_kill(watched)), 2):
+    for name, state in some(list(states_after_a_kill(watched)), 2):
         (tmp_path / name).mkdir()
-        again = watch(watched.what, library, tmp_path / name, left)
+        again = watch(watched.what, library, tmp_path / name, state)
         calls = [f"{c.number}:{kind}" for c in again.calls if c.result >= 0 for kind in FAILURES]
-        found |= {f"{name} {k}": x for k, x in fail(watched, library, tmp_path, calls, left)}
+        found |= {f"{name} {k}": x for k, x in fail(watched, library, tmp_path, calls, state)}
     print(len(found), "failing calls")
     assert {name: what for name, what in found.items() if what} == {}
 
 
 def fail(
-    watched: Watched, library: Path, folder: Path, calls: list[str], left: Path | None = None
+    watched: Watched, library: Path, folder: Path, calls: list[str], snapshot: Path | None = None
 ) -> list[tuple[str, list[str]]]:
-    """Of each call that was made to fail, what differs in the end."""
-    root, given = folder / "here", [] if left is None else ["--from", left]
+    """Make each call fail, then resume; return the results that differ for each."""
+    root, given = folder / "root", [] if snapshot is None else ["--from", snapshot]
     done = subprocess.run(
         [sys.executable, FAULTS / "scenario.py", watched.what, root, *given, *calls],
         env=environment(library, root), capture_output=True, text=True, check=False,
@@ -210,9 +210,9 @@ def fail(
 
 
 class Disk:
-    """What a power loss leaves: of each file the content when it was last synced, and of each
-    directory its entries then, or all of its entries: a journal may write a rename before the data
-    of the file. Nothing of what was never synced."""
+    """Models what a power loss leaves: the content of each file at its last sync, and the entries
+    of each directory at its last sync, or all of its entries, since a journal may write a rename
+    before the data of the file. Data that was never synced is lost."""
 
     def __init__(self, root: Path, all_entries: bool):
         self._root, self._all_entries, self._made = root, all_entries, 1
@@ -223,7 +223,7 @@ class Disk:
         self._contents: dict[int, bytes] = {}
 
     def take(self, call: Call, after: Path) -> None:
-        """A call that was done, with the directory as it was after."""
+        """Apply a call, given a copy of the directory after it."""
         path = Path(call.path)
         if call.name in ("open", "mkdir") and path not in self._now:
             self._now[path], self._made = self._made, self._made + 1
@@ -248,20 +248,21 @@ class Disk:
     def _children(self, path: Path) -> dict[str, int]:
         return {p.name: n for p, n in self._now.items() if p.parent == path and p != path}
 
-    def leave(self, target: Path, path: Path | None = None, number: int = 0) -> None:
+    def write(self, target: Path, path: Path | None = None, number: int = 0) -> None:
+        """Write the remaining files to `target`."""
         target.mkdir()
         path = path or self._root
         entries = self._children(path) if self._all_entries else self._names.get(number, {})
         for name, child in entries.items():
             if child in self._folders:
-                self.leave(target / name, path / name, child)
+                self.write(target / name, path / name, child)
             else:
                 (target / name).write_bytes(self._contents.get(child, b""))
 
 
 @pytest.mark.parametrize("all_entries", [False, True], ids=["synced", "journaled"])
 @some_or_all
-def test_a_loss_of_power_at_any_call(
+def test_a_power_loss_at_any_call(
     watched: Watched, tmp_path: Path, all_entries: bool, count: int | None
 ):
     disk, cuts, seen = Disk(watched.root, all_entries), [], set()
@@ -270,10 +271,10 @@ def test_a_loss_of_power_at_any_call(
             continue
         disk.take(call, watched.snapshots[f"{call.number:05d}-after"])
         left = tmp_path / f"{call.number:05d}"
-        disk.leave(left)
+        disk.write(left)
         if (mark := fingerprint(left)) not in seen:
             seen.add(mark)
             cuts.append(left)
     found = {left.name: differences(watched, left, tmp_path) for left in some(cuts, count)}
-    print(len(found), "losses of power")
+    print(len(found), "power losses")
     assert {name: what for name, what in found.items() if what} == {}

@@ -1,4 +1,4 @@
-"""Checkpoints and config files that are damaged, foreign or hostile."""
+"""Damaged, foreign and hostile checkpoints and config files."""
 
 import hashlib
 import importlib
@@ -58,7 +58,7 @@ def files(path: Path) -> list[Path]:
 
 
 def assert_skipped(run: Path, name: str, words: str) -> None:
-    """That the one before it is taken, and the damaged one named."""
+    """Assert that the checkpoint before is found, and the damaged one is named."""
     found, skipped = checkpoints.find(run)
     assert found.position.updates == 4
     assert len(skipped) == 1
@@ -72,14 +72,14 @@ def flip(path: Path, at: int, bit: int = 1) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("of_the_manifest", [40, pytest.param(None, marks=pytest.mark.slow)])
-def test_a_flipped_bit_anywhere_is_seen(copy: Path, of_the_manifest: int | None):
-    """In each file the first byte, the last, and some between. None: every byte of the manifest."""
+@pytest.mark.parametrize("manifest_bytes", [40, pytest.param(None, marks=pytest.mark.slow)])
+def test_a_flipped_bit_anywhere_is_detected(copy: Path, manifest_bytes: int | None):
+    """Flips the first, the last and some other bytes of each file. None: the whole manifest."""
     rng = np.random.default_rng(0)
     for path in files(folder(copy, 6)):
         content = path.read_bytes()
         everywhere = range(len(content))
-        count = of_the_manifest if path.name == "manifest.json" else 5
+        count = manifest_bytes if path.name == "manifest.json" else 5
         some = rng.permutation(everywhere)[:count].tolist()
         for at in sorted({*everywhere[:1], *everywhere[-1:], *some}):
             flip(path, at)
@@ -96,7 +96,7 @@ def test_a_missing_file_is_named(copy: Path):
         path.write_bytes(content)
 
 
-def test_an_empty_folder_is_skipped_and_training_goes_on_before_it(copy: Path, original: Path):
+def test_an_empty_folder_is_skipped_and_the_run_resumes_before_it(copy: Path, original: Path):
     shutil.rmtree(folder(copy, 6))
     folder(copy, 6).mkdir()
     assert_skipped(copy, "000000006", "manifest.json cannot be read: No such file")
@@ -106,23 +106,25 @@ def test_an_empty_folder_is_skipped_and_training_goes_on_before_it(copy: Path, o
     assert logged(copy) == logged(original)
 
 
-def test_where_none_is_whole_each_is_named_and_nothing_is_changed(copy: Path, capsys: Any):
+def test_if_all_checkpoints_are_damaged_each_is_named_and_nothing_changes(copy: Path, capsys: Any):
     for updates in (2, 4, 6):
         flip(files(folder(copy, updates))[0], 5)
     metrics = (copy / "metrics.csv").read_bytes()
     for command in (["resume", str(copy)], ["eval", str(copy)]):
         assert main(command) == 2
         text = capsys.readouterr().err
-        assert "has no whole checkpoint (there: 2, 4, 6)" in text
+        assert f"no complete checkpoint found in {str(copy)!r} (existing: 2, 4, 6)" in text
         assert all(f"{updates:09d}" in text for updates in (2, 4, 6))
     assert (copy / "metrics.csv").read_bytes() == metrics
 
 
-def test_other_formats_are_refused_by_their_number(copy: Path):
+def test_other_format_versions_are_refused(copy: Path):
     path = folder(copy, 6) / "manifest.json"
     for version, words in ((0, "format 0"), (2, "format 2"), ("x", "format 'x'")):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"format": version}))
-        assert_skipped(copy, "000000006", f"{words}, and this version of purejaxppo reads 1")
+        assert_skipped(
+            copy, "000000006", f"has {words}, but this version of purejaxppo reads format 1"
+        )
     for text in ("", "{", "[]", "7", '"x"', "null", "[" * 100_000):
         path.write_text(text)
         assert_skipped(copy, "000000006", "manifest.json ")
@@ -136,19 +138,19 @@ def test_other_formats_are_refused_by_their_number(copy: Path):
         {"eval_return": "x"}, {"leaves": {"x": "float32[99999999999999]"}, "files": None},
     ],
 )  # fmt: skip
-def test_a_manifest_that_is_signed_but_wrong_is_skipped(copy: Path, change: dict[str, Any]):
+def test_a_malformed_manifest_with_a_valid_digest_is_skipped(copy: Path, change: dict[str, Any]):
     rewrite(folder(copy, 6), change)
-    assert_skipped(copy, "000000006", "does not say what it should")
+    assert_skipped(copy, "000000006", "manifest.json is malformed")
 
 
 @pytest.mark.parametrize("name", ["../../config.toml", "/etc/passwd", "x" * 9999])
-def test_names_in_a_manifest_are_compared_and_never_opened(copy: Path, name: str):
+def test_file_names_in_a_manifest_are_never_opened(copy: Path, name: str):
     rewrite(folder(copy, 6), {"files": {name: "0" * 64}})
     assert_skipped(copy, "000000006", f"the file {name} is missing")
 
 
 def rewrite(path: Path, change: dict[str, Any]) -> None:
-    """As one would who knows how digests are made."""
+    """Change a manifest and update its digest."""
     manifest = json.loads((path / "manifest.json").read_text()) | change
     checkpoint._write_manifest(path, manifest)
 
@@ -172,7 +174,7 @@ def watch(event: str, arguments: Any) -> None:
 
 
 def installed(code: Any) -> bool:
-    """Whether a module of the installation is being imported, as pytest does for its warnings."""
+    """Whether this imports an installed module, as pytest does for its warnings."""
     return code.co_name == "<module>" and code.co_filename.startswith(INSTALLED)
 
 
@@ -181,13 +183,13 @@ sys.addaudithook(watch)
 
 @pytest.fixture
 def seen() -> Any:
-    """What code was loaded or run while the test went on."""
+    """Code that was loaded or run during the test."""
     watching.append([])
     yield watching[0]
     watching.clear()
 
 
-def test_the_watch_sees_a_pickle(seen: list[str], tmp_path: Path, monkeypatch: Any):
+def test_the_audit_hook_detects_a_pickle(seen: list[str], tmp_path: Path, monkeypatch: Any):
     monkeypatch.chdir(tmp_path)
     pickle.load(io.BytesIO(pickle.dumps(Payload())))
     assert any(line.startswith("pickle.find_class") for line in seen)
@@ -199,7 +201,7 @@ def test_the_watch_sees_a_pickle(seen: list[str], tmp_path: Path, monkeypatch: A
 
 
 def test_no_code_is_run_from_a_checkpoint(copy: Path, monkeypatch: Any, seen: list[str]):
-    """Pickles in place of each file in turn, and beside them, with digests that fit."""
+    """Replaces each file in turn by a pickle, and adds more, with valid digests."""
     monkeypatch.chdir(copy)
     states = jax.eval_shape(lambda: ppo.load(copy, seed=None).state)
     seen.clear()
@@ -229,7 +231,7 @@ def test_no_code_is_run_from_a_checkpoint(copy: Path, monkeypatch: Any, seen: li
 
 
 def test_no_code_is_run_from_a_sweep(tmp_path: Path, monkeypatch: Any, seen: list[str]):
-    """Pickles in place of each file in turn, with digests that fit."""
+    """Replaces each file in turn by a pickle, with valid digests."""
     monkeypatch.chdir(tmp_path)
     scenario.speed_up(monkeypatch.setattr)
     sweep = tmp_path / "s"
@@ -264,7 +266,7 @@ def test_no_code_is_run_from_a_sweep(tmp_path: Path, monkeypatch: Any, seen: lis
                 resume_sweep(sweep, progress=False)
         for path, old in before.items():
             path.write_bytes(old)
-    # Flax defines dataclasses, by exec, whenever it makes a network.
+    # Flax uses exec to define dataclasses whenever it makes a network.
     assert [event for event in seen if not event.startswith("exec ")] == []
     assert not (tmp_path / "pwned").exists()
 
@@ -285,7 +287,7 @@ def test_no_code_is_run_from_a_config_file(tmp_path: Path, monkeypatch: Any, see
 
 
 def load(path: Path, content: bytes) -> Settings | None:
-    """Settings, or None if they are refused in one message."""
+    """Load settings; None if they are refused in one message."""
     path.write_bytes(content)
     try:
         return load_settings(path)
@@ -350,7 +352,7 @@ def test_any_file_gives_settings_or_one_message(tmp_path: Path, content: Any):
 @many
 @given(assignments=ASSIGNMENTS)
 def test_any_values_give_settings_or_one_message(tmp_path: Path, assignments: dict[str, Any]):
-    """And settings that were taken read back as the same."""
+    """Accepted settings also read back as the same."""
     text = "".join(f"{key} = {toml(value)}\n" for key, value in assignments.items())
     loaded = load(tmp_path / "any.toml", text.encode())
     if loaded is None:
@@ -361,7 +363,7 @@ def test_any_values_give_settings_or_one_message(tmp_path: Path, assignments: di
 
 @pytest.mark.parametrize("key", ["num_envs", "seed", "hidden_sizes", "lr_schedule", "gamma"])
 @pytest.mark.parametrize("number", ["1" * 5000, "0x" + "f" * 5000, "1e5000", "-" + "9" * 400])
-def test_numbers_without_end(tmp_path: Path, key: str, number: str):
+def test_very_long_numbers_are_refused(tmp_path: Path, key: str, number: str):
     for value in (number, f"[{number}]"):
         section = "[run]\n" if key == "seed" else "[hparams]\n" if key == "gamma" else ""
         assert load(tmp_path / "any.toml", f"{section}{key} = {value}\n".encode()) is None
@@ -384,7 +386,7 @@ def test_numbers_without_end(tmp_path: Path, key: str, number: str):
         },
     )
 )
-def test_settings_that_are_taken_can_be_trained(assignments: dict[str, Any]):
+def test_accepted_settings_can_be_trained(assignments: dict[str, Any]):
     try:
         learner = ppo.make_learner(Config(**assignments))
     except ConfigError:

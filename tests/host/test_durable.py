@@ -1,4 +1,4 @@
-"""What runs and sweeps survive beyond a kill: damaged files, readers, vanished directories."""
+"""Robustness of runs and sweeps: damaged files, concurrent readers, removed directories."""
 
 import dataclasses
 import errno
@@ -53,7 +53,7 @@ def run_copy(finished_run: Path, tmp_path: Path) -> Path:
 
 
 def sweep(directory: Path) -> ppo.SweepResult:
-    """Of two waves, since the trials differ in their shapes."""
+    """Run a sweep of two waves, since the trials have different shapes."""
     return ppo.sweep(
         CONFIG, {"num_steps": [8, 16], "gamma": [0.9, 0.99]}, run_dir=directory, eval_episodes=2,
         progress=False,
@@ -75,7 +75,7 @@ def sweep_copy(finished_sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def derived(directory: Path) -> dict[str, Any]:
-    """What a sweep's waves came to; of the curves their arrays, since a zip holds dates."""
+    """Read the results of a sweep; curves as arrays, since a zip file contains dates."""
     found: dict[str, Any] = {
         name: (directory / name).read_bytes()
         for name in ("results.csv", "winner.json", "winner.toml")
@@ -94,13 +94,13 @@ def flip(path: Path, at: int) -> None:
 
 
 @pytest.mark.parametrize("name", DERIVED)
-def test_what_is_made_of_the_waves_is_made_again(sweep_copy: Path, finished_sweep: Path, name: str):
+def test_results_are_rebuilt_from_waves(sweep_copy: Path, finished_sweep: Path, name: str):
     (sweep_copy / name).unlink()
     resume_sweep(sweep_copy, progress=False)
     assert derived(sweep_copy) == derived(finished_sweep)
 
 
-def test_results_that_could_not_be_written_are_written_by_resume(tmp_path: Path):
+def test_resume_writes_results_that_could_not_be_written(tmp_path: Path):
     directory = tmp_path / "sweep"
     (directory / "results.csv.part").mkdir(parents=True)
     with pytest.raises(StorageError, match=r"results\.csv'.*cannot be written.*resume"):
@@ -110,7 +110,7 @@ def test_results_that_could_not_be_written_are_written_by_resume(tmp_path: Path)
     assert len((directory / "results.csv").read_text().splitlines()) == 1 + 4
 
 
-def test_a_folder_for_waves_that_cannot_be_made_is_one_message(
+def test_a_failure_to_make_the_waves_folder_is_one_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     make = Path.mkdir
@@ -121,7 +121,7 @@ def test_a_folder_for_waves_that_cannot_be_made_is_one_message(
         make(path, *given, **more)
 
     monkeypatch.setattr(Path, "mkdir", full)
-    with pytest.raises(StorageError, match=r"waves': cannot be made: No space left.*resume"):
+    with pytest.raises(StorageError, match=r"waves': cannot be created: No space left.*resume"):
         sweep(tmp_path / "sweep")
 
 
@@ -171,8 +171,8 @@ CHANGES = ("flip", "cut", "empty", "json", "missing")
 
 
 def damaged_copies(whole: Path, copy: Path, count: int | None) -> Iterator[tuple[Path, str]]:
-    """Make `copy` a copy of a directory with one damaged file, for each file and kind of damage;
-    the file's relative path and the kind."""
+    """For each file and kind of damage, make `copy` a copy of the directory with that file damaged;
+    yield the file's relative path and the kind."""
     rng = np.random.default_rng(0)
     paths = [p.relative_to(whole) for p in sorted(whole.rglob("*")) if p.is_file()]
     for path, change in some([(p, change) for p in paths for change in CHANGES], count):
@@ -189,8 +189,8 @@ def damaged_copies(whole: Path, copy: Path, count: int | None) -> Iterator[tuple
 
 
 def refusal_of(function: Callable[[], Any]) -> str | None:
-    """The message by which a call was refused, if it was; one line, but for a list of checkpoints
-    that were skipped."""
+    """Return the first line of the error message of a call, if any. Further lines may only list
+    skipped checkpoints."""
     message = ""
     try:
         with warnings.catch_warnings():
@@ -204,7 +204,7 @@ def refusal_of(function: Callable[[], Any]) -> str | None:
 
 
 @pytest.mark.parametrize("name", ["results.csv", "curves.npz", "winner.json", "finished.json"])
-def test_readers_of_a_damaged_sweep_say_how_it_is_written_again(
+def test_readers_of_a_damaged_sweep_say_how_to_rebuild_it(
     sweep_copy: Path, name: str, capsys: pytest.CaptureFixture[str]
 ):
     flip(sweep_copy / name, 9)
@@ -215,13 +215,13 @@ def test_readers_of_a_damaged_sweep_say_how_it_is_written_again(
 
 
 def test_a_sweep_without_its_plan_is_refused(sweep_copy: Path):
-    """Its waves may have trained other trials than a new plan would."""
+    """A new plan might not match the trials that its waves trained."""
     (sweep_copy / "plan.json").unlink()
     with pytest.raises(ppo.ConfigError, match=r"plan.json': is missing, although waves were"):
         resume_sweep(sweep_copy, progress=False)
 
 
-def test_results_of_an_earlier_sweep_are_not_taken_for_those_of_a_new_one(sweep_copy: Path):
+def test_a_sweep_does_not_overwrite_results_of_an_earlier_one(sweep_copy: Path):
     for name in ("sweep.toml", "plan.json"):
         (sweep_copy / name).unlink()
     shutil.rmtree(sweep_copy / "waves")
@@ -229,9 +229,7 @@ def test_results_of_an_earlier_sweep_are_not_taken_for_those_of_a_new_one(sweep_
         sweep(sweep_copy)
 
 
-def test_a_sweep_that_is_trained_again_is_not_finished(
-    sweep_copy: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_sweep_being_retrained_is_not_finished(sweep_copy: Path, monkeypatch: pytest.MonkeyPatch):
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -247,7 +245,7 @@ def test_a_sweep_that_is_trained_again_is_not_finished(
     ["[" * 200_000, '{"env_steps": 1e999}', '{"env_steps": 192, "env_steps_planned": 192}', None],
     ids=["nested", "infinite", "unsealed", "other return"],
 )
-def test_a_damaged_summary_is_written_again(run_copy: Path, finished_run: Path, text: str | None):
+def test_a_damaged_summary_is_rewritten(run_copy: Path, finished_run: Path, text: str | None):
     path = run_copy / "summary.json"
     changed = path.read_text().replace(
         '"eval_return_per_seed": [\n  ', '"eval_return_per_seed": [\n  9'
@@ -259,7 +257,7 @@ def test_a_damaged_summary_is_written_again(run_copy: Path, finished_run: Path, 
     assert summaries[0]["eval_return_per_seed"] == summaries[1]["eval_return_per_seed"]
 
 
-def test_a_plan_is_of_its_definition(sweep_copy: Path):
+def test_a_changed_sweep_definition_is_refused(sweep_copy: Path):
     path = sweep_copy / "sweep.toml"
     path.write_text(path.read_text().replace("gae_lambda = 0.95", "gae_lambda = 0.9"))
     with pytest.raises(ppo.ConfigError, match=r"sweep.toml': was changed since the sweep began"):
@@ -273,16 +271,16 @@ def test_a_wave_without_a_summary_is_evaluated_again(sweep_copy: Path, finished_
     assert derived(sweep_copy) == derived(finished_sweep)
 
 
-def test_a_sweep_is_resumed_by_one_process(sweep_copy: Path):
+def test_a_locked_sweep_is_not_resumed(sweep_copy: Path):
     with (
         locked(sweep_copy),
-        pytest.raises(BusyError, match="is writing there; wait for it"),
+        pytest.raises(BusyError, match="is in use by"),
     ):
         resume_sweep(sweep_copy, progress=False)
 
 
 @pytest.mark.faults
-def test_of_two_processes_that_resume_a_sweep_one_wins(tmp_path: Path, one_cache: None):
+def test_only_one_of_two_processes_resumes_a_sweep(tmp_path: Path, one_cache: None):
     directory, arguments = tmp_path / "s", [
         "--total-timesteps=2000000", "--grid=num_steps=8,16", "--checkpoint-every=0.2",
         "--eval-episodes=2", "--hidden-sizes=8",
@@ -296,12 +294,12 @@ def test_of_two_processes_that_resume_a_sweep_one_wins(tmp_path: Path, one_cache
         (tmp_path / str(k)).mkdir()
         processes.append(Process(tmp_path / str(k), "resume", directory))
     assert sorted(process.end() for process in processes) == [0, 2]
-    assert "is writing there; wait for it" in "".join(process.text() for process in processes)
+    assert "is in use by" in "".join(process.text() for process in processes)
     assert main(["plot", str(directory)]) == 0
 
 
 @pytest.mark.faults
-def test_a_population_that_is_killed_ends_as_one_that_is_not(tmp_path: Path, one_cache: None):
+def test_a_killed_population_ends_like_an_undisturbed_one(tmp_path: Path, one_cache: None):
     moments, arguments = random.Random(0), [
         "--total-timesteps=200000", "--num-envs=2", "--hidden-sizes=8", "--strategy=pbt",
         "--trials=5", "--interval=10", "--sample=learning_rate=loguniform:1e-4,1e-2",
@@ -329,14 +327,14 @@ def test_a_population_that_is_killed_ends_as_one_that_is_not(tmp_path: Path, one
     assert derived(killed) == derived(alone)
 
 
-def test_an_older_checkpoint_does_not_stand_for_a_wave_that_is_finished(
+def test_a_finished_wave_is_not_read_from_an_older_checkpoint(
     sweep_copy: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """One may be left if it was read while it should have been removed."""
+    """An older checkpoint may remain if it was being read when it should have been removed."""
     shutil.rmtree(sweep_copy / "waves/0000")
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "prune", lambda *_: None)
-        patch.setattr("purejaxppo.host.loop.Loop._what_is_due", lambda *_: 1)
+        patch.setattr("purejaxppo.host.loop.Loop._action_due", lambda *_: 1)
         resume_sweep(sweep_copy, progress=False)
     older, *_, last = sorted((sweep_copy / "waves/0000/checkpoints").iterdir())
     assert older != last
@@ -345,7 +343,7 @@ def test_an_older_checkpoint_does_not_stand_for_a_wave_that_is_finished(
         ppo.load_trial(sweep_copy, 0)
 
 
-def test_waves_in_each_others_folder_are_refused(sweep_copy: Path):
+def test_swapped_wave_folders_are_refused(sweep_copy: Path):
     waves = sweep_copy / "waves"
     for old, new in (("0000", "x"), ("0001", "0000"), ("x", "0001")):
         (waves / old).rename(waves / new)
@@ -357,7 +355,7 @@ def test_waves_in_each_others_folder_are_refused(sweep_copy: Path):
 
 
 @pytest.mark.faults
-def test_of_four_processes_that_race_for_a_directory_one_wins(tmp_path: Path, one_cache: None):
+def test_only_one_of_four_processes_gets_a_directory(tmp_path: Path, one_cache: None):
     processes = []
     for k in range(4):
         (tmp_path / str(k)).mkdir()
@@ -366,12 +364,12 @@ def test_of_four_processes_that_race_for_a_directory_one_wins(tmp_path: Path, on
     assert sorted(process.end() for process in processes) == [0, 2, 2, 2]
     for process in processes:
         lost = process.popen.returncode == 2
-        assert ("is writing there" in process.text() or "already holds" in process.text()) == lost
+        assert ("is in use by" in process.text() or "already holds" in process.text()) == lost
     assert ppo.load(tmp_path / "r").state.learner.updates == 40
 
 
 @pytest.mark.faults
-def test_a_run_is_read_while_it_trains(tmp_path: Path, one_cache: None):
+def test_a_run_can_be_read_while_it_trains(tmp_path: Path, one_cache: None):
     run = tmp_path / "r"
     process = Process(
         tmp_path, "train", "--run-dir", run, "--total-timesteps=1000000000", "--eval-episodes=1",
@@ -389,7 +387,7 @@ def test_a_run_is_read_while_it_trains(tmp_path: Path, one_cache: None):
         process.popen.kill()
 
 
-def test_checkpoints_are_on_the_disk_before_older_ones_are_removed(
+def test_checkpoints_are_synced_before_older_ones_are_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     synced: set[str] = set()
@@ -411,7 +409,7 @@ def test_checkpoints_are_on_the_disk_before_older_ones_are_removed(
 
 
 def test_a_damaged_checkpoint_is_not_kept_as_the_best(run_copy: Path):
-    """Or the second best would be removed, and none would be left."""
+    """Otherwise the second best would be removed, and no usable one would remain."""
     folders = sorted((run_copy / "checkpoints").iterdir())
     for folder, value in zip(folders, (2.0, 3.0, 1.0), strict=True):
         checkpoint.record_evaluation(checkpoint.read(folder), value)
@@ -420,7 +418,7 @@ def test_a_damaged_checkpoint_is_not_kept_as_the_best(run_copy: Path):
     assert sorted((run_copy / "checkpoints").iterdir()) == [folders[0], folders[2]]
 
 
-def test_a_full_disk_at_a_resume_is_one_message(run_copy: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_during_resume_is_one_message(run_copy: Path, monkeypatch: pytest.MonkeyPatch):
     (run_copy / "summary.json").unlink()
 
     def full(path: Path, *_: Any) -> None:
@@ -432,7 +430,7 @@ def test_a_full_disk_at_a_resume_is_one_message(run_copy: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("make", [True, False])
-def test_a_directory_that_vanishes_while_it_is_locked_is_noticed(
+def test_a_directory_renamed_during_locking_is_detected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: bool
 ):
     directory, lock = tmp_path / "r", rundir._lock_directory
@@ -448,20 +446,20 @@ def test_a_directory_that_vanishes_while_it_is_locked_is_noticed(
         pass
 
 
-def test_a_checkpoint_that_is_read_is_not_removed(run_copy: Path):
+def test_a_checkpoint_being_read_is_not_removed(run_copy: Path):
     oldest = run_copy / "checkpoints/000000002"
-    with checkpoints.pinned(oldest) as there:
-        assert there
+    with checkpoints.pinned(oldest) as exists:
+        assert exists
         checkpoints.prune(run_copy, newest=6, keep=1)
         assert oldest.exists()
     checkpoints.prune(run_copy, newest=6, keep=1)
     assert not oldest.exists()
-    with checkpoints.pinned(oldest) as there:
-        assert not there
+    with checkpoints.pinned(oldest) as exists:
+        assert not exists
 
 
-def test_a_run_that_removes_checkpoints_can_be_read_all_the_while(run_copy: Path, tmp_path: Path):
-    """As a run with `keep = 1` that saves as fast as it can."""
+def test_a_run_can_be_read_while_it_removes_checkpoints(run_copy: Path, tmp_path: Path):
+    """Imitates a run with `keep = 1` that saves as fast as possible."""
     source = Path(shutil.copytree(run_copy / "checkpoints/000000006", tmp_path / "source"))
     checkpoints.prune(run_copy, newest=6, keep=1)
     stop = threading.Event()
@@ -486,7 +484,7 @@ def test_a_run_that_removes_checkpoints_can_be_read_all_the_while(run_copy: Path
 
 
 @pytest.mark.parametrize("how", ["removed", pytest.param("renamed", marks=pytest.mark.faults)])
-def test_a_directory_that_vanishes_ends_the_run(tmp_path: Path, how: str, one_cache: None):
+def test_removing_the_directory_ends_the_run(tmp_path: Path, how: str, one_cache: None):
     run = tmp_path / "r"
     process = Process(
         tmp_path, "train", "--run-dir", run, "--total-timesteps=1000000000", "--eval-episodes=8",
@@ -502,18 +500,16 @@ def test_a_directory_that_vanishes_ends_the_run(tmp_path: Path, how: str, one_ca
     assert not run.exists()
 
 
-def test_a_lock_file_that_is_deleted_lets_nobody_in(run_copy: Path):
+def test_deleting_the_lock_file_does_not_release_the_lock(run_copy: Path):
     with locked(run_copy):
         (run_copy / ".lock").unlink()
-        with pytest.raises(BusyError, match="is writing there"), locked(run_copy):
+        with pytest.raises(BusyError, match="is in use by"), locked(run_copy):
             pass
     with locked(run_copy):
         pass
 
 
-def test_metrics_cut_short_cost_the_checkpoints_after_them_alone(
-    run_copy: Path, finished_run: Path
-):
+def test_truncated_metrics_invalidate_only_later_checkpoints(run_copy: Path, finished_run: Path):
     lines = (run_copy / "metrics.csv").read_text().splitlines(keepends=True)
     (run_copy / "metrics.csv").write_text("".join(lines[:6]))
     with pytest.warns(RunWarning, match=r"skipped .*metrics.csv.* checkpoint after 6 updates: "):
@@ -535,14 +531,14 @@ def test_a_checkpoint_of_a_different_run_is_skipped(run_copy: Path, tmp_path: Pa
         assert ppo.load(run_copy).config == CONFIG
 
 
-def test_a_picture_costs_no_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_plot_loses_no_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def broken(*_: Any, **__: Any) -> None:
-        raise RuntimeError("no picture today")
+        raise RuntimeError("no plot today")
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr("purejaxppo.host.summary.learning_curve", broken)
-        with pytest.warns(RunWarning, match="cannot be drawn: no picture today"):
+        with pytest.warns(RunWarning, match="cannot be drawn: no plot today"):
             ppo.run(CONFIG, run_dir=run, **EVERY_2)
     assert (run / "summary.json").exists()
     assert not (run / "learning_curve.png").exists()
@@ -550,7 +546,7 @@ def test_a_picture_costs_no_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (run / "learning_curve.png").exists()
 
 
-def test_names_are_neither_mathematics_nor_markup(tmp_path: Path, recwarn: pytest.WarningsRecorder):
+def test_names_are_escaped_in_plots_and_reports(tmp_path: Path, recwarn: pytest.WarningsRecorder):
     config = dataclasses.replace(CONFIG, env_id=r"my_$env$_$\frac$<script>alert(1)</script>")
     ppo.run(config, env=RandomWalk(), run_dir=tmp_path / "run", **EVERY_2)
     ppo.sweep(
@@ -563,7 +559,7 @@ def test_names_are_neither_mathematics_nor_markup(tmp_path: Path, recwarn: pytes
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
 
 
-def test_a_training_that_does_not_fit_is_refused_before_it_is_compiled(
+def test_a_run_too_large_for_memory_is_refused_before_compiling(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr("purejaxppo.host.conduct.compile_program", None)
@@ -574,27 +570,32 @@ def test_a_training_that_does_not_fit_is_refused_before_it_is_compiled(
         ppo.run(config, progress=False)
 
 
-def test_a_program_that_does_not_fit_is_not_begun(monkeypatch: pytest.MonkeyPatch):
+def test_a_program_too_large_for_memory_is_not_started(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("purejaxppo.host.memory.free_bytes", lambda *_: 10_000)
     monkeypatch.setattr("purejaxppo.host.conduct.check_memory", lambda *_: None)
-    with pytest.raises(ppo.ConfigError, match=r"training needs .* GB of memory on each device"):
+    with pytest.raises(
+        ppo.ConfigError, match=r"will not fit into memory: training needs .* GB on each"
+    ):
         ppo.run(CONFIG, progress=False)
 
 
-def test_memory_that_xla_cannot_get_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_running_out_of_memory_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def exhausted(*_: Any) -> None:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
 
     monkeypatch.setattr("purejaxppo.host.loop.Loop.train", exhausted)
     run = tmp_path / "run"
     with pytest.raises(
-        ppo.ConfigError, match=r"training needs more \(.*\) of memory on each device"
+        ppo.ConfigError,
+        match=r"will not fit into memory: training needs more \(.*\) on each device",
     ):
         ppo.run(CONFIG, run_dir=run, progress=False)
-    assert [path.name for path in run.iterdir()] == [".lock"]  # for the corrected command
+    assert [path.name for path in run.iterdir()] == [
+        ".lock"
+    ]  # so that the corrected command can use it
 
 
-def test_a_save_that_a_signal_cut_off_is_tried_again(
+def test_a_save_interrupted_by_a_signal_is_retried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ):
     write, calls = checkpoint._write_arrays, []
@@ -611,17 +612,17 @@ def test_a_save_that_a_signal_cut_off_is_tried_again(
     assert not [w for w in recwarn if issubclass(w.category, RunWarning)]
 
 
-def test_what_is_read_and_what_is_said_have_bounds(tmp_path: Path, capsys: Any):
+def test_file_sizes_and_message_lengths_are_limited(tmp_path: Path, capsys: Any):
     with pytest.raises(ppo.ConfigError) as refused:
         ppo.run(ppo.Config(env_id="x" * 10_000_000), progress=False)
     assert len(str(refused.value)) < 5000
     path = tmp_path / "config.toml"
     path.write_text("#" * 20_000_000)
     assert main(["train", str(path), "--run-dir", str(tmp_path / "r")]) == 2
-    assert "has 20,000,000 bytes, and at most 16,777,216 are read" in capsys.readouterr().err
+    assert "has 20,000,000 bytes, more than the limit of 16,777,216" in capsys.readouterr().err
 
 
-def test_the_file_cache_of_a_control_group_is_free(tmp_path: Path):
+def test_the_file_cache_of_a_control_group_counts_as_free(tmp_path: Path):
     assert _group_bytes(tmp_path) is None
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("900\n")
@@ -632,8 +633,8 @@ def test_the_file_cache_of_a_control_group_is_free(tmp_path: Path):
 
 
 @pytest.mark.parametrize("change", ["damaged", "foreign"])
-def test_a_best_checkpoint_that_is_of_no_use_ends_no_run(run_copy: Path, change: str):
-    """The next best is reported, and the run ends as it did."""
+def test_an_unusable_best_checkpoint_does_not_end_a_run(run_copy: Path, change: str):
+    """The next best is reported, and the other results are unchanged."""
     summary = json.loads((run_copy / "summary.json").read_text())
     (run_copy / "summary.json").unlink()
     best = run_copy / "checkpoints/000000004"
@@ -657,7 +658,7 @@ def test_a_best_checkpoint_that_is_of_no_use_ends_no_run(run_copy: Path, change:
 
 
 @pytest.mark.parametrize("left", ["", "seed,upd"])
-def test_evaluations_of_which_a_kill_left_no_row_are_none(run_copy: Path, left: str):
+def test_an_evaluation_file_without_rows_is_empty(run_copy: Path, left: str):
     (run_copy / "eval.csv").write_text(left)
     assert evaluation_curve(run_copy)[0].size == 0
     EvalLog(run_copy, 32)

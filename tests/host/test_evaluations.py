@@ -1,4 +1,4 @@
-"""Evaluations at intervals: `eval.csv`, the best checkpoint, and what a resume does to both."""
+"""Evaluations at intervals: `eval.csv`, the best checkpoint, and both after a resume."""
 
 import csv
 import math
@@ -45,8 +45,8 @@ def rows(directory: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_each_evaluation_is_a_row_per_seed_and_is_that_of_its_checkpoint(whole: Any):
-    """Against `ppo.evaluate` of the states that were saved, on the same episodes."""
+def test_each_evaluation_has_a_row_per_seed_and_matches_its_checkpoint(whole: Any):
+    """Compares with `ppo.evaluate` of the saved states, on the same episodes."""
     result, directory = whole
     table = rows(directory)
     sampled = [row for row in table if row["actions"] == "sampled"]
@@ -107,17 +107,15 @@ def test_the_best_checkpoint_is_kept_and_reported_on_fresh_episodes(
     assert entry["fresh_return_mean"] == pytest.approx(np.mean(fresh), rel=1e-5)
 
 
-def test_evaluations_leave_training_as_it_is(whole: Any, tmp_path: Path):
+def test_evaluations_do_not_change_training(whole: Any, tmp_path: Path):
     run(tmp_path / "run", eval_every=math.inf, checkpoint_every=math.inf)
     assert logged(tmp_path / "run") == logged(whole[1])
 
 
 @pytest.mark.parametrize("updates", [3, 8, 9])
-def test_a_resumed_run_evaluates_what_an_undisturbed_one_does(
-    whole: Any, tmp_path: Path, updates: int
-):
-    """As if killed after the checkpoint at `updates`, before its evaluation was recorded, and in
-    the middle of writing a row."""
+def test_a_resumed_run_evaluates_like_an_undisturbed_one(whole: Any, tmp_path: Path, updates: int):
+    """As if killed after the checkpoint at `updates`, before its evaluation was recorded, while
+    writing a row."""
     copy = Path(shutil.copytree(whole[1], tmp_path / "copy"))
     for folder in (copy / "checkpoints").iterdir():
         if int(folder.name) > updates:
@@ -129,7 +127,7 @@ def test_a_resumed_run_evaluates_what_an_undisturbed_one_does(
     assert evaluated(copy) == evaluated(whole[1])
 
 
-def test_evaluations_by_the_clock_each_have_a_row(tmp_path: Path):
+def test_timed_evaluations_each_have_a_row(tmp_path: Path):
     run(tmp_path / "run", eval_every=1e-3, eval_unit="seconds")
     updates = [int(row["update"]) for row in rows(tmp_path / "run")]
     assert updates == sorted(updates)
@@ -137,7 +135,7 @@ def test_evaluations_by_the_clock_each_have_a_row(tmp_path: Path):
     assert updates[-1] == LENGTH
 
 
-def test_rows_of_a_write_that_failed_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_rows_of_a_failed_write_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     log, returns = EvalLog(tmp_path, 32), {"sampled": np.ones((2, 4))}
     log.add(Position(1), returns)
     before = (tmp_path / "eval.csv").read_bytes()
@@ -152,19 +150,19 @@ def test_rows_of_a_write_that_failed_are_removed(tmp_path: Path, monkeypatch: py
             log.add(Position(2), returns)
     assert (tmp_path / "eval.csv").read_bytes() == before
     log.add(Position(2), returns)
-    log.add(Position(2), returns)  # once only
+    log.add(Position(2), returns)  # ignored
     assert [int(row["update"]) for row in rows(tmp_path)] == [1, 1, 2, 2]
     steps, means = evaluation_curve(tmp_path)
     np.testing.assert_array_equal((steps, means), ([32, 64], [1, 1]))
 
 
-def test_an_interval_without_a_directory_is_refused():
+def test_eval_every_without_a_run_directory_is_refused():
     with pytest.raises(ppo.ConfigError, match=r"eval_every = 3.0: .* give run_dir"):
         ppo.run(CONFIG, eval_every=3, env=RandomWalk())
 
 
 class Endless(ConstantChain):
-    """No episode ends, and no limit is stated."""
+    """Episodes never end, and there is no time limit."""
 
     @property
     def default_params(self) -> Any:
@@ -186,7 +184,7 @@ def test_episodes_that_never_end_have_no_return(monkeypatch: pytest.MonkeyPatch)
     assert result.summary["unfinished_eval_episodes"] == 8
 
 
-def test_resuming_a_finished_run_changes_nothing_and_says_so(whole: Any, tmp_path: Path):
+def test_resuming_a_finished_run_changes_nothing(whole: Any, tmp_path: Path):
     copy = Path(shutil.copytree(whole[1], tmp_path / "copy"))
     before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(copy.rglob("*"))}
     result = ppo.resume(copy, env=RandomWalk(), progress=False)
@@ -200,7 +198,7 @@ def test_resuming_a_finished_run_changes_nothing_and_says_so(whole: Any, tmp_pat
     assert result.returns.shape == (2, 0)
 
 
-def test_the_command_line_says_that_a_run_is_finished(tmp_path: Path, capsys: Any):
+def test_the_command_line_reports_a_finished_run(tmp_path: Path, capsys: Any):
     small = "--total-timesteps=64 --num-steps=8 --hidden-sizes=4 --num-minibatches=2".split()
     directory = str(tmp_path / "r")
     assert main(["train", "--run-dir", directory, *small]) == 0

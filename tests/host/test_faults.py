@@ -1,4 +1,4 @@
-"""What a run survives, each fault done for real to a process of its own."""
+"""Real faults in separate processes: kills, signals, full disks, read-only directories."""
 
 import os
 import random
@@ -33,20 +33,20 @@ LONG = ["--total-timesteps=1000000000", "--eval-episodes=8"]
 
 
 @pytest.fixture(autouse=True)
-def hear_sigint() -> None:
-    """Where the tests run in a shell's background they ignore it, and so would what they start."""
+def handle_sigint() -> None:
+    """Tests started in a shell's background ignore SIGINT, and so would their child processes."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Root may write everywhere, but for what a process without these capabilities may.
+# Root may write everywhere, unless its process lacks these capabilities.
 POWERLESS = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all")
 
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The directory of a run, by its arguments, that was left alone. A process of its own compiles
-    what those do that are disturbed."""
+    """Return a function from arguments to the directory of an undisturbed run. It trains in a
+    separate process, which compiles the same programs as the disturbed ones."""
     done: dict[tuple[str, ...], Path] = {}
 
     def train(*arguments: str) -> Path:
@@ -80,15 +80,18 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
 def kill_and_resume(
     start: Any, alone: Path, killed: Path, arguments: list[str], kills: int, seed: int
 ) -> int:
-    """Kill a run again and again, at random moments of its start and of its training, and resume
-    it each time; how often it went on from a checkpoint. One that comes to its end before enough
-    kills is compared with one that was left alone, and begun anew."""
+    """Kill a run repeatedly, at random moments of its start and its training, and resume it each
+    time. If it finishes before enough kills, compare it with an undisturbed run and start again.
+
+    Returns:
+        how often it resumed from a checkpoint.
+    """
     moments = random.Random(seed)
     command: list[Any] = ["train", "--run-dir", killed, *arguments]
-    done = went_on = 0
+    done = resumed = 0
     while done < kills:
         process, before = start(*command), rows(killed)
-        if moments.random() < 0.2:  # anywhere in the start
+        if moments.random() < 0.2:  # during the start
             time.sleep(moments.uniform(0.0, 5.0))
         else:
             while rows(killed) in (0, before) and process.popen.poll() is None:
@@ -97,7 +100,7 @@ def kill_and_resume(
         process.popen.send_signal(signal.SIGKILL)
         finished = process.end() == 0
         done += not finished
-        went_on += "resuming from update" in process.text()
+        resumed += "resuming from update" in process.text()
         command = ["resume", killed]
         if finished or not (killed / "config.toml").exists():
             command = ["train", "--run-dir", killed, *arguments]
@@ -106,7 +109,7 @@ def kill_and_resume(
             killed.rename(killed.with_name(f"killed {done}"))
     process = start(*command)
     assert process.end() == 0, process.text()
-    return went_on + ("resuming from update" in process.text())
+    return resumed + ("resuming from update" in process.text())
 
 
 @pytest.mark.faults
@@ -151,7 +154,7 @@ def test_killed_20_times(
     assert_same_end(alone, run)
 
 
-# Told to stop
+# Stop signals
 
 
 STOPPED = "--total-timesteps=40000 --eval-episodes=8 --hidden-sizes 128 128".split()
@@ -163,7 +166,7 @@ MOMENTS: dict[str, Callable[[Path, Process], Any]] = {
 
 
 def stop_and_resume(start: Any, folder: Path, moment: str, signum: int) -> Path:
-    """The directory of a run that was told to stop at a moment, and resumed to its end."""
+    """Stop a run with a signal, resume it to its end, and return its directory."""
     run = folder / "ru n é"
     arguments = STOPPED + (["--checkpoint-every=1e-9"] if moment == "saving" else [])
     process = start("train", "--run-dir", run, *arguments)
@@ -197,12 +200,14 @@ def test_sigint_saves_and_exits_with_130(start: Any, undisturbed: Any, tmp_path:
 
 
 EVALUATED = "--num-envs=64 --eval-episodes=1000000 --env-id=Pendulum-v1 --hidden-sizes=256".split()
-"""So that each evaluation takes minutes."""
+"""Arguments with which each evaluation takes minutes."""
 
 
 @pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.faults)])
-def test_a_stop_waits_for_no_evaluation_of_a_checkpoint(start: Any, tmp_path: Path, devices: int):
-    """Beside which training goes on, or which it waits for if its devices wait for each other."""
+def test_a_stop_does_not_wait_for_the_evaluation_of_a_checkpoint(
+    start: Any, tmp_path: Path, devices: int
+):
+    """On one device training continues during the evaluation; on two devices it waits for it."""
     run, often = tmp_path / "r", ["--checkpoint-every=0.1", f"--devices={devices}"]
     process = start("train", "--run-dir", run, *often, *LONG[:1], *EVALUATED)
     process.until(lambda: checkpoints.has_any(run))
@@ -213,7 +218,7 @@ def test_a_stop_waits_for_no_evaluation_of_a_checkpoint(start: Any, tmp_path: Pa
 
 
 @pytest.mark.faults
-def test_a_stop_waits_for_no_evaluation_at_the_end(start: Any, tmp_path: Path):
+def test_a_stop_does_not_wait_for_the_final_evaluation(start: Any, tmp_path: Path):
     run = tmp_path / "r"
     process = start("train", "--run-dir", run, "--total-timesteps=8192", *EVALUATED)
     process.until(lambda: checkpoints.has_any(run))
@@ -238,8 +243,8 @@ def test_a_second_signal_exits_at_once(start: Any, tmp_path: Path):
     assert rows(tmp_path / "r") == 0
 
 
-def test_stopped_in_python_it_saves_and_raises(tmp_path: Path):
-    """Where a script of one's own calls `run`, a signal comes out as Python's own exceptions."""
+def test_a_signal_during_run_in_python_saves_and_raises(tmp_path: Path):
+    """In a script that calls `run`, a signal raises Python's own exceptions."""
     code = """
 import sys, signal, threading, time, os, purejaxppo as ppo
 from pathlib import Path
@@ -262,23 +267,23 @@ except KeyboardInterrupt:
     assert done.stdout == "saved\n"
 
 
-# A disk that is full
+# Full disks
 
 
 WIDE = "--hidden-sizes 128 128 --num-steps=512 --checkpoint-every=0.5 --devices=1".split()
 
 
 def limit_files(process: Process, size: int = resource.RLIM_INFINITY) -> None:
-    """No file of the process may grow beyond so many bytes."""
+    """Limit the size in bytes of all files that the process writes."""
     resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-def test_a_full_disk_costs_no_earlier_checkpoint_and_training_goes_on(start: Any, tmp_path: Path):
+def test_training_continues_on_a_full_disk_and_keeps_checkpoints(start: Any, tmp_path: Path):
     run = tmp_path / "r"
     process = start("train", "--run-dir", run, *LONG, *WIDE)
     first = process.until(lambda: checkpoints.has_any(run) and checkpoints.find(run)[0])
     limit_files(process, 200_000)
-    process.until(lambda: "training goes on, and earlier checkpoints" in process.err.read_text())
+    process.until(lambda: "training continues, and earlier checkpoints" in process.err.read_text())
     assert re.search(r"cannot be written: .*File too large", process.text())
     last, _ = checkpoints.find(run)
     assert last.position.updates >= first.position.updates
@@ -290,7 +295,7 @@ def test_a_full_disk_costs_no_earlier_checkpoint_and_training_goes_on(start: Any
 
 @pytest.mark.faults
 @pytest.mark.parametrize("what", ["checkpoint", "metrics", "tensorboard"])
-def test_a_run_ended_by_a_full_disk_goes_on_once_there_is_space(
+def test_a_run_ended_by_a_full_disk_can_be_resumed(
     start: Any, undisturbed: Any, tmp_path: Path, what: str
 ):
     arguments = [*WIDE, "--total-timesteps=60000", "--eval-episodes=8"]
@@ -307,14 +312,14 @@ def test_a_run_ended_by_a_full_disk_goes_on_once_there_is_space(
     assert_same_end(undisturbed(*arguments), run)
 
 
-def test_a_checkpoint_folder_that_cannot_be_made_ends_in_a_message(start: Any, tmp_path: Path):
-    """And in the end of the process: orbax's threads are not waited for."""
+def test_an_unwritable_checkpoint_folder_gives_a_message(start: Any, tmp_path: Path):
+    """The process exits without waiting for orbax's threads."""
     run = tmp_path / "r"
     prefix = POWERLESS if os.geteuid() == 0 else ()
     process = start("train", "--run-dir", run, *LONG, "--checkpoint-every=0.5", prefix=prefix)
     process.until(lambda: checkpoints.has_any(run))
     (run / "checkpoints").chmod(0o555)
-    process.until(lambda: "training goes on" in process.err.read_text())
+    process.until(lambda: "training continues" in process.err.read_text())
     process.popen.send_signal(signal.SIGTERM)
     assert process.end() == 1
     assert "cannot be written: " in process.text()
@@ -323,7 +328,7 @@ def test_a_checkpoint_folder_that_cannot_be_made_ends_in_a_message(start: Any, t
 
 
 @pytest.mark.faults
-def test_a_run_whose_output_nobody_takes_goes_on(tmp_path: Path):
+def test_a_run_survives_a_closed_output_pipe(tmp_path: Path):
     arguments = ["train", "--run-dir", str(tmp_path / "r"), "--total-timesteps=20000"]
     with subprocess.Popen(
         [sys.executable, "-m", "purejaxppo", *arguments, "--eval-episodes=2"],
@@ -345,12 +350,12 @@ def test_a_second_process_is_refused_and_names_the_first(start: Any, tmp_path: P
     run = tmp_path / "r"
     first = start("train", "--run-dir", run, *LONG)
     first.until(lambda: rows(run))
-    pid, out = first.popen.pid, first.out.rename(tmp_path / "out of the first")
+    pid, out = first.popen.pid, first.out.rename(tmp_path / "first stdout")
     again = {"resume": ["resume", run], "train": ["train", "--run-dir", run, *LONG]}
     second = start(*again[command])
     assert second.end() == 2
-    assert f"process {pid} on " in second.text()
-    assert "is writing there; wait for it, stop it" in second.text()
+    assert f"is in use by process {pid} on " in second.text()
+    assert "; wait for it, stop it" in second.text()
     assert first.popen.poll() is None
     first.popen.send_signal(signal.SIGTERM)
     assert first.end() == 143

@@ -1,4 +1,4 @@
-"""One training and many over 4 pretend devices."""
+"""Single runs and several seeds on 4 virtual devices."""
 
 import dataclasses
 import os
@@ -31,7 +31,7 @@ WHOLE = ppo.Config(
     normalize_obs=True,
     normalize_reward=True,
 )
-"""Every minibatch is the whole batch, so that it is the same however it is dealt out."""
+"""Every minibatch is the whole batch, so it is the same however it is divided."""
 
 
 def trained(config: ppo.Config, devices: int, num_seeds: int = 1) -> tuple[TrainState, Any]:
@@ -66,13 +66,13 @@ def assert_close(a: Any, b: Any, **tolerance: float) -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_a_training_learns_the_same_over_1_2_and_4_devices(settings: dict[str, Any]):
-    """Parameters, normalisers and metrics after 5 updates, up to the order of sums. With
-    gradients summed where they should be averaged, or statistics of each device's own, they
-    differ in the first digits."""
+def test_a_run_learns_the_same_on_1_2_and_4_devices(settings: dict[str, Any]):
+    """Parameters, normalisation statistics and metrics after 5 updates, up to the order of sums.
+    Summing gradients that should be averaged, or separate statistics per device, would change the
+    first digits."""
     config = dataclasses.replace(WHOLE, **settings)
     alone, rows = trained(config, 1)
-    if not config.whole_episodes:  # the first statistics are one rollout's
+    if not config.whole_episodes:  # the initial statistics come from one rollout
         assert alone.learner.obs_stats.total == (config.num_updates + 1) * config.batch_size
     for devices in (4,) if settings else (2, 4):
         states, spread_rows = trained(config, devices)
@@ -81,8 +81,8 @@ def test_a_training_learns_the_same_over_1_2_and_4_devices(settings: dict[str, A
         assert_close(spread_rows, rows, atol=2e-4, rtol=2e-4)
 
 
-def test_seeds_and_environments_are_spread_at_once():
-    """2 seeds of 2 devices each, up to the order of sums."""
+def test_seeds_and_environments_are_both_spread():
+    """2 seeds on 2 devices each, up to the order of sums."""
     alone, rows = trained(WHOLE, 1, num_seeds=2)
     states, spread_rows = trained(WHOLE, 4, num_seeds=2)
     assert_close(states.learner, alone.learner, atol=1e-5, rtol=1e-5)
@@ -90,8 +90,8 @@ def test_seeds_and_environments_are_spread_at_once():
     assert_close(spread_rows, rows, atol=2e-4, rtol=2e-4)
 
 
-def test_devices_shuffle_for_themselves_and_learn():
-    """Minibatches are then of equal parts; the episode's length grows as it does on one."""
+def test_shuffling_on_each_device_learns():
+    """Each minibatch has an equal part from each device; episode lengths grow as on one device."""
     config = dataclasses.replace(WHOLE, num_minibatches=4, total_timesteps=8 * 16 * 100)
     for devices in (1, 4):
         _, rows = trained(config, devices)
@@ -100,7 +100,7 @@ def test_devices_shuffle_for_themselves_and_learn():
 
 
 @pytest.mark.parametrize("devices", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_seed_comes_out_the_same_over_1_2_and_4_devices_and_alone(devices: int, fused: Any):
+def test_a_seed_gives_the_same_bits_on_1_2_and_4_devices_and_alone(devices: int, fused: Any):
     config = dataclasses.replace(WHOLE, num_minibatches=4)
     one_by_one, rows = trained(config, 1, num_seeds=4)
     assert_close(trained(config, devices, num_seeds=4), (one_by_one, rows), atol=0, rtol=0)
@@ -112,17 +112,17 @@ def test_a_seed_comes_out_the_same_over_1_2_and_4_devices_and_alone(devices: int
 @pytest.mark.parametrize(
     ("config", "run", "message"),
     [
-        (ppo.Config(), {"devices": 5}, "devices = 5: there are 4"),
+        (ppo.Config(), {"devices": 5}, "devices = 5: only 4 available"),
         (ppo.Config(), {"devices": 3}, "num_envs = 4 is not divisible by devices = 3"),
         (
             ppo.Config(num_envs=8, num_minibatches=4, memory="gru"),
             {"devices": 4},
             "use fewer devices or minibatches",
         ),
-        (ppo.Config(), {"devices": 4, "num_seeds": 6}, "num_seeds = 6 cannot be dealt out evenly"),
+        (ppo.Config(), {"devices": 4, "num_seeds": 6}, "num_seeds = 6 cannot be divided evenly"),
     ],
 )
-def test_what_cannot_be_dealt_out_is_refused_first(
+def test_uneven_divisions_are_refused_before_anything_is_written(
     config: ppo.Config, run: dict[str, Any], message: str, tmp_path: Any
 ):
     with pytest.raises(ppo.ConfigError, match=message):
@@ -130,9 +130,9 @@ def test_what_cannot_be_dealt_out_is_refused_first(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("told", "expected"), [({}, 0), ({"JAX_NUM_CPU_DEVICES": "3"}, 3)])
-def test_every_core_is_a_device_unless_told_otherwise(told: dict[str, str], expected: int):
-    """In a process of its own, where nothing has started JAX: importing the package must not."""
+@pytest.mark.parametrize(("variables", "expected"), [({}, 0), ({"JAX_NUM_CPU_DEVICES": "3"}, 3)])
+def test_every_core_is_a_device_unless_configured(variables: dict[str, str], expected: int):
+    """In a separate process, where JAX has not started; importing the package must not start it."""
     script = (
         "import os, jax, purejaxppo\n"
         "from purejaxppo.host.parallel import use_all_cores\n"
@@ -140,7 +140,7 @@ def test_every_core_is_a_device_unless_told_otherwise(told: dict[str, str], expe
         "print(jax.device_count(), len(os.sched_getaffinity(0)))"
     )
     process = subprocess.run(
-        [sys.executable, "-c", script], env=os.environ | told, capture_output=True, check=True
+        [sys.executable, "-c", script], env=os.environ | variables, capture_output=True, check=True
     )
     devices, cores = map(int, process.stdout.split())
     assert devices == (expected or cores)
@@ -166,18 +166,18 @@ def test_how_many_devices_are_used(run: dict[str, int], used: int):
 @pytest.mark.parametrize(
     ("changes", "devices"),
     [
-        ({}, 1),  # 128 samples a minibatch: the exchange of gradients costs more than it saves
+        ({}, 1),  # 128 samples per minibatch: the exchange of gradients costs more than it saves
         ({"num_envs": 64}, 4),
         ({"num_envs": 62}, 2),  # not divisible by 4 or 3
         ({"num_envs": 61}, 1),
         ({"num_envs": 64, "num_minibatches": 64}, 1),
         ({"hidden_sizes": (256, 256)}, 1),  # many parameters to exchange
-        # Two sequences a minibatch, which two devices share.
+        # Each minibatch has two sequences, one for each of two devices.
         ({"num_envs": 64, "num_steps": 512, "memory": "gru", "num_minibatches": 32}, 2),
     ],
     ids=str,
 )
-def test_a_single_run_uses_the_cores_that_pay(changes: dict[str, Any], devices: int):
+def test_a_single_run_uses_the_cores_that_make_it_faster(changes: dict[str, Any], devices: int):
     settings = Settings(ppo.Config(**changes))
     task = ppo.make_task(settings.config)
     assert with_devices(settings, task).run.devices == devices
@@ -190,10 +190,10 @@ def test_a_single_run_uses_the_cores_that_pay(changes: dict[str, Any], devices: 
 
 
 @pytest.mark.slow
-def test_the_number_of_cores_is_shown_and_recorded_so_that_a_run_repeats(
+def test_the_number_of_cores_is_shown_and_recorded(
     tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ):
-    """The minibatches depend on it."""
+    """A run can be repeated only if it is known, since the minibatches depend on it."""
     config = ppo.Config(
         total_timesteps=2 * 16 * 1024, num_envs=16, num_steps=1024, num_minibatches=2,
         update_epochs=1,
@@ -212,7 +212,7 @@ def test_the_number_of_cores_is_shown_and_recorded_so_that_a_run_repeats(
 
 
 @pytest.mark.slow
-def test_a_spread_run_is_resumed_on_as_many_devices(tmp_path: Path):
+def test_a_spread_run_resumes_on_the_same_number_of_devices(tmp_path: Path):
     config = dataclasses.replace(
         WHOLE, num_minibatches=2, total_timesteps=2 * 8 * 16, lr_schedule="constant"
     )
@@ -228,10 +228,10 @@ def test_a_spread_run_is_resumed_on_as_many_devices(tmp_path: Path):
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_nothing_is_trained_beside_an_evaluation_if_devices_wait_for_each_other(
+def test_training_pauses_during_an_evaluation_if_devices_exchange_data(
     devices: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """XLA aborts a run on CPU if one of its devices misses a thread for 40 seconds."""
+    """On CPU, XLA aborts a run if one of its devices gets no thread for 40 seconds."""
     evaluating, during, patience = threading.Event(), [], 60.0 if devices == 1 else 2.0
     evaluate, compiled = Evaluation.__call__, conduct.compile_program
 
@@ -261,7 +261,7 @@ def test_nothing_is_trained_beside_an_evaluation_if_devices_wait_for_each_other(
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_a_stop_before_the_first_update_saves_one(
+def test_a_stop_before_the_first_update_trains_and_saves_one(
     devices: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     compiled = conduct.compile_program

@@ -1,4 +1,4 @@
-"""Population-based training, against plain NumPy and against itself on one device."""
+"""Population-based training, compared with plain NumPy and with one device."""
 
 import csv
 import signal
@@ -46,11 +46,11 @@ def train(directory: Path, devices: int, **options: Any) -> ppo.SweepResult:
 
 
 @pytest.mark.parametrize("size", [5, 12, 20])
-def test_the_best_fifth_take_the_place_of_the_worst(size: int):
+def test_the_best_fifth_replace_the_worst(size: int):
     rng = np.random.default_rng(size)
     score = rng.normal(size=size)
     score[3] = np.nan
-    padded = np.append(score, 100.0)  # one that only fills a device, and must not be taken over
+    padded = np.append(score, 100.0)  # padding, which must not be copied
     parents = np.asarray(choose_parents(jax.random.key(0), size, jnp.asarray(padded, jnp.float32)))
     order = sorted(range(size), key=lambda k: -np.inf if np.isnan(score[k]) else score[k])
     cut = size // 5
@@ -60,24 +60,24 @@ def test_the_best_fifth_take_the_place_of_the_worst(size: int):
         assert parents[k] in (best if k in worst else {k})
 
 
-def test_what_is_taken_over_changes_by_a_factor_and_stays_in_its_range():
+def test_copied_hyperparameters_change_by_a_factor_within_their_range():
     population = Population(500, 2, (("gamma", 0.5, 0.9), ("ent_coef", 0.0, 1.0)), 0, 10)
     given = ppo.HParams(gamma=jnp.full(500, 0.8), ent_coef=jnp.full(500, 0.5))
-    taken = jnp.arange(500) < 400
-    found = explore(jax.random.key(1), population, given, taken)
+    replaced = jnp.arange(500) < 400
+    found = explore(jax.random.key(1), population, given, replaced)
     gammas, coefficients = np.asarray(found.gamma), np.asarray(found.ent_coef)
     np.testing.assert_array_equal(gammas[400:], np.float32(0.8))
     np.testing.assert_allclose(np.unique(gammas[:400]), [0.64, 0.9], rtol=1e-6)
     np.testing.assert_allclose(np.unique(coefficients[:400]), [0.4, 0.6], rtol=1e-6)
     low = np.mean(coefficients[:400] < 0.5)
     assert abs(low - 0.5) < 0.1
-    assert np.mean((gammas[:400] < 0.8) == (coefficients[:400] < 0.5)) < 0.6  # drawn apart
+    assert np.mean((gammas[:400] < 0.8) == (coefficients[:400] < 0.5)) < 0.6  # drawn independently
     assert found.learning_rate == given.learning_rate
 
 
-def test_parameters_and_numbers_come_from_the_same_member_and_keys_do_not():
-    """8 members over 4 devices, each of which has its own number for everything it learned. Member
-    2 has failed, so its return, the highest, does not count, and its updates go on."""
+def test_parameters_and_hyperparameters_have_the_same_parent_and_keys_are_kept():
+    """8 members on 4 devices, each with its own number in place of everything learned. Member 2 has
+    failed, so its return, the highest, does not count, and its updates continue."""
     number = jnp.arange(8.0)
     keys = jax.random.split(jax.random.key(0), 8)
     updates, rounds = jnp.full(8, 4).at[2].set(3), jnp.full(8, 4)
@@ -104,9 +104,12 @@ def test_parameters_and_numbers_come_from_the_same_member_and_keys_do_not():
 @pytest.mark.parametrize(
     ("score", "parents"),
     [
-        ([1.0, np.nan, 5.0, 3.0, -np.inf, 2.0], [0, 1, 2, 3, 2, 5]),  # failed before not scored
-        ([-np.inf] * 4 + [0.0] + [-np.inf] * 5, [*range(8), 4, 4]),  # copies of the only one left
-        ([np.nan] * 5, range(5)),  # nothing to choose by
+        ([1.0, np.nan, 5.0, 3.0, -np.inf, 2.0], [0, 1, 2, 3, 2, 5]),  # failed ranks below unscored
+        (
+            [-np.inf] * 4 + [0.0] + [-np.inf] * 5,
+            [*range(8), 4, 4],
+        ),  # copies of the only one with a score
+        ([np.nan] * 5, range(5)),  # no scores
         ([-np.inf] * 5, range(5)),
     ],
 )
@@ -128,16 +131,16 @@ def curves(directory: Path) -> dict[str, np.ndarray]:
         return dict(table)
 
 
-def test_a_population_over_4_devices_is_the_one_on_1(alone: Path, tmp_path: Path):
+def test_a_population_is_the_same_on_1_and_4_devices(alone: Path, tmp_path: Path):
     train(tmp_path / "s", devices=4)
     assert (tmp_path / "s/results.csv").read_text() == (alone / "results.csv").read_text()
     for name, column in curves(alone).items():
         np.testing.assert_array_equal(curves(tmp_path / "s")[name], column)
 
 
-def test_the_worst_go_on_from_the_best_and_at_their_rates(alone: Path):
-    """As the curves show it: after an exchange a learning rate is the one before, or a factor of
-    another's; the schedule is linear."""
+def test_the_worst_continue_from_the_best_with_perturbed_learning_rates(alone: Path):
+    """According to the curves: after an exchange a learning rate is unchanged, or that of another
+    member times a factor. The schedule is linear."""
     table = curves(alone)
     rates = table["learning_rate"].reshape(8, 8) / (1 - np.arange(8) / 8)
     changed = 0
@@ -156,7 +159,7 @@ def test_the_worst_go_on_from_the_best_and_at_their_rates(alone: Path):
 
 RATES = [1e30, *np.geomspace(1e-3, 1e-1, 6).tolist(), 1e30]
 """Learning rates of 8 members: the first and the last fail in their first update."""
-IN_ANOTHER_PROCESS = """
+SCRIPT = """
 import sys
 sys.path[:0] = ["tests", "tests/host"]
 import conftest
@@ -181,9 +184,9 @@ def failing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_a_member_that_failed_is_replaced_and_learns_again(failing: Path):
-    """One member of 8 is replaced per exchange, every second update: one of the two that failed
-    after update 2 and the other after update 4."""
+def test_a_failed_member_is_replaced_and_learns_again(failing: Path):
+    """One of 8 members is replaced at each exchange, every second update: one of the two failed
+    members after update 2, the other after update 4."""
     table = curves(failing)
     names = ("policy_loss", "learning_rate", "env_steps")
     loss, rate, steps = (table[name].reshape(8, 8) for name in names)
@@ -195,31 +198,31 @@ def test_a_member_that_failed_is_replaced_and_learns_again(failing: Path):
         assert np.isnan(steps[member, ~kept]).all()
         scheduled = 1 - updates / 8
         mine, others = rate[member, kept] / scheduled[kept], rate[1:7, 0]
-        np.testing.assert_allclose(mine, mine[0], rtol=1e-5)  # it is nobody's worst later
+        np.testing.assert_allclose(mine, mine[0], rtol=1e-5)  # it is not replaced again
         assert np.isclose(np.outer(others, FACTORS), mine[0], rtol=1e-5).any()
     assert np.isfinite(loss[1:7]).all()
     rows = list(csv.DictReader((failing / "results.csv").open()))
     assert all(row["failed_at_update"] == "" and row["eval_return"] for row in rows)
 
 
-def test_devices_agree_on_exchanges_though_their_first_member_has_failed(
+def test_devices_agree_on_exchanges_even_if_their_first_member_failed(
     failing: Path, tmp_path: Path, one_cache: None
 ):
-    """In a process of its own: devices that disagree wait for each other forever."""
-    command = [sys.executable, "-c", IN_ANOTHER_PROCESS, str(tmp_path / "s")]
+    """In a separate process, since devices that disagree wait for each other forever."""
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "s")]
     subprocess.run(command, check=True, timeout=120)
     assert (tmp_path / "s/results.csv").read_text() == (failing / "results.csv").read_text()
     for name, column in curves(failing).items():
         np.testing.assert_array_equal(curves(tmp_path / "s")[name], column)
 
 
-def test_a_resumed_population_knows_who_has_failed(
+def test_a_resumed_population_remembers_failed_members(
     failing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """It stops after update 1, when two members have failed, and after update 3, with one left."""
+    """Stops after update 1, with two failed members, and after update 3, with one."""
     directory, seen = tmp_path / "s", []
 
-    def stop(shown: Any, done: int, returns: Any) -> None:
+    def stop(progress: Any, done: int, returns: Any) -> None:
         if done in (1, 3):
             signal.raise_signal(signal.SIGTERM)
 
@@ -238,7 +241,7 @@ def test_a_resumed_population_knows_who_has_failed(
         np.testing.assert_array_equal(curves(directory)[name], column)
 
 
-def test_the_best_member_comes_out_as_a_config_file(alone: Path):
+def test_the_best_member_is_written_as_a_config_file(alone: Path):
     rows = list(csv.DictReader((alone / "results.csv").open()))
     best = max(rows, key=lambda row: float(row["eval_return"]))
     text = (alone / "winner.toml").read_text()
@@ -248,8 +251,8 @@ def test_the_best_member_comes_out_as_a_config_file(alone: Path):
     assert isinstance(state.learner, LearnerState)
 
 
-def test_a_member_becomes_a_run_that_can_be_made_longer(failing: Path):
-    """It has no metrics of the updates before it was revived."""
+def test_an_extracted_member_can_be_trained_longer(failing: Path):
+    """It has no metrics for the updates before it was replaced."""
     run_dir = extract_trial(failing, 0, env=RandomWalk())
     longer = ppo.resume(run_dir, total_timesteps=9 * 32, progress=False, env=RandomWalk())
     np.testing.assert_array_equal(
@@ -273,7 +276,7 @@ def test_a_member_becomes_a_run_that_can_be_made_longer(failing: Path):
         ("--sample gamma=uniform:0.9,1 --num-seeds 2", "num_seeds = 2: must be 1 with strategy"),
     ],
 )
-def test_what_a_population_cannot_be_made_of(
+def test_invalid_populations_are_refused(
     arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     command = ["sweep", "--strategy", "pbt", "--run-dir", str(tmp_path / "s")]

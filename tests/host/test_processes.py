@@ -1,4 +1,4 @@
-"""Several processes that share a training, on this machine."""
+"""Several processes on one machine that train one run together."""
 
 import signal
 import socket
@@ -36,7 +36,7 @@ def flags(process_id: int, port: int, num_processes: int = 2) -> list[str]:
 
 @pytest.fixture
 def start_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Both processes of a command, each with one device."""
+    """Return a function that starts both processes of a command, each with one device."""
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
     started: list[Process] = []
 
@@ -56,7 +56,7 @@ def start_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [False, True])
-def test_two_processes_are_one_with_two_devices_also_after_one_was_killed(
+def test_two_processes_equal_one_with_two_devices_even_after_a_kill(
     start_two: Any, tmp_path: Path, killed: bool
 ):
     """Bit for bit: parameters, statistics, metrics and evaluation."""
@@ -69,7 +69,7 @@ def test_two_processes_are_one_with_two_devices_also_after_one_was_killed(
         began = time.monotonic()
         assert first.end() == 1
         assert time.monotonic() - began < ENDED_WITHIN
-        assert "process 1 is gone, so this one ends" in first.text()
+        assert "lost process 1, so this process exits" in first.text()
         before = rows(run)
         both = start_two("resume", run)
     for process in both:
@@ -91,8 +91,8 @@ def test_a_signal_to_one_process_stops_both(start_two: Any, tmp_path: Path):
     assert checkpoints.find(run)[0].position.updates == rows(run)
 
 
-def test_a_signal_amid_the_agreement_counts_at_the_next(monkeypatch: pytest.MonkeyPatch):
-    """The others were told of none, so to stop alone would leave them waiting for ever."""
+def test_a_signal_during_an_exchange_counts_at_the_next_one(monkeypatch: pytest.MonkeyPatch):
+    """The other processes did not hear of it; if one stopped alone, they would wait forever."""
     stop = StopRequest()
 
     def agree_late(*numbers: int) -> np.ndarray:
@@ -110,14 +110,14 @@ def test_a_signal_amid_the_agreement_counts_at_the_next(monkeypatch: pytest.Monk
         ("--coordinator=here", "coordinator = 'here': must be HOST:PORT"),
         ("--coordinator=127.0.0.1:1 --num-processes=1", "num_processes = 1: must be at least 2"),
         ("--coordinator=127.0.0.1:1 --num-processes=2 --process-id=2", "below num_processes = 2"),
-        ("--num-processes=2", "without coordinator there is one process"),
+        ("--num-processes=2", "several processes need a coordinator"),
         (
             "--coordinator=127.0.0.1:1 --num-processes=2 --process-id=1 --wait-seconds=0.3",
-            "process 0 does not answer there since 0.3 s",
+            "no answer from process 0 within 0.3 s",
         ),
     ],
 )
-def test_what_is_wrong_is_said_before_jax_starts(
+def test_invalid_options_are_refused_before_jax_starts(
     arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert main(["train", "--run-dir", str(tmp_path / "r"), *arguments.split()]) == 2
@@ -125,34 +125,34 @@ def test_what_is_wrong_is_said_before_jax_starts(
     assert not (tmp_path / "r").exists()
 
 
-def test_a_process_that_does_not_come_is_waited_for_so_long(
+def test_waiting_for_a_missing_process_times_out(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
     command = ["train", "--run-dir", str(tmp_path / "r"), *flags(0, free_port())]
     assert main([*command, "--wait-seconds=0.3"]) == 2
-    assert "only 1 came within 0.3 s" in capsys.readouterr().err
+    assert "only 1 connected within 0.3 s" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("count", "identity", "task", "message"),
     [
-        (3, 1, "train", "num_processes: the processes were told [2, 3]"),
+        (3, 1, "train", "num_processes: the processes were given [2, 3]"),
         (2, 1, "something else", "the processes have different settings"),
     ],
 )
-def test_processes_that_do_not_agree_all_end(count: int, identity: int, task: str, message: str):
-    """In threads, as none of them comes so far as to start JAX."""
-    coordinator, said = f"127.0.0.1:{free_port()}", []
+def test_processes_that_disagree_all_exit(count: int, identity: int, task: str, message: str):
+    """Uses threads, since none of them gets as far as starting JAX."""
+    coordinator, results = f"127.0.0.1:{free_port()}", []
 
     def meet(count: int, identity: int, task: str) -> None:
         try:
             with joined(Processes(coordinator, count, identity, wait_seconds=10.0), task):
-                said.append("joined")
+                results.append("joined")
         except ppo.ConfigError as error:
-            said.append(str(error))
+            results.append(str(error))
 
     other = threading.Thread(target=meet, args=(count, identity, task))
     other.start()
     meet(2, 0, "train")
     other.join()
-    assert [message in text for text in said] == [True, True]
+    assert [message in text for text in results] == [True, True]

@@ -1,4 +1,4 @@
-"""Going on with a run: that nothing shows, what is refused, and what is kept."""
+"""Resuming runs: exact continuation, refused changes, and the checkpoints that are kept."""
 
 import dataclasses
 import importlib
@@ -42,7 +42,7 @@ class BadKey(Params):
 
 
 class OneBadEpisode(RandomWalk):
-    """NaN rewards or observations in the episode that began with a certain key."""
+    """Has NaN rewards or observations in the episode that starts with a given key."""
 
     def __init__(self, what: str):
         super().__init__()
@@ -71,7 +71,7 @@ def resume(directory: Path, **options: Any) -> ppo.Result:
 
 
 def cut(directory: Path, updates: int) -> None:
-    """Make it look as if the process had died some time after the checkpoint at `updates`."""
+    """Make a run look as if its process had died after the checkpoint at `updates`."""
     for folder in (directory / "checkpoints").iterdir():
         if int(folder.name) > updates:
             shutil.rmtree(folder)
@@ -82,7 +82,7 @@ def cut(directory: Path, updates: int) -> None:
 
 
 def summary(directory: Path) -> dict[str, Any]:
-    """Without what no two runs share."""
+    """Read the summary without durations, which differ between runs."""
     held = json.loads((directory / "summary.json").read_text())
     times = ("compile_seconds", "run_seconds", "steps_per_second", "digest")
     return {name: value for name, value in held.items() if name not in times}
@@ -113,7 +113,7 @@ def copy(whole: tuple[ppo.Result, Path], tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("updates", [4, 8, 12])
-def test_a_resumed_run_ends_as_if_nothing_had_happened(whole: Any, copy: Path, updates: int):
+def test_a_resumed_run_equals_an_undisturbed_one(whole: Any, copy: Path, updates: int):
     undisturbed, directory = whole
     cut(copy, updates)
     assert_same(resume(copy), undisturbed)
@@ -132,10 +132,8 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(whole: Any, copy:
 
 
 @pytest.mark.parametrize("what", ["reward", pytest.param("obs", marks=pytest.mark.slow)])
-def test_a_seed_that_is_given_nan_disturbs_no_other_and_resumes_as_failed(
-    tmp_path: Path, what: str
-):
-    """In one episode of one of 8 seeds, that which is under way after 8 of 12 updates."""
+def test_nan_in_one_seed_does_not_affect_others_and_is_kept_on_resume(tmp_path: Path, what: str):
+    """NaN in one episode of one of 8 seeds: the one in progress after 8 of 12 updates."""
     config = dataclasses.replace(CONFIG, num_envs=1, num_minibatches=1, total_timesteps=8 * LENGTH)
     env = OneBadEpisode(what)
     options: dict[str, Any] = {"config": config, "env": env, "num_seeds": 8, "keep": 9}
@@ -180,7 +178,7 @@ def test_extending_stretches_schedules_over_the_new_length(
     assert result.summary["extended"] == [
         {"updates": LENGTH, "total_timesteps": longer.total_timesteps}
     ]
-    with pytest.raises(ppo.ConfigError, match="768 environment steps are trained already"):
+    with pytest.raises(ppo.ConfigError, match="has already trained 768 environment steps"):
         resume(tmp_path / "a", total_timesteps=767 - 31)
     if schedule == "constant":
         learner = ppo.make_learner(longer, RandomWalk())
@@ -212,7 +210,7 @@ def test_tensorboard_hides_what_was_logged_after_the_checkpoint(tmp_path: Path):
     assert starts == [8 * 8 + 1]
 
 
-# Which checkpoints there are
+# Kept checkpoints
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path):
@@ -231,12 +229,12 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path):
     state = ppo.load(tmp_path / "a", which="best", task=task).state
     assert int(state.learner.updates) == 20
     assert int(ppo.load(tmp_path / "a", which=35, task=task).state.learner.updates) == 35
-    with pytest.raises(ppo.ConfigError, match=r"no whole checkpoint after 36 updates \(there: "):
+    with pytest.raises(ppo.ConfigError, match=r"no complete checkpoint after 36 updates found"):
         ppo.load(tmp_path / "a", which=36, task=task)
 
 
 @pytest.mark.slow
-def test_checkpoints_by_time_and_none_but_the_last(tmp_path: Path):
+def test_checkpoint_intervals_of_seconds_and_infinity(tmp_path: Path):
     config = dataclasses.replace(CONFIG, total_timesteps=1000 * 32)
     often = run(
         tmp_path / "a", config=config, checkpoint_every=1e-9, checkpoint_unit="seconds", keep=99
@@ -247,8 +245,8 @@ def test_checkpoints_by_time_and_none_but_the_last(tmp_path: Path):
     assert_same(often, once)
 
 
-def test_what_was_not_evaluated_for_a_kill_is_evaluated_after_it(tmp_path: Path):
-    """So the best is the same, and kept, wherever the run was killed."""
+def test_an_evaluation_lost_to_a_kill_is_done_on_resume(tmp_path: Path):
+    """So the best checkpoint is the same, and kept, wherever the run was killed."""
     task = peaked_task(LINE.config, best=4)
     alone = run(tmp_path / "a", config=task, env=None, keep=9)
     assert alone.summary["best_checkpoint"]["updates"] == 4
@@ -264,7 +262,7 @@ def test_what_was_not_evaluated_for_a_kill_is_evaluated_after_it(tmp_path: Path)
         assert (other / "checkpoints/000000004").exists()
 
 
-def test_stopping_again_and_again_leaves_no_more_than_are_kept(tmp_path: Path, whole: Any):
+def test_repeated_stops_leave_only_the_kept_checkpoints(tmp_path: Path, whole: Any):
     result, directory = whole
     found, _ = checkpoints.find(directory)
     settings = dataclasses.replace(found.settings, run=RunSettings(num_seeds=3, keep=2))
@@ -280,8 +278,8 @@ def test_stopping_again_and_again_leaves_no_more_than_are_kept(tmp_path: Path, w
     ]
 
 
-def test_checkpoints_are_whole_whichever_seeds_failed(tmp_path: Path):
-    """Numbers 2 and 10 stand in one order as numbers and in the other as texts."""
+def test_checkpoints_are_complete_whichever_seeds_failed(tmp_path: Path):
+    """Seeds 2 and 10 sort differently as numbers and as strings."""
     ppo.run(LINE, ppo.HParams(learning_rate=1e30), num_seeds=11, run_dir=tmp_path, progress=False)
     found, _ = checkpoints.find(tmp_path)
     assert sorted(found.position.failed) == list(range(11))
@@ -295,15 +293,15 @@ def test_the_newest_checkpoint_is_never_removed(tmp_path: Path, whole: Any):
     assert newest.path.exists()
 
 
-def test_names_are_ordered_as_numbers(tmp_path: Path):
+def test_checkpoint_folders_are_sorted_as_numbers(tmp_path: Path):
     for name in ("999999999", "1000000000", "000000005", "x", "5.saving"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    with pytest.raises(ppo.ConfigError, match="there: 5, 999999999, 1000000000"):
+    with pytest.raises(ppo.ConfigError, match="existing: 5, 999999999, 1000000000"):
         checkpoints.find(tmp_path)
 
 
 def odd_task(config: Any = LINE.config) -> ppo.Task:
-    """Its state has a leaf of no size, and names that are the same once joined by dots."""
+    """Its state has an empty leaf, and names that coincide when joined by dots."""
 
     def learner(axis: str | None) -> Learner:
         inner = line_task(config).learner(axis)
@@ -328,7 +326,7 @@ def odd_task(config: Any = LINE.config) -> ppo.Task:
     )  # fmt: skip
 
 
-def test_states_of_any_structure_come_back(tmp_path: Path):
+def test_states_of_any_structure_are_restored(tmp_path: Path):
     result = run(tmp_path / "a", config=odd_task(), env=None)
     state = ppo.load(tmp_path / "a", odd_task(), seed=None).state
     assert jax.tree.structure(state) == jax.tree.structure(result.states)
@@ -337,10 +335,10 @@ def test_states_of_any_structure_come_back(tmp_path: Path):
         assert bool(np.all(np.asarray(x == y)))
 
 
-# What is refused
+# Refused changes
 
 
-def test_another_training_is_refused_by_the_names_that_differ(copy: Path):
+def test_a_different_run_is_refused_with_the_settings_that_differ(copy: Path):
     path = copy / "config.toml"
     text = path.read_text()
     sizes = ("hidden_sizes = [8]", "hidden_sizes = [8, 8]")
@@ -366,7 +364,7 @@ def test_changed_hyperparameters_are_named(copy: Path, capsys: Any):
     assert "gamma = 0.5 from here on (was 0.99)" in text
 
 
-def test_another_environment_is_refused_by_the_leaves_that_differ(copy: Path):
+def test_another_environment_is_refused_with_the_leaves_that_differ(copy: Path):
     with pytest.raises(ppo.ConfigError, match=r"does not fit .*obs_stats.mean is float32\[3, 2\]"):
         ppo.load(copy, env=Wide())
 
@@ -379,19 +377,19 @@ class Wide(RandomWalk):
         return super().observation_space(params).__class__(0, 1, (3,))
 
 
-def test_an_environment_object_has_to_be_given_again(copy: Path):
+def test_an_environment_object_must_be_passed_again(copy: Path):
     for function in (ppo.resume, ppo.load):
         with pytest.raises(ppo.ConfigError, match="must be passed again"):
             function(copy)
 
 
 def test_seeds_out_of_range_are_refused(copy: Path):
-    for seed, words in ((-1, "must be at least 0"), (3, "the run has the seeds 0 to 2")):
+    for seed, words in ((-1, "must be at least 0"), (3, "the run has seeds 0 to 2")):
         with pytest.raises(ppo.ConfigError, match=f"seed = {seed}: {words}"):
             ppo.load(copy, seed=seed, env=RandomWalk())
 
 
-def test_metrics_that_are_shorter_than_every_checkpoint_says_are_refused(copy: Path):
+def test_metrics_too_short_for_every_checkpoint_are_refused(copy: Path):
     path = copy / "metrics.csv"
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(ppo.ConfigError, match="does not hold the metrics up to the checkpoint"):
@@ -402,20 +400,20 @@ def test_metrics_that_are_shorter_than_every_checkpoint_says_are_refused(copy: P
 
 
 @pytest.mark.parametrize("change", ["digit", "quote"])
-def test_metrics_that_were_changed_are_refused(copy: Path, change: str):
+def test_changed_metrics_are_refused(copy: Path, change: str):
     path = copy / "metrics.csv"
     content = path.read_bytes()
     path.write_bytes(
         content.replace(b"0,2,", b"0,3," if change == "digit" else b'0,"2,', 1)[: len(content)]
     )
-    with pytest.raises(ppo.ConfigError, match="it was changed since"):
+    with pytest.raises(ppo.ConfigError, match="it has changed since"):
         resume(copy)
 
 
-def test_a_finished_run_without_checkpoints_is_not_begun_again(copy: Path):
+def test_a_finished_run_without_checkpoints_is_not_restarted(copy: Path):
     shutil.rmtree(copy / "checkpoints")
     before = (copy / "metrics.csv").read_bytes()
-    with pytest.raises(ppo.ConfigError, match="its checkpoints are gone"):
+    with pytest.raises(ppo.ConfigError, match="its checkpoints are missing"):
         resume(copy)
     assert (copy / "metrics.csv").read_bytes() == before
     (copy / "checkpoints").write_text("")
@@ -423,23 +421,23 @@ def test_a_finished_run_without_checkpoints_is_not_begun_again(copy: Path):
         resume(copy)
 
 
-def test_an_environment_object_is_refused_where_a_name_was_used(tmp_path: Path):
+def test_an_environment_object_is_refused_if_a_name_was_used(tmp_path: Path):
     config = ppo.Config(total_timesteps=64, num_steps=8, hidden_sizes=(8,))
     run(tmp_path / "a", config=config, env=None)
-    with pytest.raises(ppo.ConfigError, match="was not passed to the run, which is of CartPole-v1"):
+    with pytest.raises(ppo.ConfigError, match="was not passed to the original run of CartPole-v1"):
         resume(tmp_path / "a")
 
 
-def test_directories_whose_names_cannot_be(tmp_path: Path):
+def test_invalid_directory_names_are_refused(tmp_path: Path):
     for function in (ppo.resume, ppo.load):
         with pytest.raises(ppo.ConfigError, match="File name too long"):
             function("x" * 300)
-    with pytest.raises(ppo.ConfigError, match="is not written in UTF-8"):
+    with pytest.raises(ppo.ConfigError, match="the name is not valid UTF-8"):
         run(tmp_path / os.fsdecode(b"n\xff"))
 
 
 @pytest.mark.parametrize("which", ["oldest", 4.0, None, -1, True])
-def test_checkpoints_that_cannot_be_are_refused(copy: Path, which: Any):
+def test_invalid_checkpoint_arguments_are_refused(copy: Path, which: Any):
     with pytest.raises(ppo.ConfigError, match="must be newest, best, or a number of updates"):
         ppo.load(copy, which=which, env=RandomWalk())
 
@@ -447,7 +445,7 @@ def test_checkpoints_that_cannot_be_are_refused(copy: Path, which: Any):
 # Agents, devices
 
 
-def test_what_load_gives_goes_into_agent_and_evaluate(whole: Any):
+def test_loaded_states_work_with_make_agent_and_evaluate(whole: Any):
     result, directory = whole
     config, hparams, state = ppo.load(directory, env=RandomWalk())
     assert hparams == ppo.HParams()
@@ -481,7 +479,7 @@ checkpoint.save(Path(sys.argv[2]), found.position, found.settings, spread)
 
 
 @pytest.mark.slow
-def test_states_go_from_one_device_to_four_and_back(tmp_path: Path):
+def test_checkpoints_move_from_one_device_to_four_and_back(tmp_path: Path):
     config = ppo.Config(total_timesteps=64, num_steps=8, hidden_sizes=(8,))
     run(tmp_path / "one", config=config, env=None, num_seeds=4)
     (tmp_path / "four").mkdir()
@@ -494,7 +492,7 @@ def test_states_go_from_one_device_to_four_and_back(tmp_path: Path):
 
 
 class Clock:
-    """`time`, in which nothing takes time but what `passes`."""
+    """A replacement for `time`, whose clock moves only when a test sets `now`."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -507,7 +505,7 @@ class Clock:
 def test_a_chunk_takes_half_a_second_or_is_one_update(
     monkeypatch: pytest.MonkeyPatch, seconds: float
 ):
-    """Where each update takes so many seconds, and ten times as many in the first call."""
+    """Each update takes `seconds`, and ten times longer in the first call."""
     clock, counts = Clock(), []
     compile_program = conduct.compile_program
 

@@ -1,4 +1,4 @@
-"""The host loop: its files, that they repeat the run, seeds that fail, evaluation and agents."""
+"""`run`: its files, repeatability, failing seeds, evaluation, agents and plots."""
 
 import csv
 import dataclasses
@@ -46,7 +46,7 @@ def rows(directory: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_run_directory_holds_what_was_promised(finished: Any):
+def test_a_run_directory_holds_the_documented_files(finished: Any):
     _, result, directory = finished
     assert {p.name for p in directory.iterdir()} == FILES | {"tensorboard"}
     summary = json.loads((directory / "summary.json").read_text())
@@ -61,7 +61,7 @@ def test_a_run_directory_holds_what_was_promised(finished: Any):
     assert len(list((directory / "tensorboard").glob("seed_*/events*"))) == 2
 
 
-def test_metrics_are_those_of_train_and_read_back_exactly(finished: Any, fused: Any):
+def test_metrics_equal_those_of_make_train_and_read_back_exactly(finished: Any, fused: Any):
     config, result, directory = finished
     table = rows(directory)
     assert [(r["seed"], r["update"]) for r in table[:3]] == [("0", "1"), ("1", "1"), ("0", "2")]
@@ -97,7 +97,7 @@ def test_config_toml_repeats_the_run_bit_for_bit(finished: Any, tmp_path: Path):
     np.testing.assert_array_equal(again.returns, result.returns)
 
 
-def test_the_final_state_comes_back_from_disk(finished: Any):
+def test_the_final_state_can_be_loaded(finished: Any):
     config, result, directory = finished
     loaded = ppo.load(directory, seed=None)
     assert loaded.config == config
@@ -110,7 +110,7 @@ def test_the_final_state_comes_back_from_disk(finished: Any):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y[1]), one.params, all_.params)
 
 
-def test_a_directory_that_holds_a_run_is_left_alone(finished: Any):
+def test_a_directory_that_holds_a_run_is_not_changed(finished: Any):
     config, _, directory = finished
     before = (directory / "metrics.csv").read_bytes()
     with pytest.raises(ppo.ConfigError, match="already holds a run"):
@@ -118,8 +118,8 @@ def test_a_directory_that_holds_a_run_is_left_alone(finished: Any):
     assert (directory / "metrics.csv").read_bytes() == before
 
 
-def test_a_seed_whose_loss_turns_non_finite_disturbs_no_other(tmp_path: Path, capsys: Any):
-    """The rewards of some seeds are NaN from some step on; the others are the same without them."""
+def test_a_non_finite_loss_does_not_affect_other_seeds(tmp_path: Path, capsys: Any):
+    """The rewards of some seeds become NaN at some step."""
     config = ppo.Config(
         env_id="poisoned", total_timesteps=8 * 60, num_envs=1, num_steps=8, num_minibatches=1,
         hidden_sizes=(8,), update_epochs=1,
@@ -144,14 +144,14 @@ def test_a_seed_whose_loss_turns_non_finite_disturbs_no_other(tmp_path: Path, ca
 
 
 class Infinite(RandomWalk):
-    """Its observation is infinite in the last step of a full episode."""
+    """Its observation is infinite in the last step of a full-length episode."""
 
     def get_obs(self, state: Any, params: Any = None, key: Any = None) -> jax.Array:
         return jnp.where(state.time == 4, jnp.inf, super().get_obs(state))
 
 
 def test_statistics_of_an_infinite_observation_are_not_kept(tiny: ppo.Config):
-    """The network sees it clipped, so the loss is finite while the statistics are not."""
+    """The network sees it clipped, so the loss is finite but the statistics are not."""
     config = dataclasses.replace(tiny, normalize_obs=True)
     result = ppo.run(config, env=Infinite(), eval_episodes=2)
     assert result.failed == {0: 1}
@@ -159,7 +159,7 @@ def test_statistics_of_an_infinite_observation_are_not_kept(tiny: ppo.Config):
         assert np.isfinite(leaf).all()
 
 
-def test_evaluations_share_no_key_with_trainings():
+def test_evaluations_share_no_key_with_training():
     training = jax.random.key_data(jax.random.split(jax.random.key(0), 64))
     deeper = jax.vmap(lambda k: jax.random.key_data(jax.random.split(k, 8)))(
         jax.random.wrap_key_data(training)
@@ -171,7 +171,7 @@ def test_evaluations_share_no_key_with_trainings():
         seen |= {tuple(row) for row in keys}
 
 
-def test_a_run_all_of_whose_seeds_failed_stops(tmp_path: Path):
+def test_a_run_stops_once_all_seeds_have_failed(tmp_path: Path):
     config = ppo.Config(total_timesteps=10**9, num_steps=8, hidden_sizes=(8,), num_minibatches=1)
     result = ppo.run(config, ppo.HParams(learning_rate=1e38), run_dir=tmp_path / "r")
     assert result.failed.keys() == {0}
@@ -193,7 +193,7 @@ def test_a_run_all_of_whose_seeds_failed_stops(tmp_path: Path):
         ({"run_dir": "x" * 300}, "File name too long"),
     ],
 )
-def test_options_that_cannot_work_are_refused(options: dict[str, Any], words: str):
+def test_invalid_options_are_refused(options: dict[str, Any], words: str):
     with pytest.raises(ppo.ConfigError, match=words):
         ppo.run(ppo.Config(), **options)
 
@@ -202,8 +202,8 @@ def test_options_that_cannot_work_are_refused(options: dict[str, Any], words: st
 
 
 @pytest.mark.parametrize("memory", ["none", pytest.param("lstm", marks=pytest.mark.slow)])
-def test_an_agent_works_in_anyones_loop_and_evaluate_agrees(memory: Any):
-    """A plain Python loop over one environment; deterministic, so that both see the same."""
+def test_an_agent_works_in_a_python_loop_and_agrees_with_evaluate(memory: Any):
+    """A plain Python loop over one environment, with deterministic actions in both."""
     config = ppo.Config(
         env_id="RandomWalk", total_timesteps=3 * 32, num_steps=8, hidden_sizes=(8,),
         memory=memory, memory_size=8, normalize_obs=True,
@@ -245,7 +245,7 @@ def test_start_resets_a_row_of_the_carry(tiny: ppo.Config):
         assert np.abs(first[1] - second[1]).max() > 1e-4
 
 
-def test_evaluate_is_reproducible_and_counts_unfinished_episodes_as_they_are():
+def test_evaluate_is_reproducible_and_keeps_the_returns_of_cut_episodes():
     config = ppo.Config(total_timesteps=512)
     state, _ = jax.jit(ppo.make_train(config))(jax.random.key(0), ppo.HParams())
     key = jax.random.key(2)
@@ -264,7 +264,7 @@ def test_evaluate_is_reproducible_and_counts_unfinished_episodes_as_they_are():
 
 
 class Unlimited(Unending):
-    """It states no limit either."""
+    """It has no time limit either."""
 
     @property
     def default_params(self) -> Any:
@@ -277,7 +277,7 @@ class OneLate(ConstantChain):
 
 
 def test_an_episode_that_does_not_end_has_no_return(tiny: ppo.Config, monkeypatch: Any):
-    """Rewards are 1: a return is the episode's length."""
+    """Rewards are 1, so the return is the episode's length."""
     monkeypatch.setattr("purejaxppo.evaluation.MAX_STEPS_WITHOUT_LIMIT", 20)
     state = ppo.make_learner(tiny, ConstantChain()).init(jax.random.key(0), ppo.HParams())
 
@@ -315,7 +315,7 @@ def test_one_program_evaluates_sampled_and_deterministic_actions(env: str, tiny:
 
 
 def test_mean_interval_is_students():
-    """For 1, 2, 3, 4: t(0.975, 3) = 3.182446, deviation sqrt(5/3), over sqrt(4)."""
+    """For 1, 2, 3, 4: t(0.975, 3) = 3.182446, standard deviation sqrt(5/3), divided by sqrt(4)."""
     values = np.array([[1.0, 2.0, 3.0, 4.0], [7.0, np.nan, np.nan, np.nan]])
     mean, low, high = mean_interval(values)
     np.testing.assert_allclose(mean, [2.5, 7.0])

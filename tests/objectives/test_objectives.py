@@ -1,4 +1,4 @@
-"""The family of objectives against mathematics: exact gradients, case analyses, dense matrices."""
+"""Objectives against mathematics: exact gradients, case analyses, dense matrices."""
 
 import csv
 import dataclasses
@@ -23,25 +23,25 @@ from purejaxppo.host.stats import mean_interval
 from purejaxppo.improve import make_loss
 from purejaxppo.learner import make_batch
 from purejaxppo.losses import Terms, clipped_surrogate
-from purejaxppo.objectives.episodes import of_others, optimal_baseline, whole_episodes
+from purejaxppo.objectives.episodes import optimal_baseline, sum_of_others, whole_episodes
 from purejaxppo.objectives.trpo import natural_step, second_derivative
 from purejaxppo.types import Rollout
 
 GAMMA = 0.8
-ONE_PASS: dict[str, Any] = {"update_epochs": 1, "num_minibatches": 1}
+ONE_EPOCH: dict[str, Any] = {"update_epochs": 1, "num_minibatches": 1}
 TABLE = ppo.Config(
     env_id="Tabular", objective="reinforce", num_envs=3, num_steps=3 * Tabular.LIMIT,
-    hidden_sizes=(), advantage_normalization="none", **ONE_PASS,
+    hidden_sizes=(), advantage_normalization="none", **ONE_EPOCH,
 )  # fmt: skip
 
 
 class Exact(NamedTuple):
-    """Of a policy on `Tabular`, in float64, by recursion from the last step (Bellman)."""
+    """Exact results for a policy on `Tabular`, in float64, by backward recursion (Bellman)."""
 
     gradient: np.ndarray
-    """Of the expected return of an episode, `[states, actions]`, by the table's entries."""
+    """Gradient of the expected return of an episode by the logits, `[states, actions]`."""
     values: np.ndarray
-    """`[LIMIT + 1, states]` expected returns by time and state."""
+    """Expected returns by time and state, `[LIMIT + 1, states]`."""
 
 
 def exact(
@@ -52,8 +52,8 @@ def exact(
     advantage: Callable[..., np.ndarray] | None = None,
 ) -> Exact:
     """The gradient sum_t w_t E[sum_a pi(a|s) grad log pi(a|s) X_t(s, a)], w_t = gamma^t if
-    `discounted` else 1, with X the action values, or what `advantage(policy, values, t, rest)`
-    expects of an estimator at step t, given what it expects at t + 1."""
+    `discounted` else 1. X are the action values, or the expected advantages of an estimator,
+    `advantage(policy, moves)`."""
     policy = np.exp(logits - logits.max(axis=1, keepdims=True))
     policy /= policy.sum(axis=1, keepdims=True)
     moves = mdp.transition[..., :-1]
@@ -81,8 +81,8 @@ def sampled(
     mdp: Tabular,
     rollouts: int = 4096,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of each of many rollouts: the gradient of the summed objective `[rollouts, states * actions]`
-    by the table, and the number of episodes counted. The critic says `values[state]`."""
+    """For each of many rollouts, the gradient of the summed objective by the logits `[rollouts,
+    states * actions]`, and the number of episodes counted. The critic returns `values[state]`."""
     parts = parts_of(config, mdp)
     network = parts.network
     params = jax.tree.map(jnp.zeros_like, network.init(jax.random.key(0)))
@@ -116,7 +116,7 @@ def per_episode(gradients: np.ndarray, episodes: np.ndarray) -> tuple[np.ndarray
 
 
 def assert_expected(gradients: np.ndarray, episodes: np.ndarray, wanted: np.ndarray) -> None:
-    """Within 4 standard errors; and these are small enough for that to say something."""
+    """Agreement within 4 standard errors, which must be small enough to be meaningful."""
     ratio, error = per_episode(gradients, episodes)
     assert np.all(np.abs(ratio - wanted.reshape(-1)) < 4 * error), (ratio, wanted, error)
     assert np.linalg.norm(error) < 0.1 * np.linalg.norm(wanted)
@@ -128,7 +128,7 @@ def setting(seed: int, gamma: float) -> tuple[Tabular, np.ndarray, ppo.HParams]:
 
 
 CRITIC = np.array([1.0, -3.0, 4.0, 2.0])
-"""A wrong one."""
+"""A wrong critic."""
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_reinforce_has_the_exact_gradient_of_the_discounted_return(
 
 
 @pytest.mark.parametrize("advantage", ["gae", "lambda_return", "monte_carlo", "n_step"])
-def test_estimators_that_see_whole_episodes_are_unbiased_with_any_critic(advantage: str):
+def test_estimators_over_whole_episodes_are_unbiased_with_any_critic(advantage: str):
     """At gamma 1 without a weight, at lambda 1, or with n as long as an episode."""
     mdp, logits, hparams = setting(0, 1.0)
     own = {"bootstrap_steps": mdp.LIMIT} if advantage == "n_step" else {}
@@ -165,8 +165,8 @@ def test_estimators_that_see_whole_episodes_are_unbiased_with_any_critic(advanta
 def expected_by(
     mdp: Tabular, gamma: float, lam: float, steps: int, twice: bool
 ) -> Callable[..., np.ndarray]:
-    """What an estimator with the critic `CRITIC` expects, `[LIMIT, states, actions]`: the mean over
-    lambda-returns, or n-step returns; `twice` with the lambda-return after the first reward."""
+    """Expected advantages of an estimator with the critic `CRITIC`, `[LIMIT, states, actions]`,
+    from lambda-returns or n-step returns; `twice` uses the lambda-return after the first reward."""
 
     def advantage(policy: np.ndarray, moves: np.ndarray) -> np.ndarray:
         found = np.zeros((mdp.LIMIT, mdp.STATES, mdp.ACTIONS))
@@ -195,7 +195,7 @@ def expected_by(
         ("n_step", -1.0, 2, False),
     ],
 )
-def test_a_wrong_critic_biases_the_others_as_theory_has_it(
+def test_a_wrong_critic_biases_other_estimators_as_predicted(
     advantage: str, lam: float, steps: int, twice: bool
 ):
     mdp, logits, hparams = setting(0, GAMMA)
@@ -210,15 +210,15 @@ def test_a_wrong_critic_biases_the_others_as_theory_has_it(
     assert np.max(np.abs(ratio - true.reshape(-1)) / error) > 6
 
 
-def test_sums_over_the_others_keep_what_is_small_beside_the_own():
+def test_sums_over_others_keep_precision_next_to_a_large_own_value():
     values = np.array([[1e8, 3.0, 0.25, 1e-3], [0.0, 1.0, 2.0, 4.0]])
     wanted = [[np.delete(row, i).sum() for i in range(4)] for row in values]
-    found = of_others(jnp.asarray(values, jnp.float32), None)
+    found = sum_of_others(jnp.asarray(values, jnp.float32), None)
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
-def test_the_optimal_baseline_is_the_weighted_least_squares_of_the_others():
-    """b(s) leaves sum |w grad log pi|^2 (G - b)^2 over the other environments' visits least."""
+def test_the_optimal_baseline_is_a_weighted_least_squares_fit():
+    """b(s) minimises sum |w grad log pi|^2 (G - b)^2 over the other environments' visits."""
     rng = np.random.default_rng(0)
     logits, returns = rng.normal(0, 1, (6, 5, 3)), rng.normal(0, 1, (6, 5))
     weight, mask = 0.5 ** rng.integers(0, 4, (6, 5)), rng.random((6, 5)) < 0.8
@@ -239,15 +239,15 @@ def test_the_optimal_baseline_is_the_weighted_least_squares_of_the_others():
         | {"policy_outputs": outputs}
     )
     head = categorical(Tabular.ACTIONS)
-    found = optimal_baseline(head, 2, rollout, total, weights, otherwise=jnp.zeros(5))
+    found = optimal_baseline(head, 2, rollout, total, weights, fallback=jnp.zeros(5))
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
-def test_each_step_away_from_plain_reinforce_lowers_the_variance():
-    """Of the gradient per episode, summed over the table's entries. Any of the baselines is worth
-    more than half of it here, and they are within a few percent of each other; the optimal one is
-    estimated from the same episodes, so it needs many of them."""
+def test_causality_and_baselines_lower_the_variance():
+    """Variance of the gradient per episode, summed over the logits. Here each baseline removes more
+    than 40% of it, and they differ by a few percent; the optimal one is estimated from the same
+    episodes, so it needs many of them."""
     mdp, logits, hparams = setting(0, 1.0)
     values = exact(mdp, logits, 1.0, discounted=False).values[:-1].mean(axis=0)
     steps: list[dict[str, Any]] = [
@@ -282,11 +282,11 @@ def random_terms(seed: int, near: float) -> tuple[Terms, np.ndarray]:
 @pytest.mark.parametrize(
     ("low", "high", "dual"), [(0.2, None, None), (0.2, 0.5, None), (0.1, 0.3, 2.0)]
 )
-def test_clipping_is_its_case_analysis_in_value_and_slope(
+def test_clipping_equals_its_case_analysis_in_value_and_slope(
     low: float, high: float | None, dual: float | None
 ):
-    """Inside the range, and outside where that makes matters worse: r A with slope A r by log r.
-    Outside where it would make them better: held, slope 0. With A < 0 and r > dual: held, too."""
+    """Inside the range, or outside if that lowers the objective: r A, with slope A r by log r.
+    Outside if that would raise it: clipped, slope 0. With A < 0 and r > dual: also clipped."""
     terms, ratio = random_terms(0, 0.6)
     hparams = ppo.HParams(clip_eps=low, clip_higher=high, dual_clip=dual)
 
@@ -299,11 +299,11 @@ def test_clipping_is_its_case_analysis_in_value_and_slope(
     seen = set()
     for i, (r, a) in enumerate(zip(ratio, np.asarray(terms.advantage, np.float64), strict=True)):
         if a > 0 and r > upper:
-            case, wanted, moves = "too good", upper * a, False
+            case, wanted, moves = "clipped above", upper * a, False
         elif a < 0 and r < 1 - low:
-            case, wanted, moves = "good riddance", (1 - low) * a, False
+            case, wanted, moves = "clipped below", (1 - low) * a, False
         elif a < 0 and dual is not None and r > dual:
-            case, wanted, moves = "too bad", dual * a, False
+            case, wanted, moves = "dual clip", dual * a, False
         else:
             case, wanted, moves = f"{a > 0} {1 - low < r < upper}", r * a, True
         seen.add(case)
@@ -312,7 +312,7 @@ def test_clipping_is_its_case_analysis_in_value_and_slope(
     assert len(seen) == (7 if dual else 6)
 
 
-def test_importance_weights_of_long_episodes_spread_and_clipped_ratios_do_not():
+def test_importance_weights_of_long_episodes_vary_widely_and_clipped_ratios_do_not():
     """100 steps, each with a ratio of 0.9 or 1.1: their product is between 0.9^100 and 1.1^100,
     has mean 1, and its variance is 1.01^100 - 1. A step's clipped objective stays in its range."""
     rng = np.random.default_rng(0)
@@ -323,7 +323,7 @@ def test_importance_weights_of_long_episodes_spread_and_clipped_ratios_do_not():
     assert weights.mean() == pytest.approx(1.0, abs=4 * np.sqrt(variance / 100_000))
     assert weights.var() == pytest.approx(variance, rel=0.2)
     assert 1.1**100 > 13_780 > 13_780 * 0.9**100 > 0.36
-    # Ten times as many steps: hardly any weight is left, and a few are all of it.
+    # With ten times as many steps, most weights are near 0 and a few make up the sum.
     longer = rng.choice([0.9, 1.1], (10_000, 1000)).prod(axis=1)
     assert np.median(longer) < 0.01
     assert np.sum(longer) ** 2 / np.sum(longer**2) < 100
@@ -346,9 +346,7 @@ def batch_of(config: ppo.Config, env: Any = None) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
-def test_where_nothing_has_moved_yet_all_objectives_have_the_policy_gradient(
-    env_id: str, tiny: ppo.Config
-):
+def test_all_objectives_start_with_the_policy_gradient(env_id: str, tiny: ppo.Config):
     with_outputs = dataclasses.replace(tiny, env_id=env_id, objective="ppo_kl", num_steps=8)
     batch, params, network, policy = batch_of(with_outputs)
     count, old = jnp.float32(batch.weight.size), batch.rollout
@@ -381,7 +379,7 @@ def test_where_nothing_has_moved_yet_all_objectives_have_the_policy_gradient(
                 np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
 
 
-def test_beta_goes_as_the_rule_has_it_replayed_from_the_log(tiny: ppo.Config):
+def test_beta_follows_the_rule_given_the_logged_kl(tiny: ppo.Config):
     config = dataclasses.replace(
         tiny, objective="ppo_kl_adaptive", total_timesteps=40 * 32, update_epochs=4
     )
@@ -397,7 +395,7 @@ def test_beta_goes_as_the_rule_has_it_replayed_from_the_log(tiny: ppo.Config):
     assert changes == {0.5, 1.0, 2.0}
 
 
-def test_the_logged_kl_is_that_of_the_policies_before_and_after(tiny: ppo.Config):
+def test_the_logged_kl_is_between_the_policies_before_and_after(tiny: ppo.Config):
     config = dataclasses.replace(tiny, objective="ppo_kl")
     learner = ppo.make_learner(config)
     hparams = ppo.HParams(learning_rate=0.02)
@@ -420,12 +418,12 @@ def test_the_logged_kl_is_that_of_the_policies_before_and_after(tiny: ppo.Config
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bound", ["ppo_clip", "ppo_kl_adaptive"])
-def test_without_a_bound_many_epochs_ruin_the_policy_and_with_a_bound_they_do_not(
+def test_many_epochs_ruin_the_policy_without_a_bound_but_not_with_one(
     monkeypatch: pytest.MonkeyPatch, bound: Any
 ):
-    """Of 20 seeds the last eight updates' returns, and what part they lost of the best eight,
-    with 95% intervals: by the surrogate as it is (nothing is clipped at 1e6), and clipped, or less
-    an adaptive KL penalty."""
+    """For 20 seeds, returns of the last eight updates and the fraction lost since the best eight,
+    with 95% intervals: for the plain surrogate (nothing is clipped at 1e6), and for the clipped one
+    or the one with an adaptive KL penalty."""
     compiled, options = jax.stages.Lowered.compile, {"xla_backend_optimization_level": 1}
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda x: compiled(x, options))
     config = ppo.Config(
@@ -453,7 +451,7 @@ def test_without_a_bound_many_epochs_ruin_the_policy_and_with_a_bound_they_do_no
 # Trust region policy optimisation
 
 
-def test_fisher_products_and_the_natural_step_are_those_of_the_dense_matrix():
+def test_fisher_products_and_the_natural_step_match_the_dense_matrix():
     """A network of two layers, in float64. The Fisher matrix is the mean over observations of
     sum_a pi(a|s) grad log pi(a|s) grad log pi(a|s)', by one backward pass for each of them."""
     rng = np.random.default_rng(0)
@@ -489,8 +487,8 @@ def test_fisher_products_and_the_natural_step_are_those_of_the_dense_matrix():
 
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
-def test_each_update_of_trpo_keeps_to_the_region_and_rises(env_id: str):
-    """Advantages of mean 0 make the surrogate 0 where nothing has moved."""
+def test_updates_of_trpo_stay_in_the_trust_region_and_improve(env_id: str):
+    """Advantages have mean 0, so the surrogate of an unchanged policy is 0."""
     config = ppo.Config(
         env_id=env_id, objective="trpo", total_timesteps=40_000, num_envs=8, num_steps=100,
         hidden_sizes=(16,),
@@ -507,8 +505,8 @@ def test_each_update_of_trpo_keeps_to_the_region_and_rises(env_id: str):
     assert np.nanmean(returns[-10:]) > np.nanmean(returns[:10])
 
 
-def test_a_line_search_that_fails_leaves_the_policy_and_is_counted(tiny: ppo.Config):
-    """Steps far beyond what the second order holds for, and none of them halved."""
+def test_a_failed_line_search_keeps_the_policy_and_is_logged(tiny: ppo.Config):
+    """The step is far too large for the second-order approximation, and is never halved."""
     config = dataclasses.replace(tiny, objective="trpo", line_search_steps=1, total_timesteps=32)
     hparams = ppo.HParams(trpo_delta=10.0, cg_damping=1e-3)
     learner = ppo.make_learner(config)
@@ -525,7 +523,7 @@ def test_a_line_search_that_fails_leaves_the_policy_and_is_counted(tiny: ppo.Con
 # Entropy
 
 
-def test_entropy_is_log_n_for_the_uniform_policy_and_0_for_a_sure_one():
+def test_entropy_is_log_n_for_the_uniform_policy_and_0_for_a_deterministic_one():
     policy = categorical(5)
 
     def entropy(outputs: jax.Array) -> jax.Array:
@@ -542,7 +540,7 @@ def test_entropy_is_log_n_for_the_uniform_policy_and_0_for_a_sure_one():
     np.testing.assert_allclose(jax.grad(entropy)(outputs), wanted, rtol=1e-4, atol=1e-6)
 
 
-# In the same loop as ever
+# In the training loop
 
 
 @pytest.mark.parametrize(
@@ -553,7 +551,7 @@ def test_entropy_is_log_n_for_the_uniform_policy_and_0_for_a_sure_one():
         ("ppo_kl_adaptive", {"kl_beta": [0.1, 20.0], "target_kl": [0.001, 0.05]}),
     ],
 )
-def test_its_numbers_are_vmapped_over(
+def test_hyperparameters_of_objectives_can_be_vmapped(
     objective: Any, numbers: dict[str, list[float]], tiny: ppo.Config
 ):
     config = dataclasses.replace(tiny, objective=objective)
@@ -573,7 +571,7 @@ def test_its_numbers_are_vmapped_over(
 
 
 @pytest.mark.slow
-def test_what_an_objective_has_learned_is_saved_and_gone_on_with(
+def test_the_state_of_an_objective_is_saved_and_resumed(
     tiny: ppo.Config, tmp_path: Path, fused: Any
 ):
     config = dataclasses.replace(
@@ -594,14 +592,14 @@ def test_what_an_objective_has_learned_is_saved_and_gone_on_with(
 
 @pytest.mark.parametrize("memory", ["none", pytest.param("lstm", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("objective", ["a2c", "trpo", "ppo_kl", "ppo_kl_adaptive", "ppo_clip"])
-def test_every_estimator_goes_with_every_objective_that_has_a_value(
+def test_every_estimator_works_with_every_objective_with_a_critic(
     objective: Any, memory: Any, tiny: ppo.Config
 ):
-    passes = ONE_PASS if objective == "a2c" else {}
+    epochs = ONE_EPOCH if objective == "a2c" else {}
     others = ("monte_carlo", "td0", "n_step", "lambda_return") if memory == "none" else ()
     for advantage in ("gae", *others):
         config = dataclasses.replace(
-            tiny, objective=objective, advantage=advantage, memory=memory, **passes
+            tiny, objective=objective, advantage=advantage, memory=memory, **epochs
         )
         learner = ppo.make_learner(config)
         state = jax.eval_shape(learner.init, jax.random.key(0), ppo.HParams())
@@ -632,7 +630,7 @@ def test_each_objective_trains_from_the_command_line(objective: str, tmp_path: P
     }.get(objective, set())
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -642,45 +640,46 @@ def test_each_objective_trains_from_the_command_line(objective: str, tmp_path: P
             {"objective": "a2c", "update_epochs": 4},
             "update_epochs, num_minibatches = 4, 1; set both to 1",
         ),
-        ({"objective": "reinforce", "advantage": "gae"} | ONE_PASS, "use monte_carlo, or obj"),
+        ({"objective": "reinforce", "advantage": "gae"} | ONE_EPOCH, "use monte_carlo, or obj"),
         (
-            {"objective": "reinforce", "causality": False, "discount_weight": True} | ONE_PASS,
+            {"objective": "reinforce", "causality": False, "discount_weight": True} | ONE_EPOCH,
             "already discounted from its first step",
         ),
         ({"objective": "trpo", "shared_trunk": True}, "use shared_trunk = false"),
         (
-            {"objective": "reinforce_baseline", "baseline": "optimal", "num_envs": 1} | ONE_PASS,
+            {"objective": "reinforce_baseline", "baseline": "optimal", "num_envs": 1} | ONE_EPOCH,
             "use more environments",
         ),
         (
-            {"objective": "reinforce", "baseline": "mean"} | ONE_PASS,
+            {"objective": "reinforce", "baseline": "mean"} | ONE_EPOCH,
             "baseline = mean: has no effect with objective = reinforce; .*choose objective = rei",
         ),
         (
-            {"objective": "reinforce", "discount_weight": True} | ONE_PASS,
+            {"objective": "reinforce", "discount_weight": True} | ONE_EPOCH,
             "undo the weights; use none",
         ),
         ({"objective": "reinforce", "num_steps": 128}, "num_steps = 128: .* limit of 500 steps"),
         (
-            {"objective": "reinforce_baseline", "baseline": "optimal", "num_steps": 500} | ONE_PASS,
+            {"objective": "reinforce_baseline", "baseline": "optimal", "num_steps": 500}
+            | ONE_EPOCH,
             "not Discrete; choose value or mean",
         ),
         (
-            {"objective": "a2c", "discount_weight": True} | ONE_PASS,
+            {"objective": "a2c", "discount_weight": True} | ONE_EPOCH,
             "discount_weight = true: has no effect with objective = a2c; .* choose objective = rei",
         ),
         ({"bootstrap_steps": 3}, "choose advantage = n_step"),
         ({"objective": "ppo"}, "must be one of reinforce, .*did you mean"),
     ],
 )
-def test_combinations_that_make_no_sense_are_refused(settings: dict[str, Any], message: str):
+def test_invalid_combinations_are_refused(settings: dict[str, Any], message: str):
     with pytest.raises(ppo.ConfigError, match=message):
         ppo.make_learner(ppo.Config(**settings))
 
 
-def test_rollouts_in_which_no_episode_ends_are_warned_of(tiny: ppo.Config):
-    """The environment states no limit, and its episodes are of 5 steps."""
-    config = dataclasses.replace(tiny, objective="reinforce", num_steps=4, **ONE_PASS)
+def test_rollouts_without_a_finished_episode_give_a_warning(tiny: ppo.Config):
+    """The environment states no limit, and its episodes have 5 steps."""
+    config = dataclasses.replace(tiny, objective="reinforce", num_steps=4, **ONE_EPOCH)
     with pytest.warns(RunWarning, match=r"num_steps = 4 in .* increase num_steps") as seen:
         ppo.run(config, env=Countdown(), env_params=(), eval_episodes=1, progress=False)
     assert len({str(warning.message) for warning in seen}) == 1  # is shown once

@@ -1,4 +1,4 @@
-"""Sweeps on a Ray cluster of two nodes, which the test starts, and one of which it kills."""
+"""Sweeps on a Ray cluster of two nodes, one of which a test kills."""
 
 import os
 import signal
@@ -15,10 +15,10 @@ from ray.cluster_utils import Cluster
 
 import purejaxppo as ppo
 from purejaxppo.cli import main
-from purejaxppo.sweeps.onray import Places, needs, places_of
+from purejaxppo.sweeps.onray import Slots, count_slots, wave_resources
 from purejaxppo.sweeps.settings import SweepSettings
 
-# Of JAX, since nodes are started by a process that has begun to use it.
+# JAX warns because nodes are forked from a process that already uses it.
 pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 SWEEP = (
     "sweep --hidden-sizes 16 --num-steps 32 --update-epochs 2 --total-timesteps 400000 "
@@ -29,10 +29,12 @@ SWEEP = (
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Two nodes of one core each; the commands that a test starts join it."""
+    """A cluster of two nodes with one core each, which the commands of a test join."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_worker_niceness", "0")  # or waves would wait for the tests beside this
+        patch.setenv(
+            "RAY_worker_niceness", "0"
+        )  # otherwise waves would wait for tests that run in parallel
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(Path(".pytest_cache/xla").absolute()))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
         head = {"num_cpus": 1, "include_dashboard": False}
@@ -46,7 +48,7 @@ def cluster() -> Iterator[Any]:
 
 
 def trainers(directory: Path, before: set[Path]) -> dict[int, int]:
-    """Processes that train, and have saved since, by that which started them."""
+    """Process ids of training processes with a new checkpoint, by parent process id."""
     found = {}
     for wave in directory.glob("waves/*"):
         new = set(wave.glob("checkpoints/*/manifest.json")) - before
@@ -65,11 +67,11 @@ def without_waves(directory: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("disturbed", [False, True])
-def test_a_sweep_that_is_stopped_and_loses_a_node_ends_like_a_local_one(
+def test_stopped_sweep_that_loses_a_node_equals_a_local_sweep(
     cluster: Any, tmp_path: Path, disturbed: bool
 ):
-    """Two waves at a time; if disturbed, first told to stop, and when resumed left without one
-    node."""
+    """Two waves run at a time. If disturbed, the sweep is stopped first, and loses a node after it
+    is resumed."""
     shared, alone = tmp_path / "shared", tmp_path / "alone"
     process = Process(tmp_path, *SWEEP, "--engine", "ray", "--run-dir", shared)
     if disturbed:
@@ -96,18 +98,18 @@ def test_a_sweep_that_is_stopped_and_loses_a_node_ends_like_a_local_one(
     assert (shared / "winner.toml").read_text() == (alone / "winner.toml").read_text()
 
 
-def test_as_many_waves_run_at_a_time_as_machines_have_room_for():
+def test_slots_are_counted_from_the_resources_of_machines():
     def node(alive: bool = True, **resources: float) -> dict[str, Any]:
         return {"Alive": alive, "Resources": resources | {"memory": 1e9}}
 
-    wanted = needs(SweepSettings(engine="ray", wave_cpus=2, wave_gpus=1))
+    wanted = wave_resources(SweepSettings(engine="ray", wave_cpus=2, wave_gpus=1))
     nodes = [node(CPU=16.0, GPU=3.0), node(CPU=5.0, GPU=8.0), node(CPU=64.0)]
-    assert places_of(nodes, wanted) == Places(total=3 + 2, most_on_one=3)
-    assert places_of([*nodes, node(alive=False, CPU=8.0, GPU=8.0)], wanted).total == 5
-    with pytest.raises(ppo.ConfigError, match=r"ask for 2 CPU, 1 GPU, .* are 64 CPU, 0 GPU"):
-        places_of([nodes[2]], wanted)
-    chips = needs(SweepSettings(engine="ray", wave_tpus=4))
-    assert places_of([node(CPU=96.0, TPU=8.0)], chips) == Places(2, 2)
+    assert count_slots(nodes, wanted) == Slots(total=3 + 2, max_per_node=3)
+    assert count_slots([*nodes, node(alive=False, CPU=8.0, GPU=8.0)], wanted).total == 5
+    with pytest.raises(ppo.ConfigError, match=r"ask for 2 CPU, 1 GPU, .*available: 64 CPU, 0 GPU"):
+        count_slots([nodes[2]], wanted)
+    chips = wave_resources(SweepSettings(engine="ray", wave_tpus=4))
+    assert count_slots([node(CPU=96.0, TPU=8.0)], chips) == Slots(2, 2)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +121,7 @@ def test_as_many_waves_run_at_a_time_as_machines_have_room_for():
         (["--devices", "3"], "devices = 3: with engine = ray a wave has 1"),
     ],
 )
-def test_what_a_cluster_cannot_do_is_said_with_nothing_written(
+def test_impossible_resources_are_refused_and_nothing_is_written(
     cluster: Any,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
@@ -132,7 +134,7 @@ def test_what_a_cluster_cannot_do_is_said_with_nothing_written(
     assert not (tmp_path / "s").exists()
 
 
-def test_a_cluster_that_does_not_answer_is_refused(
+def test_unreachable_cluster_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
@@ -141,7 +143,7 @@ def test_a_cluster_that_does_not_answer_is_refused(
     assert not (tmp_path / "s").exists()
 
 
-def test_an_address_that_is_no_cluster_is_refused(
+def test_address_without_a_cluster_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -152,7 +154,7 @@ def test_an_address_that_is_no_cluster_is_refused(
     assert not (tmp_path / "s").exists()
 
 
-def test_results_need_a_place_and_ray_its_package(
+def test_ray_needs_a_run_directory_and_its_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     with pytest.raises(ppo.ConfigError, match="give run_dir, on a disk that all machines share"):

@@ -1,4 +1,4 @@
-"""The page and the pictures of a sweep."""
+"""The report and the plots of a sweep."""
 
 import base64
 import csv
@@ -45,7 +45,7 @@ PICTURES = ["learning_curves", "final_return", "parallel_coordinates", "robustne
 
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
-    """What a sweep of four trials and three seeds has written; one training has failed."""
+    """The files of a finished sweep of four trials and three seeds; one run failed."""
     sweep = SweepSettings(
         grid=("hidden_sizes=[8],[16,16]",), sample=("learning_rate=loguniform:1e-4,1e-2",), trials=2
     )
@@ -82,7 +82,7 @@ def finished(tmp_path: Path) -> Path:
     return directory
 
 
-def test_results_are_read_back_with_the_best_trial_first(finished: Path):
+def test_results_are_read_with_the_best_trial_first(finished: Path):
     results = read_results(finished)
     assert results.numbers == [1, 0, 3, 2]
     assert results.values["hidden_sizes"] == [(8,), (16, 16), (8,), (16, 16)]
@@ -91,7 +91,7 @@ def test_results_are_read_back_with_the_best_trial_first(finished: Path):
     assert np.isnan(results.scores[3])
 
 
-def test_values_of_every_kind_are_read_back_from_the_table(tmp_path: Path):
+def test_values_of_every_type_are_read_back_from_the_table(tmp_path: Path):
     grid = (
         "normalize_obs=true,false", "activation=tanh,relu", "target_kl=none,0.01", "num_envs=4,8",
         "hidden_sizes=[8],[16,16]", "learning_rate=1e-4,0.1",
@@ -105,9 +105,7 @@ def test_values_of_every_kind_are_read_back_from_the_table(tmp_path: Path):
             assert parse_values(name, row[name]) == (value,)
 
 
-def test_the_page_holds_its_pictures_and_needs_nothing_else(
-    finished: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_report_is_self_contained(finished: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["plot", str(finished)]) == 0
     page = Path(capsys.readouterr().out.strip())
     text = page.read_text()
@@ -120,12 +118,12 @@ def test_the_page_holds_its_pictures_and_needs_nothing_else(
     assert "<td>failed</td>" in text
 
 
-def test_the_page_says_what_was_run_in_numbers_that_can_be_read(finished: Path):
+def test_report_describes_the_sweep_with_rounded_numbers(finished: Path):
     text = re.sub('base64,[^"]+', "", write_report(finished).read_text())
     for said in (
         "Winner: trial 1: return 5.50 on 1,026 fresh episodes, 95% interval 4.25 to 6.75 over 3 "
         "seeds (few seeds); selection return 6.00.",
-        "learning_rate = 0.001012", "ppo_clip", "2,048 per training", "jax 0.10.2",
+        "learning_rate = 0.001012", "ppo_clip", "2,048 per run", "jax 0.10.2",
         "mean over 128 evaluation episodes per seed", "mean over 342 fresh episodes per seed",
     ):  # fmt: skip
         assert said in text
@@ -135,9 +133,9 @@ def test_the_page_says_what_was_run_in_numbers_that_can_be_read(finished: Path):
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
-@pytest.mark.skipif(BROWSER is None, reason="needs chromium, which no Python package brings along")
-def test_a_browser_shows_the_page_without_a_complaint(finished: Path, tmp_path: Path):
-    """Every picture is decoded (one that is not has the width 0), and the console stays empty."""
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium, which no Python package provides")
+def test_browser_shows_the_report_without_errors(finished: Path, tmp_path: Path):
+    """Every image is decoded (otherwise its width is 0), and the console stays empty."""
     main(["plot", str(finished)])
     page = finished / "report.html"
     widths = "[...document.images].map(i => i.naturalWidth)"
@@ -154,7 +152,7 @@ def test_a_browser_shows_the_page_without_a_complaint(finished: Path, tmp_path: 
     assert [int(w) > 400 for w in widths[1].split(",")] == [True] * len(PICTURES)
 
 
-def test_a_sweep_that_is_not_finished_has_no_page(
+def test_unfinished_sweep_has_no_report(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     (finished / files.FINISHED).unlink()
@@ -165,7 +163,7 @@ def test_a_sweep_that_is_not_finished_has_no_page(
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_sweep_of_which_every_trial_failed_has_a_page_too(finished: Path):
+def test_report_of_a_sweep_with_only_failed_trials(finished: Path):
     table = finished / files.RESULTS
     with table.open(newline="") as file:
         rows = [row | {"eval_return": ""} for row in csv.DictReader(file)]
@@ -176,7 +174,7 @@ def test_a_sweep_of_which_every_trial_failed_has_a_page_too(finished: Path):
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_sweep_of_which_one_trial_is_left_has_a_page_too(finished: Path):
+def test_report_of_a_sweep_with_one_successful_trial(finished: Path):
     table = finished / files.RESULTS
     with table.open(newline="") as file:
         rows = [row | ({} if row["trial"] == "1" else {"eval_return": ""}) for row in
@@ -185,10 +183,10 @@ def test_a_sweep_of_which_one_trial_is_left_has_a_page_too(finished: Path):
     accept_results(finished)
     write_report(finished)
     figure = pictures.parallel_coordinates(read_results(finished))
-    assert len(figure.axes) == 1  # no scale of colours for one value
+    assert len(figure.axes) == 1  # no colour scale for a single value
 
 
-def test_the_interquartile_mean_and_its_interval():
+def test_interquartile_mean_and_its_interval():
     values = np.array([100.0, 1, 2, 3, 4, 5, 6, -100])
     assert interquartile_mean(values) == np.mean([2, 3, 4, 5])
     sample = np.random.default_rng(1).normal(3.0, 2.0, size=400)
@@ -197,12 +195,12 @@ def test_the_interquartile_mean_and_its_interval():
     np.testing.assert_allclose([low, high], [sample.mean() - half, sample.mean() + half], atol=0.03)
 
 
-def test_the_bootstrap_interval_of_means_is_that_of_all_resamples():
-    """Of three seeds there are 27; and what a seed has no value for does not count."""
+def test_bootstrap_interval_of_means_equals_that_of_all_resamples():
+    """Three seeds have 27 resamples; missing values are left out."""
     values = np.array([[1.0, 2.0, 6.0], [3.0, np.nan, 5.0], [4.0, np.nan, np.nan]])
     low, high = bootstrap_mean_interval(values, confidence=0.8, resamples=20_000)
     for row, expected in ((0, values[0]), (1, values[1, [0, 2]])):
-        # Of the second row, three draws from three seeds leave one to three values.
+        # In the second row, three draws from three seeds leave one to three values.
         draws = [d for d in itertools.product(values[row], repeat=3) if np.isfinite(d).any()]
         means = np.array([np.nanmean(d) for d in draws])
         bounds = np.quantile(means, [0.1, 0.9], method="inverted_cdf")
@@ -211,7 +209,7 @@ def test_the_bootstrap_interval_of_means_is_that_of_all_resamples():
     assert np.isnan([low[2], high[2]]).all()
 
 
-def test_a_runs_band_stays_within_the_returns_and_says_what_it_is(
+def test_band_of_a_run_stays_within_its_returns_and_is_labelled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     figures = []
@@ -251,7 +249,7 @@ def test_ticks_of_a_logarithmic_axis_do_not_overlap(low: float, high: float, fin
     assert all(end < begin for (_, end), (begin, _) in itertools.pairwise(boxes))
 
 
-def test_a_setting_with_a_few_values_has_them_as_ticks_in_order(finished: Path):
+def test_short_list_of_values_becomes_ordered_ticks(finished: Path):
     results = read_results(finished)
     sweep = SweepSettings(grid=("gamma=0.999,0.9,0.99", "hidden_sizes=[8],[16,16]"))
     definition = dataclasses.replace(results.definition, sweep=sweep)
@@ -264,7 +262,7 @@ def test_a_setting_with_a_few_values_has_them_as_ticks_in_order(finished: Path):
     np.testing.assert_array_equal(points[:, 0], [1, 0, 2, 0])
 
 
-def test_each_picture_explains_its_marks(finished: Path):
+def test_each_plot_has_a_legend(finished: Path):
     results = read_results(finished)
     curves, returns, coordinates, seeds = (
         drawn(draw(results))

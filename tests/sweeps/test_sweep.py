@@ -1,4 +1,4 @@
-"""Sweeps: that a trial is the run it stands for, and that nothing is lost or done twice."""
+"""Sweeps: trials equal the corresponding runs, and interruptions lose or repeat nothing."""
 
 import csv
 import dataclasses
@@ -15,7 +15,7 @@ import purejaxppo as ppo
 from purejaxppo.cli import main
 from purejaxppo.host.configfile import RunSettings, Settings, load_settings
 from purejaxppo.host.parallel import choose_spread
-from purejaxppo.sweeps.plan import filled, make_groups
+from purejaxppo.sweeps.plan import make_groups, padded_count
 from purejaxppo.sweeps.settings import Definition, SweepSettings, dump_definition, load_definition
 from purejaxppo.sweeps.strategies import Batch, Halving, Optuna, Trial, all_trials
 
@@ -40,13 +40,13 @@ def columns(directory: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed sweep."""
+    """An uninterrupted sweep."""
     directory = tmp_path_factory.mktemp("sweep") / "s"
     sweep({"learning_rate": RATES}, directory)
     return directory
 
 
-def test_a_trial_is_the_run_that_it_stands_for_bit_for_bit(whole: Path):
+def test_trial_equals_a_run_with_its_settings_bit_for_bit(whole: Path):
     hparams = ppo.HParams(learning_rate=RATES[1])
     alone = ppo.run(CONFIG, hparams, num_seeds=2, eval_episodes=4, env=RandomWalk(), progress=False)
     table = columns(whole)
@@ -60,7 +60,7 @@ def test_a_trial_is_the_run_that_it_stands_for_bit_for_bit(whole: Path):
     assert found == [float(x) for x in alone.returns.mean(axis=1)]
 
 
-def test_states_of_a_wave_can_be_loaded_and_a_wave_is_not_resumed_alone(
+def test_wave_can_be_loaded_but_not_resumed_as_a_run(
     whole: Path, capsys: pytest.CaptureFixture[str]
 ):
     wave = whole / "waves/0000"
@@ -70,11 +70,11 @@ def test_states_of_a_wave_can_be_loaded_and_a_wave_is_not_resumed_alone(
     np.testing.assert_array_equal(
         state.learner.opt_state[1].mu, alone.states.learner.opt_state[1].mu[1]
     )
-    with pytest.raises(ppo.ConfigError, match="is a part of a sweep; to resume the sweep: "):
+    with pytest.raises(ppo.ConfigError, match="is part of a sweep; to resume the sweep: "):
         ppo.resume(wave, env=RandomWalk())
 
 
-def test_the_winner_is_the_best_and_comes_out_as_a_config_file(whole: Path):
+def test_winner_is_the_best_trial_and_is_written_as_a_config_file(whole: Path):
     rows = list(csv.DictReader((whole / "results.csv").open()))
     means = {n: np.mean([float(r["eval_return"]) for r in rows if r["trial"] == n]) for n in "012"}
     best = max(means, key=lambda n: means[n])
@@ -85,7 +85,7 @@ def test_the_winner_is_the_best_and_comes_out_as_a_config_file(whole: Path):
 
 
 class Killed(BaseException):
-    """In place of a signal that no process survives."""
+    """Simulates a kill signal."""
 
 
 @pytest.mark.parametrize(
@@ -97,11 +97,11 @@ class Killed(BaseException):
         pytest.param(14, False, marks=pytest.mark.slow),
     ],
 )
-def test_an_interrupted_sweep_goes_on_as_if_nothing_had_happened(
+def test_interrupted_sweep_equals_an_uninterrupted_one(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int, stopped: bool
 ):
-    """Waves of two trials and of one, each update a chunk; the process is told to stop, or dies,
-    after so many. Stopped, it repeats nothing; killed, nothing of waves that were finished."""
+    """Waves of two trials and of one, with one update per chunk. The process is stopped, or dies,
+    after `calls` chunks. If stopped, it repeats nothing; if killed, no finished wave."""
     done: list[int] = []
     dies = [calls]
     prepared_run = run_module.run_wave
@@ -138,7 +138,7 @@ def test_an_interrupted_sweep_goes_on_as_if_nothing_had_happened(
         np.testing.assert_array_equal(column, other[name])
 
 
-def test_a_trial_that_fails_is_recorded_and_disturbs_no_other(whole: Path, tmp_path: Path):
+def test_failed_trial_is_recorded_and_does_not_affect_others(whole: Path, tmp_path: Path):
     result = sweep({"learning_rate": [*RATES, 1e30]}, tmp_path / "s")
     rows = list(csv.DictReader((tmp_path / "s/results.csv").open()))
     failed = [row for row in rows if row["trial"] == "3"]
@@ -151,7 +151,7 @@ def test_a_trial_that_fails_is_recorded_and_disturbs_no_other(whole: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_halving_trains_the_best_on_as_if_they_had_never_stopped(tmp_path: Path):
+def test_halving_continues_the_best_trials_seamlessly(tmp_path: Path):
     space = {"learning_rate": ppo.loguniform(1e-4, 1e-1)}
     options: dict[str, Any] = {"trials": 9, "num_seeds": 1, "eval_episodes": 4}
     halved = sweep(space, tmp_path / "halved", strategy="halving", **options)
@@ -170,13 +170,13 @@ def test_halving_trains_the_best_on_as_if_they_had_never_stopped(tmp_path: Path)
     ("count", "seeds", "devices", "size"),
     [(3, 1, 0, 3), (5, 1, 0, 8), (3, 1, 2, 4), (3, 2, 2, 3), (3, 1, 4, 4), (2, 1, 4, 2)],
 )
-def test_waves_are_filled_up_to_what_devices_can_share(
+def test_waves_are_padded_to_divide_evenly_among_devices(
     count: int, seeds: int, devices: int, size: int
 ):
-    """There are 4; a size that cannot be dealt out would be refused by the mesh."""
+    """There are 4 devices; the mesh would refuse a size that does not divide evenly."""
     run = RunSettings(num_seeds=seeds, devices=devices)
     settings = Settings(CONFIG, run=run)
-    assert filled(count, settings) == size
+    assert padded_count(count, settings) == size
     spread = choose_spread(
         dataclasses.replace(settings, trials=(ppo.HParams(),) * size),
         ppo.make_task(CONFIG, env=RandomWalk()),
@@ -184,7 +184,7 @@ def test_waves_are_filled_up_to_what_devices_can_share(
     assert spread.mesh.size == (devices or (4 if size * seeds % 4 == 0 else 3))
 
 
-def test_static_settings_are_grouped_and_each_combination_is_tried():
+def test_trials_are_grouped_by_static_settings_and_cover_all_combinations():
     definition = SweepSettings(
         grid=("num_envs=4,8", "hidden_sizes=[8],[16,16]"),
         sample=("ent_coef=loguniform:1e-4,1e-1", "target_kl=choice:none,0.01"),
@@ -205,7 +205,7 @@ def test_static_settings_are_grouped_and_each_combination_is_tried():
     assert [t for w in waves for t in w.trials] == [t for t, _ in groups[0].members]
 
 
-def test_a_definition_survives_its_file(tmp_path: Path):
+def test_definition_round_trips_through_its_file(tmp_path: Path):
     sweep = SweepSettings(
         grid=('activation="tanh","relu"', "hidden_sizes=[8],[16,16]"),
         sample=("learning_rate=loguniform:1e-4,0.1",), strategy="sobol", trials=5,
@@ -217,7 +217,7 @@ def test_a_definition_survives_its_file(tmp_path: Path):
     assert dict(sweep.space.grid)["hidden_sizes"] == ((8,), (16, 16))
 
 
-def test_sobol_puts_one_of_8_samples_into_every_eighth():
+def test_sobol_puts_one_of_8_samples_into_each_eighth():
     space = SweepSettings(sample=("gamma=uniform:0,1", "ent_coef=loguniform:1e-4,1")).space
     trials = all_trials(space, "sobol", 8, seed=3)
     gammas = np.array([trial.values["gamma"] for trial in trials])
@@ -227,7 +227,7 @@ def test_sobol_puts_one_of_8_samples_into_every_eighth():
     assert all_trials(space, "sobol", 8, seed=4) != trials
 
 
-def test_halving_keeps_the_best_third_and_no_failure():
+def test_halving_keeps_the_best_third_and_no_failed_trials():
     trials = [Trial(n, {}) for n in range(9)]
     strategy = Halving(trials, eta=3, rungs=5)
     first = strategy.ask()
@@ -244,8 +244,8 @@ def test_halving_keeps_the_best_third_and_no_failure():
     assert strategy.ask() is None
 
 
-def test_optuna_goes_where_returns_are_high_and_on_where_it_was():
-    """The return is highest at 1e-3; a second process takes over after each batch."""
+def test_optuna_searches_where_returns_are_high_and_can_be_resumed():
+    """The return is highest at 1e-3; a second process resumes after each batch."""
     space = SweepSettings(
         grid=("num_envs=4,8",),
         sample=("learning_rate=loguniform:1e-6,1", "clip_eps=choice:0.1,0.2"),
@@ -275,29 +275,32 @@ def test_optuna_goes_where_returns_are_high_and_on_where_it_was():
         ("--grid learning_rate=", "learning_rate: has no values"),
         ("--grid learning_rate", "'learning_rate': write NAME=VALUE,VALUE"),
         ("--sample gamma=uniform:0.99,0.9", "uniform:0.99,0.9: is empty"),
-        ("--sample learning_rate=loguniform:0,1", "loguniform:0.0,1.0: has no logarithm"),
+        (
+            "--sample learning_rate=loguniform:0,1",
+            "loguniform:0.0,1.0: the first bound has no logarithm",
+        ),
         ("--sample learning_rate=normal:0,1", "write learning_rate=uniform:LOW,HIGH"),
-        ("--sample num_envs=uniform:4,64", "each value of num_envs is compiled anew"),
+        ("--sample num_envs=uniform:4,64", "each value of num_envs needs its own compilation"),
         ("--grid gamma=0.9 --sample gamma=uniform:0.9,1", "gamma: is swept twice"),
         ("--grid gamma=0.9,1.5", "trial 1 (gamma = 1.5): gamma = 1.5: must be at least 0"),
         ("--grid num_envs=4,oak", "trial 1 (num_envs = oak): num_envs = 'oak': must be a whole"),
         ("--grid num_minibatches=3", "is not divisible by num_minibatches = 3"),
-        ("--grid gamma=0.9 --devices 99", "devices = 99: there are 4"),
+        ("--grid gamma=0.9 --devices 99", "devices = 99: only 4 available"),
         ("--grid gamma=0.9 --trials 0", "trials = 0: must be at least 1"),
         ("--grid kl_beta=1,2", "kl_beta is swept, and has no effect with objective = ppo_clip"),
         (
             "--grid vf_coef=0.5,1 --objective reinforce --num-steps 500 --update-epochs 1 "
             "--num-minibatches 1",
-            "vf_coef is swept, and has no effect with objective = reinforce, which learns no value",
+            "vf_coef is swept, and has no effect with objective = reinforce, which has no critic",
         ),
         ("--sample gae_lambda=uniform:0,1 --advantage td0", "has no effect with advantage = td0"),
         ("--grid gamma=0.9 --eta 2", "eta = 2: has no effect with strategy = random"),
         ("--grid gamma=0.9 --wave-gpus 1", "leave it out, or choose engine = ray"),
         ("--grid env_id=A,B", "env_id: returns of different environments do not compare"),
-        ("", "the sweep changes nothing"),
+        ("", "nothing to sweep; add --grid or --sample"),
     ],
 )
-def test_bad_input_ends_with_one_message_and_nothing_written(
+def test_bad_input_gives_one_message_and_writes_nothing(
     arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     directory = tmp_path / "s"
@@ -309,7 +312,7 @@ def test_bad_input_ends_with_one_message_and_nothing_written(
     assert not directory.exists()
 
 
-def test_loggers_of_runs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_loggers_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     file = tmp_path / "my.toml"
     file.write_text('[run]\ntensorboard = true\n[sweep]\ngrid = ["gamma=0.9"]\n')
     assert main(["sweep", str(file), "--run-dir", str(tmp_path / "s")]) == 2
@@ -317,21 +320,21 @@ def test_loggers_of_runs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not (tmp_path / "s").exists()
 
 
-def test_what_does_not_fit_is_refused_and_a_dry_run_writes_nothing(
+def test_dry_run_writes_nothing_and_too_large_trials_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     small = "--total-timesteps 64 --num-steps 8 --hidden-sizes 4 --grid gamma=0.9,0.99".split()
     directory = tmp_path / "s"
     command = ["sweep", *small, "--run-dir", str(directory), "--no-compilation-cache"]
     assert main([*command, "--dry-run"]) == 0
-    assert "2 trials x 1 seed = 2 trainings" in capsys.readouterr().out
+    assert "2 trials x 1 seed = 2 runs" in capsys.readouterr().out
     assert not directory.exists()
     assert main([*command, "--memory-gb", "1e-9"]) == 2
     assert "of num_seeds = 1 take" in capsys.readouterr().err
 
 
-def test_settings_of_a_sweep_change_what_it_does():
-    """No option without effect: strategies, their numbers and seeds give other trials."""
+def test_sweep_settings_change_the_trials():
+    """The strategy, the number of trials and the seed each have an effect."""
     base = SweepSettings(sample=("gamma=uniform:0,1",), trials=4)
 
     def trials(seed: int = 0, **changes: Any) -> list[Trial]:
@@ -344,7 +347,7 @@ def test_settings_of_a_sweep_change_what_it_does():
     assert trials() == trials(trials=5)[:4]
 
 
-def test_halving_has_as_many_rungs_as_it_is_told():
+def test_halving_has_the_given_number_of_rungs():
     trials = [Trial(n, {}) for n in range(30)]
     for rungs, shares in ((1, [1 / 2, 1]), (3, [1 / 8, 1 / 4, 1 / 2, 1])):
         strategy, seen = Halving(trials, eta=2, rungs=rungs), []

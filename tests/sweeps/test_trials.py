@@ -1,4 +1,4 @@
-"""The winner of a sweep, and single trials of it as states and as runs."""
+"""The winner of a sweep, and single trials as states and as run directories."""
 
 import dataclasses
 import inspect
@@ -19,8 +19,8 @@ from purejaxppo.host.configfile import RunSettings, Settings, load_settings
 from purejaxppo.sweeps.outcomes import Outcome
 from purejaxppo.sweeps.settings import Definition, SweepSettings
 from purejaxppo.sweeps.strategies import Trial
-from purejaxppo.sweeps.trials import alone, extract_trial
-from purejaxppo.sweeps.winner import best_of, describe_winner
+from purejaxppo.sweeps.trials import extract_trial, single_trial_settings
+from purejaxppo.sweeps.winner import best_trials, describe_winner
 
 CONFIG = ppo.Config(
     env_id="RandomWalk", total_timesteps=8 * 32, num_steps=8, hidden_sizes=(8,),
@@ -33,7 +33,7 @@ ALONE: dict[str, Any] = OPTIONS | {"env": RandomWalk()}
 
 @pytest.fixture(scope="module")
 def halved(tmp_path_factory: pytest.TempPathFactory) -> tuple[ppo.SweepResult, Path]:
-    """Four trials, the last of which fails; two go on after half of the updates."""
+    """Four trials, the last of which fails; two continue after half of the updates."""
     directory = tmp_path_factory.mktemp("halved") / "s"
     result = ppo.sweep(
         CONFIG, {"learning_rate": RATES}, strategy="halving", eta=2, rungs=1, run_dir=directory,
@@ -51,7 +51,7 @@ def best_run(halved: tuple[ppo.SweepResult, Path]) -> ppo.Result:
     return ppo.run(CONFIG, halved[0].hparams, **ALONE)
 
 
-def test_the_winner_is_evaluated_again_on_episodes_that_did_not_select_it(
+def test_winner_is_evaluated_again_on_fresh_episodes(
     halved: tuple[ppo.SweepResult, Path], best_run: ppo.Result
 ):
     result, directory = halved
@@ -72,7 +72,7 @@ def test_the_winner_is_evaluated_again_on_episodes_that_did_not_select_it(
     means = np.mean(fresh, axis=1)
     np.testing.assert_allclose(table["return"], means.mean(), rtol=1e-5)
     assert table["return"] == pytest.approx(result.best_return, rel=1e-6)
-    half = 12.7062 * means.std(ddof=1) / np.sqrt(2)  # Student's t of one degree of freedom
+    half = 12.7062 * means.std(ddof=1) / np.sqrt(2)  # Student's t with one degree of freedom
     np.testing.assert_allclose(
         table["return_interval_95"], [means.mean() - half, means.mean() + half], rtol=1e-3
     )
@@ -82,7 +82,7 @@ def test_the_winner_is_evaluated_again_on_episodes_that_did_not_select_it(
     assert note.endswith(f"selection return {table['selection_return']:.2f}.")
 
 
-def test_trials_with_the_same_return_are_a_tie_that_the_lowest_number_wins():
+def test_lowest_number_wins_a_tie():
     definition = Definition(Settings(CONFIG), SweepSettings(grid=("learning_rate=1,2,3,4,5,6",)))
     returns = {5: [500.0, 500.0], 3: [500.0, 499.0], 4: [500.0, 500.0], 2: [np.nan, 500.0]}
     returns |= {1: [500.0, 500.0], 0: [500.0, 500.0]}
@@ -90,7 +90,7 @@ def test_trials_with_the_same_return_are_a_tie_that_the_lowest_number_wins():
         n: Outcome(Trial(n, {"learning_rate": n + 1.0}), np.array(r), {}, 8 if n else 4, 0)
         for n, r in returns.items()
     }
-    assert [o.trial.number for o in best_of(outcomes, definition)] == [1, 4, 5]
+    assert [o.trial.number for o in best_trials(outcomes, definition)] == [1, 4, 5]
     table = {
         "trial": 1, "tied_with": [4, 5], "return": 498.756, "return_interval_95": [490.0, 500.0],
         "interval_over": "seeds", "return_per_seed": [1.0, 2.0], "episodes_per_seed": 512,
@@ -102,7 +102,7 @@ def test_trials_with_the_same_return_are_a_tie_that_the_lowest_number_wins():
     )
 
 
-def test_states_of_each_trial_are_those_of_its_run(
+def test_states_of_a_trial_equal_those_of_its_run(
     halved: tuple[ppo.SweepResult, Path], best_run: ppo.Result
 ):
     result, directory = halved
@@ -122,7 +122,7 @@ def test_states_of_each_trial_are_those_of_its_run(
     np.testing.assert_array_equal(result.states(3).learner.updates[0] < 4, True)  # it failed
 
 
-def test_numbers_of_trials_and_seeds_are_whole(halved: tuple[ppo.SweepResult, Path]):
+def test_trial_and_seed_must_be_integers(halved: tuple[ppo.SweepResult, Path]):
     for trial, seed, words in (
         (2.5, None, "trial = 2.5: must be a whole number"),
         ("best", 1.0, "seed = 1.0: must be a whole number"),
@@ -140,7 +140,7 @@ def raw(states: ppo.TrainState) -> Any:
     return jax.tree.map(data, states)
 
 
-def test_a_trial_that_was_stopped_early_goes_on_as_the_run_that_it_stands_for(
+def test_resumed_trial_equals_an_uninterrupted_run(
     halved: tuple[ppo.SweepResult, Path], tmp_path: Path
 ):
     result, directory = halved
@@ -165,7 +165,7 @@ def test_a_trial_that_was_stopped_early_goes_on_as_the_run_that_it_stands_for(
     assert logged(run_dir) == logged(tmp_path / "whole")
 
 
-def test_a_single_seed_of_the_winner_becomes_a_run_that_can_be_made_longer(
+def test_single_seed_of_the_winner_can_be_extended(
     halved: tuple[ppo.SweepResult, Path], best_run: ppo.Result
 ):
     run_dir = extract_trial(halved[1], "best", seed=1, env=RandomWalk())
@@ -186,7 +186,7 @@ def test_a_single_seed_of_the_winner_becomes_a_run_that_can_be_made_longer(
         (3, None, "trial = 3: the loss of seed 0 was not finite at update"),
     ],
 )
-def test_what_cannot_be_loaded_is_said_in_one_line(
+def test_trials_that_cannot_be_loaded_give_one_line(
     halved: tuple[ppo.SweepResult, Path], trial: Any, seed: int | None, message: str
 ):
     for function in (ppo.load_trial, extract_trial):
@@ -200,7 +200,7 @@ def test_what_cannot_be_loaded_is_said_in_one_line(
             halved[0].states(trial)
 
 
-def test_a_sweep_that_is_not_finished_has_no_trials_yet(tmp_path: Path):
+def test_unfinished_sweep_has_no_trials_to_load(tmp_path: Path):
     with pytest.raises(ppo.ConfigError, match=r"no sweep\.toml found"):
         ppo.load_trial(tmp_path)
     (tmp_path / "sweep.toml").write_text("")
@@ -209,7 +209,7 @@ def test_a_sweep_that_is_not_finished_has_no_trials_yet(tmp_path: Path):
             function(tmp_path)
 
 
-def test_sweep_names_all_settings_and_passes_them_on(monkeypatch: pytest.MonkeyPatch):
+def test_sweep_passes_on_all_sweep_settings(monkeypatch: pytest.MonkeyPatch):
     given = inspect.signature(ppo.sweep).parameters
     others: dict[str, Any] = {
         "strategy": "sobol", "trials": 3, "batch": 2, "eta": 2, "rungs": 2, "interval": 2,
@@ -234,19 +234,19 @@ def test_sweep_names_all_settings_and_passes_them_on(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("devices", "trials", "seeds", "own"), [(0, 8, 2, 0), (4, 8, 2, 0), (4, 1, 2, 4), (4, 2, 1, 2)]
 )
-def test_a_trial_alone_has_as_many_devices_per_training_as_in_its_wave(
+def test_extracted_trial_has_the_same_devices_per_run_as_in_its_wave(
     devices: int, trials: int, seeds: int, own: int
 ):
-    """Its environments are spread as they were, or not at all: bits depend on it."""
+    """Results depend bitwise on how the environments are split over devices."""
     run = RunSettings(seed=3, num_seeds=seeds, devices=devices, keep=1)
     wave = Settings(CONFIG, run=run, trials=(ppo.HParams(),) * trials)
     hparams = ppo.HParams(gamma=0.5)
-    found = alone(wave, hparams, seeds)
+    found = single_trial_settings(wave, hparams, seeds)
     assert (found.config, found.hparams, found.trials) == (CONFIG, hparams, ())
     assert (found.run.seed, found.run.num_seeds, found.run.devices) == (3, seeds, own)
 
 
-def test_the_command_line_evaluates_exports_and_continues_a_trial(tmp_path: Path, capsys: Any):
+def test_command_line_evaluates_exports_and_resumes_a_trial(tmp_path: Path, capsys: Any):
     sweep, policy = str(tmp_path / "s"), tmp_path / "policy.bin"
     small = "--total-timesteps 64 --num-steps 8 --hidden-sizes 4 --num-minibatches 2".split()
     search = "--num-seeds 2 --eval-episodes 2 --grid gamma=0.9,0.99".split()
@@ -277,10 +277,10 @@ def test_the_command_line_evaluates_exports_and_continues_a_trial(tmp_path: Path
     for command, words in (
         (["eval", sweep, "--trial", "9"], "trial = 9: the sweep has trials 0 to 1"),
         (["eval", sweep, "--trial", "x"], "must be best, or the number of a trial"),
-        (["eval", sweep, "--checkpoint", "best"], "leave --checkpoint out"),
+        (["eval", sweep, "--checkpoint", "best"], "leave out --checkpoint"),
         (["eval", sweep, "--seed", "2"], "seed = 2: the trials have seeds 0 to 1"),
         (["resume", sweep, "--total-timesteps", "96"], "extend one of them with --trial best"),
-        ([*resumed, "--coordinator", "127.0.0.1:1"], "does not go with --trial"),
+        ([*resumed, "--coordinator", "127.0.0.1:1"], "cannot be used with --trial"),
     ):
         assert main(command) == 2
         assert words in capsys.readouterr().err
