@@ -89,8 +89,20 @@ class TaskConfig(ABC):
         return f"{self.batch_size} samples"
 
 
+class UpdateConfig(TaskConfig):
+    """The settings that the update of every policy-gradient learner reads."""
+
+    update_epochs: int
+    num_minibatches: int
+    advantage_normalization: Any
+    """`minibatch`, `batch` or `none`."""
+    lr_schedule: Any
+    """`linear`, `cosine` or `constant`."""
+    clip_schedule: Any
+
+
 @dataclass(frozen=True)
-class Config(TaskConfig):
+class Config(UpdateConfig):
     """The settings that fix the shapes and code paths of a run. Static and hashable.
 
     Raises `ConfigError` on construction if a value has the wrong type, is out of range, or

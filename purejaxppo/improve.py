@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from purejaxppo.collectives import all_sum, own_key
-from purejaxppo.config import Config, HParams
+from purejaxppo.config import HParams, UpdateConfig
 from purejaxppo.losses import Terms, approximate_kl, standardize, value_loss
 from purejaxppo.networks import parts_in_cache
 from purejaxppo.objectives.base import Objective
@@ -71,7 +71,7 @@ def policy_terms(
     old = batch.rollout
     distribution = policy.distribution(policy_outputs)
     log_prob = jnp.asarray(distribution.log_prob(old.action))
-    terms = Terms(log_prob, log_prob - old.log_prob, batch.advantage)
+    terms = Terms(log_prob, log_prob - old.log_prob, batch.advantage, mask=old.mask)
     has_outputs = not isinstance(old.policy_outputs, tuple)
     if has_outputs:
         before = policy.distribution(old.policy_outputs)
@@ -98,7 +98,7 @@ def kl_from_rollout(
 
 
 def make_improve(
-    config: Config,
+    config: UpdateConfig,
     objective: Objective,
     network: Network,
     policy: Policy,
@@ -137,7 +137,7 @@ def make_improve(
 
 
 def make_descent(
-    config: Config,
+    config: UpdateConfig,
     network: Network,
     loss: Loss,
     optimizer: Optimizer = ADAM,
@@ -174,7 +174,7 @@ def make_descent(
 class _Epochs(NamedTuple):
     """Minibatch epochs on one batch."""
 
-    config: Config
+    config: UpdateConfig
     network: Network
     loss: Loss
     axis: str | None
@@ -242,7 +242,7 @@ def over_all(
 
 
 def at_this_update(
-    config: Config, learner: LearnerState, hparams: HParams
+    config: UpdateConfig, learner: LearnerState, hparams: HParams
 ) -> tuple[HParams, Float[Array, ""]]:
     """The hyperparameters after schedules are applied, and the policy's learning rate."""
     rate = scheduled(config.lr_schedule, learner.updates, config.num_updates)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from purejaxppo.config import Config, HParams
+from purejaxppo.config import HParams, UpdateConfig
 from purejaxppo.metrics import count_episodes, env_steps, explained_variance
 from purejaxppo.normalize import (
     first_statistics,
@@ -33,7 +33,7 @@ FIRST_STATISTICS = 2**31
 
 
 def make_learner(
-    config: Config,
+    config: UpdateConfig,
     *,
     actor: Actor,
     advantage: Advantage,

@@ -31,6 +31,8 @@ class Terms(NamedTuple):
     advantage: Samples
     kl: Samples | float = 0.0
     """KL(pi_old, pi) at s, if the objective needs it."""
+    mask: Samples | float = 1.0
+    """1 for steps that count. With sequences, a loss may combine the steps of each (axis 0)."""
 
 
 PolicyLoss = Callable[[Terms, HParams], Samples]

@@ -1,0 +1,281 @@
+"""A decoder-only transformer as a `Network`: it predicts the next token and a value.
+
+Axis letters besides those of `types`: V vocabulary, W width, H heads, K key/value heads, D width of
+a head, C tokens that a cache can hold. Inside the modules, sequences are `[B, T]`.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from purejaxppo.checks import ConfigError
+from purejaxppo.types import Network, PyTree
+
+_LOWEST = -1e30
+"""Attention score of a key that must not be read; finite, so that gradients stay finite."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The shape of a decoder. Static and hashable.
+
+    The defaults are a small GPT-2; `positions = rotary`, `norm = rms`, `activation = swiglu` and
+    `num_kv_heads` give Llama's and Qwen's.
+    """
+
+    vocab_size: int
+    """Number of tokens (V)."""
+    context: int
+    """Maximum number of tokens of a sequence, prompt included (C)."""
+    num_layers: int = 2
+    width: int = 64
+    """Width of the residual stream (W); a multiple of num_heads."""
+    num_heads: int = 4
+    num_kv_heads: int = 0
+    """Heads of keys and values, of which each serves several heads of queries; 0: num_heads."""
+    mlp_width: int = 0
+    """Width of the hidden layer of a block; 0: 4 times the width."""
+    positions: Literal["learned", "rotary"] = "learned"
+    norm: Literal["layer", "rms"] = "layer"
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    tied_embeddings: bool = True
+    """Use the embedding of tokens as the last layer too."""
+    critic: Literal["none", "shared", "separate"] = "separate"
+    """Where values come from: nowhere (they are 0), the same decoder, or a second one."""
+
+    def __post_init__(self) -> None:
+        if self.width % self.num_heads:
+            raise ConfigError(
+                f"width = {self.width} is not divisible by num_heads = {self.num_heads}; use a "
+                "multiple"
+            )
+        if self.num_kv_heads and self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_heads = {self.num_heads} is not divisible by num_kv_heads = "
+                f"{self.num_kv_heads}; use a divisor"
+            )
+        if self.positions == "rotary" and self.width // self.num_heads % 2:
+            raise ConfigError(
+                f"width / num_heads = {self.width // self.num_heads}: rotary positions need an "
+                "even number"
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values (K)."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of a head (D)."""
+        return self.width // self.num_heads
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens that were read, the carry of a decoder that generates.
+
+    Heads come before tokens: reading `[B, K, C, D]` takes a third of the time of `[B, C, K, D]` on
+    CPU.
+    """
+
+    keys: tuple[Float[Array, "B K C D"], ...]
+    """One array per layer."""
+    values: tuple[Float[Array, "B K C D"], ...]
+    first: Int[Array, " B"]
+    """Index of the sequence's first token; earlier ones are padding."""
+    length: Int[Array, " B"]
+    """Number of tokens read, padding included; the same for all rows."""
+
+
+def make_decoder(architecture: Architecture) -> Network:
+    """Make the network `(params, carry, obs, start) -> (carry, logits[T, B, V], value[T, B])`.
+
+    `obs` has leaves `[T, B]`: `token`, and `temperature`, by which logits are divided. With the
+    carry `()` it reads whole sequences. Where `start` is set, a new sequence begins, which does not
+    read the tokens before it; so prompts are padded on the left. With caches as the carry
+    (`initial_carry(n)`), it continues the sequences that it has read.
+    """
+    module = _ActorCritic(architecture)
+
+    def obs(rows: int, steps: int) -> PyTree:
+        ones = jnp.ones((steps, rows), jnp.float32)
+        return {"token": ones.astype(jnp.int32), "temperature": ones}
+
+    def init(key: Key[Array, ""]) -> PyTree:
+        return module.init(key, (), obs(1, 1), jnp.ones((1, 1), bool))["params"]
+
+    def apply(
+        params: PyTree, carry: PyTree, obs: PyTree, start: Bool[Array, "T B"]
+    ) -> tuple[PyTree, Float[Array, "T B V"], Float[Array, "T B"]]:
+        applied: Any = module.apply({"params": params}, carry, obs, start)
+        return applied
+
+    widest = max(architecture.vocab_size, _mlp_width(architecture))
+    caches = 2 if architecture.critic == "separate" else 1
+    return Network(
+        init=init,
+        initial_carry=lambda n: tuple(_empty(architecture, n) for _ in range(caches)),
+        apply=apply,
+        width=widest,
+        sequential=True,
+    )
+
+
+def _empty(architecture: Architecture, rows: int) -> Cache:
+    shape = (rows, architecture.kv_heads, architecture.context, architecture.head_width)
+    zeros = tuple(jnp.zeros(shape, jnp.float32) for _ in range(architecture.num_layers))
+    counts = jnp.zeros(rows, jnp.int32)
+    return Cache(zeros, zeros, counts, counts)
+
+
+def _mlp_width(architecture: Architecture) -> int:
+    return architecture.mlp_width or 4 * architecture.width
+
+
+class _ActorCritic(nn.Module):
+    architecture: Architecture
+
+    @nn.compact
+    def __call__(
+        self, carry: PyTree, obs: PyTree, start: Bool[Array, "T B"]
+    ) -> tuple[PyTree, Array, Array]:
+        made = self.architecture
+        caches: list[Any] = list(carry) if carry else [None, None]
+        token, start = obs["token"].T, start.T
+        actor = _Trunk(made, name="actor")
+        caches[0], x, embedding = actor(caches[0], token, start)
+        if made.tied_embeddings:
+            logits = embedding.attend(x)
+        else:
+            logits = _dense(made.vocab_size, 0.02, bias=False, name="actor_head")(x)
+        logits = logits / obs["temperature"].T[..., None]
+        value = jnp.zeros(token.shape, jnp.float32)
+        if made.critic == "separate":
+            caches[1], x, _ = _Trunk(made, name="critic")(caches[1], token, start)
+        if made.critic != "none":
+            value = _dense(1, 0.0, name="critic_head")(x)[..., 0]
+        return tuple(caches) if carry else (), logits.swapaxes(0, 1), value.T
+
+
+class _Trunk(nn.Module):
+    """Embeddings, blocks and the last norm: tokens `[B, T]` to features `[B, T, W]`. Also returns
+    the embedding of tokens."""
+
+    architecture: Architecture
+
+    @nn.compact
+    def __call__(
+        self, cache: Cache | None, token: Int[Array, "B T"], start: Bool[Array, "B T"]
+    ) -> tuple[Cache | None, Float[Array, "B T W"], nn.Embed]:
+        made = self.architecture
+        length = jnp.zeros((), jnp.int32) if cache is None else cache.length[0]
+        index = length + jnp.arange(token.shape[1])
+        begins = jnp.where(start, index, 0 if cache is None else cache.first[:, None])
+        first = jax.lax.cummax(begins, axis=1)
+        position = index - first
+        key_index = jnp.arange(token.shape[1] if cache is None else made.context)
+        visible = (key_index >= first[..., None]) & (key_index <= index[:, None])
+
+        embed = partial(nn.Embed, features=made.width, embedding_init=nn.initializers.normal(0.02))
+        embedding = embed(made.vocab_size, name="embedding")
+        x = embedding(token)
+        if made.positions == "learned":
+            x += embed(made.context, name="position")(position)
+        keys, values = [], []
+        for i in range(made.num_layers):
+            held = None if cache is None else (cache.keys[i], cache.values[i])
+            block = _Block(made, name=f"block_{i}")
+            x, (key, value) = block(x, position, visible, held, length)
+            keys.append(key)
+            values.append(value)
+        x = _norm(made, "norm")(x)
+        if cache is None:
+            return None, x, embedding
+        read = cache.length + token.shape[1]
+        return Cache(tuple(keys), tuple(values), first[:, -1], read), x, embedding
+
+
+class _Block(nn.Module):
+    """Attention and a hidden layer, each after a norm, added to the residual stream."""
+
+    architecture: Architecture
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T W"],
+        position: Int[Array, "B T"],
+        visible: Bool[Array, "B T C"],
+        held: tuple[Array, Array] | None,
+        length: Int[Array, ""],
+    ) -> tuple[Float[Array, "B T W"], tuple[Array, Array]]:
+        made = self.architecture
+        into = 0.02 / math.sqrt(2 * made.num_layers)  # GPT-2: the residual stream adds up
+        y = _norm(made, "norm_attention")(x)
+        heads = made.num_heads, made.kv_heads, made.kv_heads
+        names = "query", "key", "value"
+        q, k, v = (
+            _split_heads(_dense(n * made.head_width, 0.02, name=name)(y), n)
+            for n, name in zip(heads, names, strict=True)
+        )
+        if made.positions == "rotary":
+            q, k = _rotate(q, position), _rotate(k, position)
+        if held is not None:
+            k, v = (
+                jax.lax.dynamic_update_slice_in_dim(old, new, length, axis=2)
+                for old, new in zip(held, (k, v), strict=True)
+            )
+        x += _dense(made.width, into, name="out")(_attend(q, k, v, visible))
+        y = _norm(made, "norm_mlp")(x)
+        hidden = _dense(_mlp_width(made), 0.02, name="up")(y)
+        if made.activation == "swiglu":
+            hidden = hidden * nn.silu(_dense(_mlp_width(made), 0.02, name="gate")(y))
+        else:
+            hidden = nn.gelu(hidden)
+        return x + _dense(made.width, into, name="down")(hidden), (k, v)
+
+
+def _attend(
+    q: Float[Array, "B H T D"],
+    k: Float[Array, "B K C D"],
+    v: Float[Array, "B K C D"],
+    visible: Bool[Array, "B T C"],
+) -> Float[Array, "B T W"]:
+    """Softmax attention (Vaswani et al. 2017, arXiv:1706.03762, eq. 1), with H / K heads of queries
+    per head of keys (Ainslie et al. 2023, arXiv:2305.13245)."""
+    rows, heads, steps, width = q.shape
+    grouped = q.reshape(rows, k.shape[1], -1, steps, width)
+    scores = jnp.einsum("bkgtd,bkcd->bkgtc", grouped, k) / math.sqrt(width)
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, _LOWEST))
+    read = jnp.einsum("bkgtc,bkcd->bkgtd", weights, v).reshape(rows, heads, steps, width)
+    return read.swapaxes(1, 2).reshape(rows, steps, heads * width)
+
+
+def _split_heads(x: Float[Array, "B T F"], heads: int) -> Float[Array, "B heads T D"]:
+    return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
+
+
+def _rotate(x: Float[Array, "B H T D"], position: Int[Array, "B T"]) -> Float[Array, "B H T D"]:
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864, eq. 34), pairing each of the first D / 2
+    numbers with the one D / 2 after it, as Llama does."""
+    half = x.shape[-1] // 2
+    angle = position[:, None, :, None] * 10_000.0 ** (-jnp.arange(half) / half)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    low, high = x[..., :half], x[..., half:]
+    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+
+
+def _norm(architecture: Architecture, name: str) -> nn.Module:
+    kind = nn.LayerNorm if architecture.norm == "layer" else nn.RMSNorm
+    return kind(name=name)
+
+
+def _dense(features: int, std: float, *, bias: bool = True, name: str) -> nn.Dense:
+    init = nn.initializers.normal(std) if std else nn.initializers.zeros
+    return nn.Dense(features, use_bias=bias, kernel_init=init, name=name)
