@@ -4,6 +4,7 @@ import inspect
 import re
 import shlex
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import purejaxppo as ppo
+from purejaxppo import rlhf
 from purejaxppo.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -39,13 +41,13 @@ _pages = [
 def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Runs of a page take few steps, in an empty directory that also has `configs/`."""
     mpl.use("agg")
-    config = ppo.Config
 
-    def capped(**given: Any) -> ppo.Config:
+    def capped(kind: Any, *args: Any, **given: Any) -> Any:
         wanted = given.pop("total_timesteps", STEPS)
-        return config(total_timesteps=min(wanted, STEPS), **given)
+        return kind(*args, total_timesteps=min(wanted, STEPS), **given)
 
-    monkeypatch.setattr(ppo, "Config", capped)
+    monkeypatch.setattr(ppo, "Config", partial(capped, ppo.Config))
+    monkeypatch.setattr(rlhf, "RLHFConfig", partial(capped, rlhf.RLHFConfig))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
 
@@ -115,6 +117,8 @@ def test_every_public_name_is_in_the_reference_and_has_a_docstring():
         for name in re.findall(r"^::: purejaxppo\.(\w+)$", page.read_text(), re.MULTILINE)
     ]
     assert sorted(found) == sorted(ppo.__all__)
+    tokens = (ROOT / "docs/reference/language-models.md").read_text(encoding="utf-8")
+    assert all(f"::: purejaxppo.rlhf.{name}\n" in tokens for name in rlhf.__all__)
     for name in set(found) - {"OBJECTIVES"}:
         text = inspect.getdoc(getattr(ppo, name)) or ""
         assert len(text) > 20, name

@@ -16,6 +16,7 @@ from purejaxppo.rlhf import (
     Architecture,
     Problem,
     Prompts,
+    Responses,
     RLHFConfig,
     RLHFHParams,
     Sample,
@@ -26,6 +27,7 @@ from purejaxppo.rlhf import (
 from purejaxppo.rlhf.actor import draw_prompts
 from purejaxppo.rlhf.generate import observe
 from purejaxppo.rlhf.objectives import TOKEN_OBJECTIVES, sequence_surrogate
+from purejaxppo.rlhf.problems import reverse_digits, sort_digits
 
 VOCABULARY, LENGTH = 4, 3
 RESPONSES = np.array(list(itertools.product(range(VOCABULARY), repeat=LENGTH)))
@@ -255,6 +257,46 @@ def test_prompts_are_drawn_without_replacement(num_prompts: int, available: int)
     assert (np.sort(epochs, axis=1) == np.arange(available)).all()
     if available > 2:
         assert len({tuple(x) for x in epochs.tolist()}) > 1
+
+
+# Problems
+
+
+@pytest.mark.parametrize(("make", "answer"), [(sort_digits, sorted), (reverse_digits, reversed)])
+def test_scores_of_digits_equal_a_loop(make: Any, answer: Any):
+    problem = make(length=3, digits=4)
+    prompts = np.asarray(problem.prompts.tokens)
+    rng = np.random.default_rng(0)
+    tokens, lengths = rng.integers(0, 6, (len(prompts), 5)), rng.integers(1, 6, len(prompts))
+    expected = []
+    for row, prompt in enumerate(prompts):
+        assert prompt[3] == 4
+        right = [*answer(prompt[:3].tolist()), 5]
+        if row % 2:
+            tokens[row, :4], lengths[row] = right, 4
+        pairs = zip(tokens[row, : lengths[row]], right, strict=False)
+        expected.append(sum(a == b for a, b in pairs) / 4)
+    assert max(expected) == 1.0
+    responses = Responses(*(jnp.asarray(x) for x in (tokens, lengths, lengths > 0, tokens * 0.0)))
+    sample = Sample(problem.prompts, responses, problem.extras)
+    np.testing.assert_allclose(problem.score(sample), expected, rtol=1e-6)
+    held_out = np.asarray(problem.held_out.tokens)
+    together = {tuple(x) for x in np.concatenate([prompts, held_out]).tolist()}
+    assert len(together) == len(prompts) + len(held_out) == 4**3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["ppo_clip", "rloo", "grpo", "gspo"])
+def test_sorting_is_learned(objective: Any):
+    config = RLHFConfig(
+        objective, num_prompts=32, response_length=4, num_minibatches=4,
+        total_timesteps=300 * 512 * 4,
+    )  # fmt: skip
+    task = make_rlhf_task(config, sort_digits(length=3, digits=6))
+    hparams = RLHFHParams(learning_rate=1e-3, kl_coef=0.0)
+    result = ppo.run(task, hparams, num_seeds=2, eval_episodes=128, progress=False)
+    assert (result.metrics["score"][:, 0] < 0.2).all()
+    assert (np.mean(result.returns == 1, axis=1) > 0.9).all()
 
 
 # As a task
