@@ -13,6 +13,6 @@ class Defaults(griffe.Extension):
         value = getattr(node, "value", None)
         if not isinstance(value, ast.Call) or not isinstance(value.func, ast.Name):
             return
-        if value.func.id == "_bounded":
+        if value.func.id == "bounded":
             default = ast.unparse(value.args[0])
             attr.value = "'auto'" if default == "AUTO" else default

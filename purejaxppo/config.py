@@ -43,7 +43,7 @@ class _ChosenText(Chosen, str):
     pass
 
 
-def _bounded(
+def bounded(
     default: Any,
     low: float,
     high: float = math.inf,
@@ -115,11 +115,11 @@ class Config(UpdateConfig):
     env_params: EnvParams = EnvParams()
     """Parameters of the environment by name, such as max_steps_in_episode; the others keep their
     defaults."""
-    total_timesteps: int = _bounded(500_000, 1)
+    total_timesteps: int = bounded(500_000, 1)
     """Environment steps of the run, rounded up to whole updates."""
-    num_envs: int = _bounded(AUTO, 1)
+    num_envs: int = bounded(AUTO, 1)
     """Number of environments stepped in parallel (N); auto: 4, or 16 with a2c and trpo."""
-    num_steps: int = _bounded(AUTO, 1)
+    num_steps: int = bounded(AUTO, 1)
     """Steps of each environment in one rollout (T); auto: 128, or 16 with a2c and 1024 with the
     REINFORCE objectives."""
     objective: (
@@ -137,7 +137,7 @@ class Config(UpdateConfig):
         "auto"
     )
     """Advantage estimator; auto uses monte_carlo for the REINFORCE objectives, gae for others."""
-    bootstrap_steps: int = _bounded(5, 1, advantage=("n_step",))
+    bootstrap_steps: int = bounded(5, 1, advantage=("n_step",))
     """n of n_step: number of rewards summed before bootstrapping from the value."""
     bootstrap_time_limits: bool = True
     """Bootstrap from the value of the last observation where a time limit ends an episode; false
@@ -152,10 +152,10 @@ class Config(UpdateConfig):
     discount_weight: bool = False
     """REINFORCE objectives: weight step t by gamma^t, as in the exact gradient of the discounted
     return. Most implementations leave it out."""
-    update_epochs: int = _bounded(AUTO, 1)
+    update_epochs: int = bounded(AUTO, 1)
     """Epochs over each rollout; with trpo, of the critic only. auto: 4, or 1 with a2c and the
     REINFORCE objectives."""
-    num_minibatches: int = _bounded(AUTO, 1)
+    num_minibatches: int = bounded(AUTO, 1)
     """Gradient steps per epoch (with trpo, of the critic). Must divide num_envs * num_steps, or
     num_envs with a memory. auto: 4, or 1 with a2c and the REINFORCE objectives."""
     optimizer: Literal["adam"] | str = "adam"
@@ -170,7 +170,7 @@ class Config(UpdateConfig):
     """Recurrent cell after the encoder, for partially observed environments."""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """Widths of the dense layers (after the convolutions of a cnn)."""
-    memory_size: int = _bounded(64, 1, MAX_WIDTH)
+    memory_size: int = bounded(64, 1, MAX_WIDTH)
     """Width of the recurrent cell; no effect if memory = none."""
     activation: Literal["tanh", "relu", "gelu", "silu"] = "tanh"
     """Activation function of the hidden layers."""
@@ -179,7 +179,7 @@ class Config(UpdateConfig):
     action_distribution: Literal["auto", "normal", "tanh_normal"] = "auto"
     """Distribution of continuous actions; auto uses normal, clipped to the bounds. Discrete actions
     are always categorical."""
-    log_std_init: float = _bounded(0.0, -10.0, 10.0)
+    log_std_init: float = bounded(0.0, -10.0, 10.0)
     """Initial log standard deviation of continuous actions; no effect on discrete ones."""
     advantage_normalization: Literal["minibatch", "batch", "none"] = "minibatch"
     """Normalise advantages to mean 0 and standard deviation 1 per minibatch, per batch, or not at
@@ -190,9 +190,9 @@ class Config(UpdateConfig):
     normalize_reward: bool = False
     """Divide rewards by the running standard deviation of the discounted return, clipped to +-10.
     Reported returns stay unscaled."""
-    cg_iterations: int = _bounded(10, 1)
+    cg_iterations: int = bounded(10, 1)
     """With trpo: conjugate gradient iterations."""
-    line_search_steps: int = _bounded(10, 1)
+    line_search_steps: int = bounded(10, 1)
     """With trpo: maximum line-search trials, each half as long as the one before."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Learning-rate schedule over the run: decay to 0 (linear, cosine) or constant."""
@@ -270,42 +270,42 @@ class HParams:
     unchecked. For arrays, `vmap_axes` makes the `in_axes` of `jax.vmap`.
     """
 
-    learning_rate: Scalar = _bounded(2.5e-4, 0, FLOAT_MAX)
+    learning_rate: Scalar = bounded(2.5e-4, 0, FLOAT_MAX)
     """Initial learning rate (Adam); with trpo, of the critic only."""
-    critic_learning_rate: Scalar | None = _bounded(None, 0, FLOAT_MAX, has_critic=(True,))
+    critic_learning_rate: Scalar | None = bounded(None, 0, FLOAT_MAX, has_critic=(True,))
     """Learning rate of the critic's own parameters; None uses learning_rate."""
-    gamma: Scalar = _bounded(0.99, 0, 1)
+    gamma: Scalar = bounded(0.99, 0, 1)
     """Discount factor per step."""
-    gae_lambda: Scalar = _bounded(0.95, 0, 1, advantage=("gae", "lambda_return"))
+    gae_lambda: Scalar = bounded(0.95, 0, 1, advantage=("gae", "lambda_return"))
     """Lambda of generalised advantage estimation: 0 is one-step TD, 1 is Monte Carlo."""
-    clip_eps: Scalar = _bounded(0.2, 0, open_low=True)
+    clip_eps: Scalar = bounded(0.2, 0, open_low=True)
     """With ppo_clip: clip the probability ratio to [1 - clip_eps, 1 + clip_eps]. Other objectives
     only log the fraction of ratios outside."""
-    clip_higher: Scalar | None = _bounded(None, 0, open_low=True)
+    clip_higher: Scalar | None = bounded(None, 0, open_low=True)
     """With ppo_clip: clip ratios above 1 + clip_higher instead; None uses clip_eps."""
-    dual_clip: Scalar | None = _bounded(None, 1, open_low=True)
+    dual_clip: Scalar | None = bounded(None, 1, open_low=True)
     """With ppo_clip: lower bound dual_clip * A of the objective for negative advantages A, which
     limits the effect of large ratios; None disables it."""
-    vf_clip_eps: Scalar | None = _bounded(None, 0, open_low=True, has_critic=(True,))
+    vf_clip_eps: Scalar | None = bounded(None, 0, open_low=True, has_critic=(True,))
     """Clip range of the value loss; None disables value clipping."""
-    ent_coef: Scalar = _bounded(0.01, 0, FLOAT_MAX)
+    ent_coef: Scalar = bounded(0.01, 0, FLOAT_MAX)
     """Weight of the entropy bonus."""
-    vf_coef: Scalar = _bounded(0.5, 0, FLOAT_MAX, has_critic=(True,))
+    vf_coef: Scalar = bounded(0.5, 0, FLOAT_MAX, has_critic=(True,))
     """Weight of the value loss."""
-    max_grad_norm: Scalar = _bounded(0.5, 0, open_low=True)
+    max_grad_norm: Scalar = bounded(0.5, 0, open_low=True)
     """Clip gradients to this global norm; inf disables clipping."""
-    target_kl: Scalar | None = _bounded(None, 0, open_low=True)
+    target_kl: Scalar | None = bounded(None, 0, open_low=True)
     """With ppo_clip and ppo_kl: skip the remaining epochs of an update once the mean approximate KL
     of an epoch exceeds this; None never stops. With ppo_kl_adaptive: the divergence to aim for
     (None: 0.01)."""
-    kl_beta: Scalar = _bounded(1.0, 0, FLOAT_MAX)
+    kl_beta: Scalar = bounded(1.0, 0, FLOAT_MAX)
     """Weight of the KL penalty of ppo_kl; initial weight with ppo_kl_adaptive."""
-    trpo_delta: Scalar = _bounded(0.01, 1e-6, 1e3)
+    trpo_delta: Scalar = bounded(0.01, 1e-6, 1e3)
     """With trpo: maximum KL divergence of one update. Much smaller values are lost to float32
     rounding."""
-    cg_damping: Scalar = _bounded(0.1, 0, FLOAT_MAX)
+    cg_damping: Scalar = bounded(0.1, 0, FLOAT_MAX)
     """With trpo: damping added to the diagonal of the Fisher matrix."""
-    adam_eps: Scalar = _bounded(1e-5, 0, FLOAT_MAX, open_low=True)
+    adam_eps: Scalar = bounded(1e-5, 0, FLOAT_MAX, open_low=True)
     """Adam's epsilon."""
 
     def __post_init__(self) -> None:

@@ -1,10 +1,10 @@
 """Settings of a run that tunes a language model."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from purejaxppo.checks import ConfigError
-from purejaxppo.config import HParams, UpdateConfig
+from purejaxppo.checks import FLOAT_MAX, ConfigError, check_fields
+from purejaxppo.config import HParams, Scalar, UpdateConfig, bounded
 from purejaxppo.rlhf.decoder import Architecture
 
 
@@ -15,25 +15,25 @@ class RLHFConfig(UpdateConfig):
     objective: Literal["ppo_clip", "rloo", "grpo", "dr_grpo", "gspo"] = "ppo_clip"
     """ppo_clip: clipped surrogate with a critic; rloo, grpo, dr_grpo, gspo: without, with the
     other responses to the same prompt as the baseline."""
-    total_timesteps: int = 400 * 16 * 16 * 8
+    total_timesteps: int = bounded(400 * 16 * 16 * 8, 1)
     """Tokens to generate, if every response has the maximum length; rounded up to whole updates."""
-    num_prompts: int = 16
+    num_prompts: int = bounded(16, 1)
     """Prompts per update."""
-    group_size: int = 16
+    group_size: int = bounded(16, 1)
     """Responses to each prompt (K)."""
-    response_length: int = 8
+    response_length: int = bounded(8, 1)
     """Maximum number of tokens of a response (R)."""
-    update_epochs: int = 1
-    num_minibatches: int = 2
+    update_epochs: int = bounded(1, 1)
+    num_minibatches: int = bounded(2, 1)
     """Gradient steps per epoch; must divide num_prompts * group_size."""
-    num_layers: int = 2
+    num_layers: int = bounded(2, 1)
     """Blocks of the decoder."""
-    width: int = 64
+    width: int = bounded(64, 1)
     """Width of the residual stream; a multiple of num_heads."""
-    num_heads: int = 4
-    num_kv_heads: int = 0
+    num_heads: int = bounded(4, 1)
+    num_kv_heads: int = bounded(0, 0)
     """Heads of keys and values, of which each serves several heads of queries; 0: num_heads."""
-    mlp_width: int = 0
+    mlp_width: int = bounded(0, 0)
     """Width of the hidden layer of a block; 0: 4 times the width."""
     positions: Literal["learned", "rotary"] = "learned"
     norm: Literal["layer", "rms"] = "layer"
@@ -47,12 +47,7 @@ class RLHFConfig(UpdateConfig):
     clip_schedule: Literal["linear", "cosine", "constant"] = "constant"
 
     def __post_init__(self) -> None:
-        for name in (
-            "total_timesteps", "num_prompts", "group_size", "response_length", "update_epochs",
-            "num_minibatches",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} = {getattr(self, name)}: must be at least 1")
+        check_fields(self)
         if self.num_sequences % self.num_minibatches:
             raise ConfigError(
                 f"num_prompts * group_size = {self.num_prompts} * {self.group_size} = "
@@ -103,12 +98,13 @@ class RLHFConfig(UpdateConfig):
 class RLHFHParams(HParams):
     """`HParams` with defaults for language models, and what only they have."""
 
-    learning_rate: Any = 3e-3
-    gamma: Any = 1.0
-    ent_coef: Any = 0.0
-    max_grad_norm: Any = 1.0
-    kl_coef: Any = 0.05
+    learning_rate: Scalar = bounded(3e-3, 0, FLOAT_MAX)
+    gamma: Scalar = bounded(1.0, 0, 1)
+    ent_coef: Scalar = bounded(0.0, 0, FLOAT_MAX)
+    max_grad_norm: Scalar = bounded(1.0, 0, open_low=True)
+    kl_coef: Scalar = bounded(0.05, 0, FLOAT_MAX)
     """Weight beta of the penalty on the KL divergence from the reference, which is subtracted from
     the reward of each token: beta (log pi - log pi_ref)."""
-    temperature: Any = 1.0
-    """Logits are divided by it when responses are sampled, and in every log-probability."""
+    temperature: Scalar = bounded(1.0, 0, FLOAT_MAX, open_low=True)
+    """Logits are divided by it when responses are sampled for training, and in every
+    log-probability. Evaluations sample at temperature 1."""

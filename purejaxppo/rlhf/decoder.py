@@ -266,7 +266,7 @@ def _rotate(x: Float[Array, "B H T D"], position: Int[Array, "B T"]) -> Float[Ar
     numbers with the one D / 2 after it, as Llama does."""
     half = x.shape[-1] // 2
     angle = position[:, None, :, None] * 10_000.0 ** (-jnp.arange(half) / half)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
     low, high = x[..., :half], x[..., half:]
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
 

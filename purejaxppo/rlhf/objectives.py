@@ -21,8 +21,8 @@ from purejaxppo.objectives.base import Objective
 from purejaxppo.objectives.table import OBJECTIVES
 from purejaxppo.types import Advantage, Rollout
 
-Responses = Float[Array, " N"]
 _SMALLEST_STD = 1e-6
+"""Standard deviation, relative to the mean, below which returns count as equal."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,10 @@ def standardized(returns: Float[Array, "G K"]) -> Float[Array, "G K"]:
     """(R_i - mean) / std within the group (Shao et al. 2024, arXiv:2402.03300, section 4.1.2), with
     the standard deviation of K - 1 degrees of freedom; 0 if all are equal. Groups with a small
     spread weigh as much as others, which biases the gradient."""
+    mean = jnp.mean(returns, axis=1, keepdims=True)
     std = jnp.std(returns, axis=1, ddof=1, keepdims=True)
-    centered = centred(returns)
-    return jnp.where(std > _SMALLEST_STD, centered / jnp.maximum(std, _SMALLEST_STD), 0.0)
+    differ = std > _SMALLEST_STD * jnp.abs(mean)
+    return jnp.where(differ, (returns - mean) / jnp.where(differ, std, 1.0), 0.0)
 
 
 def centred(returns: Float[Array, "G K"]) -> Float[Array, "G K"]:

@@ -35,7 +35,8 @@ def _on_digits(
     digits: int,
     num_prompts: int,
 ) -> Problem:
-    """Tokens are the digits, `=` and the stop token. A fifth of the prompts is held out."""
+    """Tokens are the digits, `=` and the stop token. Of `num_prompts` random prompts, duplicates
+    are removed and a fifth is held out."""
     equals, stop = digits, digits + 1
     numbers = np.random.default_rng(0).integers(0, digits, size=(num_prompts, length))
     numbers = np.unique(numbers, axis=0)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 from purejaxppo.checks import ConfigError
@@ -16,7 +17,7 @@ from purejaxppo.optimizer import ADAM
 from purejaxppo.rlhf.actor import make_token_actor
 from purejaxppo.rlhf.config import RLHFConfig, RLHFHParams
 from purejaxppo.rlhf.decoder import Architecture, make_decoder
-from purejaxppo.rlhf.generate import Responses, generate
+from purejaxppo.rlhf.generate import Prompts, Responses, generate
 from purejaxppo.rlhf.objectives import TOKEN_OBJECTIVES
 from purejaxppo.rlhf.problem import Problem, Sample
 from purejaxppo.task import Task
@@ -61,10 +62,36 @@ def architecture_of(config: RLHFConfig, problem: Problem) -> Architecture:
 
 
 def _check(config: RLHFConfig, problem: Problem) -> None:
-    sets = [problem.prompts, *([] if problem.held_out is None else [problem.held_out])]
-    if any(int(jnp.min(x.lengths)) < 1 for x in sets):
-        raise ConfigError("prompts: one is empty; each needs at least one token")
+    if not -1 <= problem.stop_token < problem.vocab_size:
+        raise ConfigError(
+            f"stop_token = {problem.stop_token}: must be a token below vocab_size = "
+            f"{problem.vocab_size}, or -1 for none"
+        )
+    sets = [("prompts", problem.prompts, problem.extras)]
+    if problem.held_out is not None:
+        sets.append(("held_out", problem.held_out, problem.held_out_extras))
+    for name, prompts, extras in sets:
+        _check_prompts(name, prompts, extras, problem.vocab_size)
     _check_score(config, problem)
+
+
+def _check_prompts(name: str, prompts: Prompts, extras: PyTree, vocab_size: int) -> None:
+    """Raise `ConfigError` unless all tokens, padding included, and lengths are possible."""
+    tokens, lengths = np.asarray(prompts.tokens), np.asarray(prompts.lengths)
+    if lengths.min() < 1:
+        raise ConfigError(f"{name}: one is empty; each needs at least one token")
+    if lengths.max() > tokens.shape[1]:
+        raise ConfigError(
+            f"{name}: a length of {lengths.max()} for {tokens.shape[1]} tokens; lengths count the "
+            "tokens without padding"
+        )
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise ConfigError(
+            f"{name}: tokens from {tokens.min()} to {tokens.max()}, but vocab_size = {vocab_size}; "
+            "all tokens, padding included, must be from 0 to vocab_size - 1"
+        )
+    if any(len(x) != len(tokens) for x in jax.tree.leaves(extras)):
+        raise ConfigError(f"{name}: the extras need one row per prompt, {len(tokens)} rows")
 
 
 def _check_score(config: RLHFConfig, problem: Problem) -> None:
