@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,7 @@ def test_extending_stretches_schedules_over_the_new_length(
 def test_tensorboard_hides_what_was_logged_after_the_checkpoint(tmp_path: Path):
     run(tmp_path / "a", config=LINE, env=None, tensorboard=True, keep=9)
     cut(tmp_path / "a", 8)
+    time.sleep(1.1)  # the names of event files have the time in seconds
     resume(tmp_path / "a", env=None, task=LINE)
     files = sorted((tmp_path / "a/tensorboard/seed_0").iterdir(), key=lambda p: p.stat().st_mtime)
     assert len(files) == 2
