@@ -98,18 +98,7 @@ def agent_of(
         check_start(starts, n, "act")
         carry, policy_outputs, _ = apply(rows, carry, starts)
 
-        def sample() -> Array:
-            one_key = as_key(key, "act", "pass one for all rows of obs")
-            return policy.sample(policy_outputs, draw_noise(policy, jax.random.split(one_key, n)))
-
-        def mode() -> Array:
-            return policy.distribution(policy_outputs).mode()
-
-        if is_traced(deterministic):
-            action = jnp.where(deterministic, mode(), sample())
-        else:
-            action = mode() if deterministic else sample()
-        return policy.to_env(action), carry
+        return policy.to_env(_choose(policy, policy_outputs, key, deterministic)), carry
 
     def value(obs: PyTree, carry: PyTree) -> Float[Array, " n"]:
         rows, n = checked(obs, carry, "value")
@@ -121,3 +110,21 @@ def agent_of(
 
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
     return Agent(initial_carry, act, value, jax.eval_shape(env.reset, keys)[1])
+
+
+def _choose(
+    policy: Policy, policy_outputs: Array, key: KeyLike, deterministic: bool | Array
+) -> Array:
+    """The mode of the policy if `deterministic`, else a sample; `key` is not read for the mode."""
+
+    def sample() -> Array:
+        one_key = as_key(key, "act", "pass one for all rows of obs")
+        keys = jax.random.split(one_key, policy_outputs.shape[0])
+        return policy.sample(policy_outputs, draw_noise(policy, keys))
+
+    def mode() -> Array:
+        return policy.distribution(policy_outputs).mode()
+
+    if is_traced(deterministic):
+        return jnp.where(deterministic, mode(), sample())
+    return mode() if deterministic else sample()

@@ -71,7 +71,9 @@ def policy_terms(
     old = batch.rollout
     distribution = policy.distribution(policy_outputs)
     log_prob = jnp.asarray(distribution.log_prob(old.action))
-    terms = Terms(log_prob, log_prob - old.log_prob, batch.advantage, mask=old.mask)
+    # A step that does not count must not overflow: its weight 0 times infinity is NaN.
+    log_ratio = jnp.where(old.mask > 0, log_prob - old.log_prob, 0.0)
+    terms = Terms(log_prob, log_ratio, batch.advantage, mask=old.mask)
     has_outputs = not isinstance(old.policy_outputs, tuple)
     if has_outputs:
         before = policy.distribution(old.policy_outputs)

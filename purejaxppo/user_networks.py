@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from purejaxppo.config import ConfigError
 from purejaxppo.envs.base import select_rows
@@ -57,9 +57,7 @@ def network_of_module(module: Any, obs: PyTree, policy: Policy) -> Network:
         if not sequential:
             flat = jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), obs)
             policy_outputs, value = call(variables, (), flat)
-            return carry, *_floats(
-                policy_outputs.reshape((*start.shape, -1)), value.reshape(start.shape)
-            )
+            return carry, *_floats(policy_outputs, value, start.shape)
 
         def step(carry: PyTree, inputs: tuple[PyTree, Array]) -> tuple[PyTree, Any]:
             obs, start = inputs
@@ -67,7 +65,7 @@ def network_of_module(module: Any, obs: PyTree, policy: Policy) -> Network:
             return call(variables, select_rows(start, fresh, carry), obs)
 
         carry, (policy_outputs, value) = jax.lax.scan(step, carry, (obs, start))
-        return carry, *_floats(policy_outputs, value)
+        return carry, *_floats(policy_outputs, value, start.shape)
 
     two = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype), rows)
     width = _check_module(
@@ -77,9 +75,12 @@ def network_of_module(module: Any, obs: PyTree, policy: Policy) -> Network:
     return honour_mask(network, policy) if masked else network
 
 
-def _floats(policy_outputs: Array, value: Array) -> tuple[Array, Array]:
-    """Cast to float32, whatever type the module computes in."""
-    return policy_outputs.astype(jnp.float32), value.astype(jnp.float32)
+def _floats(
+    policy_outputs: Array, value: Array, shape: tuple[int, ...]
+) -> tuple[Float[Array, "T B P"], Float[Array, "T B"]]:
+    """Reshape to `shape`, and cast to float32, whatever type the module computes in."""
+    policy_outputs = policy_outputs.reshape((*shape, -1))
+    return policy_outputs.astype(jnp.float32), value.reshape(shape).astype(jnp.float32)
 
 
 def _make_module(function: Any, num_outputs: int) -> nn.Module:

@@ -103,7 +103,12 @@ def has_its_shape(names: dict[str, Any]) -> None:
     assert names["metrics"]["episode_return"].shape[:2] == (64, 4)
 
 
+def has_actions(names: dict[str, Any]) -> None:
+    assert names["value"].shape == names["action"].shape == names["actions"].shape == (8,)
+
+
 RESULTS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "policies": has_actions,
     "your-own-parts": is_fitted,
     "README": has_its_shape,
 }

@@ -72,8 +72,8 @@ def plain(text: str) -> str:
 
 def band_label(num_seeds: int) -> str:
     """Legend entry for a band from `bootstrap_mean_interval`."""
-    few = ", few" if num_seeds < FEW_SEEDS else ""
-    return f"95% bootstrap interval of the mean ({num_seeds} seeds{few})"
+    only = "only " if num_seeds < FEW_SEEDS else ""
+    return f"95% bootstrap interval of the mean ({only}{num_seeds} seeds)"
 
 
 def bare_axes(axes: Any, xlabel: str, ylabel: str) -> None:

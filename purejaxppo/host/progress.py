@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,7 +147,7 @@ class Progress:
         elif now - self._last_line > _PLAIN_SECONDS or done == self._last:
             left = (self._last - done) / speed_in_updates
             self._console.print(
-                f"update {done:,}/{self._last:,}  {speed}  {returns}  {left:.0f} s left"
+                f"update {done:,}/{self._last:,}  {speed}  {returns}  {_duration(left)} left"
             )
             self._last_line = now
 
@@ -224,3 +225,9 @@ class Progress:
 
 def _short(rate: float) -> str:
     return f"{rate / 1e6:.2f}M" if rate >= 1e6 else f"{rate / 1e3:.1f}k"
+
+
+def _duration(seconds: float) -> str:
+    """Seconds, or hours, minutes and seconds from one minute on."""
+    whole = round(seconds)
+    return f"{whole} s" if whole < 60 else str(timedelta(seconds=whole))

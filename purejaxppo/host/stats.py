@@ -31,10 +31,10 @@ def mean_interval(
 
 
 def describe_interval(interval: Sequence[float] | None, seeds: int) -> str:
-    """Format a 95% interval over seeds, with a note if the seeds are few; empty for None."""
+    """Format a 95% interval over seeds, with their number if they are few; empty for None."""
     if interval is None:
         return ""
-    few = ", few seeds" if seeds < FEW_SEEDS else ""
+    few = f", only {seeds} seeds" if seeds < FEW_SEEDS else ""
     return f" (95% interval {interval[0]:.2f} to {interval[1]:.2f}{few})"
 
 

@@ -109,7 +109,7 @@ class _TokenActor(NamedTuple):
         counts = (step >= 0) & (step < responses.lengths)
         last = step == responses.lengths - 1
         obs, action = observe(tokens[:-1], hparams.temperature), tokens[1:]
-        start = step == -prompts.lengths + 1
+        start = step == 1 - prompts.lengths
 
         def read(params: PyTree) -> tuple[Array, Array]:
             _, logits, value = self.network.apply(params, (), obs, start)
@@ -124,7 +124,7 @@ class _TokenActor(NamedTuple):
         following = jnp.concatenate([value[1:], value[-1:]])
         return Rollout(
             obs=obs,
-            start=jnp.broadcast_to(start, counts.shape),
+            start=start,
             action=action,
             log_prob=log_prob,
             value=value,
@@ -152,6 +152,9 @@ def draw_prompts(
     epoch, place = number // num_prompts, number % num_prompts
     first = draws.drawn[0] // num_prompts
     epochs = -(-config.num_prompts // num_prompts) + 1
-    keys = jax.vmap(lambda e: jax.random.fold_in(draws.order_key[0], first + e))(jnp.arange(epochs))
-    orders = jnp.stack([random_order(keys[e], num_prompts) for e in range(epochs)])
+
+    def order(offset: Int[Array, ""]) -> Int[Array, " P"]:
+        return random_order(jax.random.fold_in(draws.order_key[0], first + offset), num_prompts)
+
+    orders = jax.lax.map(order, jnp.arange(epochs))
     return orders[epoch - first, place], draws._replace(drawn=draws.drawn + config.num_prompts)

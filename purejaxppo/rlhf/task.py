@@ -12,6 +12,7 @@ from purejaxppo.checks import ConfigError
 from purejaxppo.collectives import masked_mean
 from purejaxppo.distributions import categorical
 from purejaxppo.improve import make_improve
+from purejaxppo.inputs import check_fits
 from purejaxppo.learner import make_learner
 from purejaxppo.optimizer import ADAM
 from purejaxppo.rlhf.actor import make_token_actor
@@ -21,7 +22,16 @@ from purejaxppo.rlhf.generate import Prompts, Responses, generate
 from purejaxppo.rlhf.objectives import TOKEN_OBJECTIVES
 from purejaxppo.rlhf.problem import Problem, Sample
 from purejaxppo.task import Task
-from purejaxppo.types import Batch, Improve, Learner, LearnerState, Metrics, Network, PyTree
+from purejaxppo.types import (
+    Batch,
+    Improve,
+    Learner,
+    LearnerState,
+    Metrics,
+    Network,
+    PyTree,
+    TrainState,
+)
 
 
 def make_rlhf_task(config: RLHFConfig, problem: Problem) -> Task:
@@ -36,6 +46,7 @@ def make_rlhf_task(config: RLHFConfig, problem: Problem) -> Task:
     _check(config, problem)
     architecture = architecture_of(config, problem)
     network, reference = make_decoder(architecture), problem.reference(architecture)
+    check_fits(f"reference of {problem.name}", reference, _shapes(network))
     held_out = problem.held_out
     data = {
         "prompts": problem.prompts,
@@ -46,14 +57,18 @@ def make_rlhf_task(config: RLHFConfig, problem: Problem) -> Task:
     }
     return Task(
         config=config,
-        learner=partial(_make_learner, config, problem, network, reference),
+        learner=partial(_make_learner, config, problem, network),
         evaluate=_make_evaluate(config, problem, network),
-        with_config=partial(_with_config, problem),
+        with_config=partial(make_rlhf_task, problem=problem),
         hparams=RLHFHParams(),
         curve="score",
         data=data,
         why_not_divided=partial(_why_not_divided, config),
     )
+
+
+def _shapes(network: Network) -> PyTree:
+    return jax.eval_shape(network.init, jax.random.key(0))
 
 
 def architecture_of(config: RLHFConfig, problem: Problem) -> Architecture:
@@ -112,18 +127,14 @@ def _check_score(config: RLHFConfig, problem: Problem) -> None:
         )
 
 
-def _with_config(problem: Problem, config: RLHFConfig) -> Task:
-    return make_rlhf_task(config, problem)
-
-
 def _make_learner(
-    config: RLHFConfig, problem: Problem, network: Network, reference: PyTree, axis: str | None
+    config: RLHFConfig, problem: Problem, network: Network, axis: str | None
 ) -> Learner:
     chosen = TOKEN_OBJECTIVES[config.objective]
     policy = categorical(problem.vocab_size)
 
     def init_learner(key: Key[Array, ""], hparams: Any) -> LearnerState:
-        params = jax.tree.map(jnp.asarray, reference)
+        params = network.init(key)
         return LearnerState(
             key=key, params=params, opt_state=ADAM.init(hparams, params), obs_stats=(),
             reward_stats=(), updates=jnp.zeros((), jnp.int32),
@@ -138,7 +149,13 @@ def _make_learner(
         init_learner=init_learner,
         axis=axis,
     )
-    return learner._replace(update=partial(_without_episodes, learner))
+
+    def init(key: Key[Array, ""], hparams: Any, data: PyTree = ()) -> TrainState:
+        state = learner.init(key, hparams, data)
+        params = jax.tree.map(jnp.asarray, data["reference"])
+        return state._replace(learner=state.learner._replace(params=params))
+
+    return Learner(init, partial(_without_episodes, learner))
 
 
 def _with_token_metrics(improve: Improve, axis: str | None) -> Improve:

@@ -70,7 +70,8 @@ def sweep(
     evaluation.
 
     Trials of the same shapes share one compiled program. Seed s of each trial equals seed s of
-    `run` with the trial's settings, bit for bit on CPU.
+    `run` with the trial's settings, bit for bit on CPU. Arguments that are not listed are as in
+    `run`.
 
     Args:
         space: values to search, by setting name. Lists are tried in every combination; `uniform`,
@@ -89,12 +90,6 @@ def sweep(
         run_dir: directory for `sweep.toml`, `results.csv`, `curves.npz`, `winner.toml`,
             `winner.json`, `report.html` and the waves; None writes nothing.
         checkpoint_every: seconds between checkpoints.
-        seed: as in `run`.
-        eval_episodes: as in `run`.
-        compilation_cache: as in `run`.
-        progress: as in `run`.
-        env: as in `run`.
-        env_params: as in `run`.
         memory_gb: memory to use on each device, in GB; trials that do not fit run in several waves,
             one after the other. 0 uses half of the free memory.
         engine: where waves run: local, or ray (a Ray cluster, see `SweepSettings.engine`).

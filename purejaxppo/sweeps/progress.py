@@ -32,7 +32,7 @@ class SweepProgress:
             groups: each group with its number of waves and bytes per device.
         """
         config, seeds = self._settings.config, self._settings.run.num_seeds
-        steps = "" if share == 1 else f", up to {share:.3g} of the updates"
+        steps = "" if share == 1 else f", up to {share:.3g} of their updates"
         self._console.print(
             f"{config.label}: {_count(trials, 'trial')} x {_count(seeds, 'seed')} = "
             f"{_count(trials * seeds, 'run')}{steps}"
@@ -44,7 +44,7 @@ class SweepProgress:
             self._console.print(
                 f"  group {number}{f' ({static})' if static else ''}: "
                 f"{_count(len(group.members), 'trial')} of {config.num_updates:,} updates in "
-                f"{_count(waves, 'wave')}, {size / 1e9:.3g} GB on each device"
+                f"{_count(waves, 'wave')}, {size / 1e9:.3g} GB per device"
             )
 
     def compiling(self) -> Any:
@@ -86,16 +86,16 @@ class SweepProgress:
         title = f"best trials by selection return ({run.eval_episodes} episodes per seed):"
         self._console.print(title if rows else "every trial failed")
         for trial, mean, least in rows[:SHOWN_TRIALS]:
-            worst = f", lowest seed {least:.2f}" if run.num_seeds > 1 else ""
+            worst = f", worst seed {least:.2f}" if run.num_seeds > 1 else ""
             self._console.print(f"  trial {trial.number}: {mean:.2f}{worst}; {describe(trial)}")
 
     def finished(self, directory: Path | None, winner: dict[str, Any] | None) -> None:
         if winner is not None:
             self._console.print(f"winner: {describe_winner(winner)}")
         if directory is not None:
-            self._console.print(f"results: {directory / 'report.html'}")
+            self._console.print(f"report: {directory / 'report.html'}")
         if directory is not None and winner is not None:
-            self._console.print(f"to train it again: purejaxppo train {directory / WINNER}")
+            self._console.print(f"to train the winner again: purejaxppo train {directory / WINNER}")
 
 
 class WaveProgress(Progress):
@@ -134,7 +134,7 @@ class WaveProgress(Progress):
     def _mean_return(self) -> str:
         rows = self._returns.reshape(-1, self._seeds)[: len(self._trials)]
         seen = rows[np.isfinite(rows).all(axis=1)].mean(axis=1)
-        return f"{np.median(seen):.1f}, best {seen.max():.1f}" if seen.size else "-"
+        return f"median {np.median(seen):.1f}, best {seen.max():.1f}" if seen.size else "-"
 
 
 def _count(number: int, what: str) -> str:

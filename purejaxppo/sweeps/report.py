@@ -63,14 +63,15 @@ def write_report(directory: Path) -> Path:
 def _pictures(results: Results) -> dict[str, tuple[str, Callable[[Results], Any], str]]:
     """Title, drawing function and caption of each plot."""
     seeds, shown = count_seeds(results.num_seeds), min(SHOWN_CURVES, len(results.numbers))
+    intervals = min(SHOWN_INTERVALS, len(results.numbers))
     episodes = results.definition.settings.run.eval_episodes
-    band = f"; bands are {band_label(results.num_seeds)}" if results.num_seeds > 1 else ""
+    band = f"; bands: {band_label(results.num_seeds)}" if results.num_seeds > 1 else ""
     others = ", all others in grey" if len(results.numbers) > shown else ""
     selection = f"The selection return is a mean over {episodes:,} evaluation episodes per seed"
     return {
         "learning_curves": (
             "Learning curves", learning_curves,
-            f"Return of training episodes, mean over {seeds}, of the best {shown} trials{others}"
+            f"Return of training episodes, mean over {seeds}, of {_best(shown)}{others}"
             f"{band}.",
         ),
         "final_return": (
@@ -84,11 +85,15 @@ def _pictures(results: Results) -> dict[str, tuple[str, Callable[[Results], Any]
         ),
         "robustness": (
             "Robustness over seeds", robustness,
-            f"The best {min(SHOWN_INTERVALS, len(results.numbers))} trials. Left: interquartile "
-            f"mean of the selection return over {seeds}, with its 95% bootstrap interval. Right: "
+            f"{_best(intervals).capitalize()}. Left: interquartile mean "
+            f" of the selection return over {seeds}, with its 95% bootstrap interval. Right: "
             "fraction of seeds with a selection return above each value.",
         ),
     }  # fmt: skip
+
+
+def _best(trials: int) -> str:
+    return "the best trial" if trials == 1 else f"the best {trials} trials"
 
 
 def _title(results: Results) -> str:
@@ -102,7 +107,7 @@ def _heading(results: Results) -> str:
         k = results.numbers.index(results.winner["trial"])
         said = ", ".join(f"{name} = {short(column[k])}" for name, column in values)
         best = (
-            f"<strong>Winner: {html.escape(describe_winner(results.winner))}.</strong> It has "
+            f"<strong>Winner: {html.escape(describe_winner(results.winner))}.</strong> Settings: "
             f"{html.escape(said)}. <code>winner.toml</code> lists all of its settings."
         )
     facts = "\n".join(

@@ -120,6 +120,6 @@ def describe_ties(tied: Sequence[int]) -> str:
 
 
 def count_seeds(seeds: int) -> str:
-    """Number of seeds, with a note if they are too few for a reliable interval."""
-    few = " (few seeds)" if seeds < FEW_SEEDS else ""
-    return f"{seeds} seed{'' if seeds == 1 else 's'}{few}"
+    """Number of seeds, with "only" if they are too few for a reliable interval."""
+    only = "only " if 1 < seeds < FEW_SEEDS else ""
+    return f"{only}{seeds} seed{'' if seeds == 1 else 's'}"

@@ -121,8 +121,8 @@ def test_report_is_self_contained(finished: Path, capsys: pytest.CaptureFixture[
 def test_report_describes_the_sweep_with_rounded_numbers(finished: Path):
     text = re.sub('base64,[^"]+', "", write_report(finished).read_text())
     for said in (
-        "Winner: trial 1: return 5.50 on 1,026 fresh episodes, 95% interval 4.25 to 6.75 over 3 "
-        "seeds (few seeds); selection return 6.00.",
+        "Winner: trial 1: return 5.50 on 1,026 fresh episodes, 95% interval 4.25 to 6.75 over "
+        "only 3 seeds; selection return 6.00.",
         "learning_rate = 0.001012", "ppo_clip", "2,048 per run", "jax 0.10.2",
         "mean over 128 evaluation episodes per seed", "mean over 342 fresh episodes per seed",
     ):  # fmt: skip
@@ -225,7 +225,7 @@ def test_band_of_a_run_stays_within_its_returns_and_is_labelled(
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == [
         "training episodes, mean of 3 seeds",
-        "95% bootstrap interval of the mean (3 seeds, few)",
+        "95% bootstrap interval of the mean (only 3 seeds)",
     ]
 
 
@@ -275,10 +275,10 @@ def test_each_plot_has_a_legend(finished: Path):
     def texts(legend: Any) -> list[str]:
         return [text.get_text() for text in legend.get_texts()]
 
-    band = "95% bootstrap interval of the mean (3 seeds, few)"
+    band = "95% bootstrap interval of the mean (only 3 seeds)"
     assert texts(curves.legends[0]) == ["trial 1", "trial 0", "trial 3", "other trials", band]
     assert texts(returns.legends[0]) == ["one seed", "mean of a trial"]
     assert coordinates.axes[-1].get_ylabel() == "selection return"
     left, right = seeds.axes
-    assert texts(left.get_legend()) == ["95% bootstrap interval", "3 seeds (few seeds)"]
+    assert texts(left.get_legend()) == ["95% bootstrap interval", "only 3 seeds"]
     assert texts(right.get_legend()) == ["trial 1", "trial 0", "trial 3"]

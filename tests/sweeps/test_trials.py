@@ -98,7 +98,7 @@ def test_lowest_number_wins_a_tie():
     }  # fmt: skip
     assert describe_winner(table) == (
         "trial 1 (tied with trials 4, 5): return 498.76 on 1,024 fresh episodes, 95% interval "
-        "490.00 to 500.00 over 2 seeds (few seeds); selection return 500.00"
+        "490.00 to 500.00 over only 2 seeds; selection return 500.00"
     )
 
 
