@@ -94,7 +94,7 @@ class _Stepper(NamedTuple):
         whole = self.network.sequential
         num_parts = 1 if whole else parts_in_cache(self.network, start.size, self.config.num_steps)
         replay = partial(self.replay, learner.params, actors.carry)
-        log_prob, value, policy_outputs = _in_parts(replay, (obs, start, action), num_parts)
+        log_prob, value, policy_outputs = in_parts(replay, (obs, start, action), num_parts)
         last_obs = _one_step(normalize_obs(learner.obs_stats, moved.obs))
         _, _, last_value = self.network.apply(
             learner.params, moved.carry, last_obs, moved.start[None]
@@ -159,18 +159,26 @@ def _draw(config: Config, policy: Policy, keys: Key[Array, " N"]) -> tuple[Array
     return next_keys, step_keys, draw_noise(policy, noise_keys)
 
 
-def _in_parts(function: Callable[[Any], Any], steps: tuple[Any, ...], num_parts: int) -> Any:
+def in_parts(
+    function: Callable[[Any], Any], steps: tuple[Any, ...], num_parts: int, axis: int = 0
+) -> Any:
     """Apply `function`, which maps `[T, N, ...]` to `[T, N, ...]`, to `steps`; on CPU, in equal
-    parts along time."""
+    parts along time, or along the rows if `axis` is 1."""
     if num_parts == 1:
         return function(steps)
 
-    def in_parts(steps: tuple[Array, ...]) -> Any:
-        parts = jax.tree.map(lambda x: x.reshape((num_parts, -1, *x.shape[1:])), steps)
-        joined = jax.lax.map(function, parts)
-        return jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), joined)
+    def divide(x: Array) -> Array:
+        each = (*x.shape[:axis], num_parts, -1, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x.reshape(each), axis, 0)
 
-    return jax.lax.platform_dependent(steps, cpu=in_parts, default=function)
+    def join(x: Array) -> Array:
+        moved = jnp.moveaxis(x, 0, axis)
+        return moved.reshape((*moved.shape[:axis], -1, *moved.shape[axis + 2 :]))
+
+    def mapped(steps: Any) -> Any:
+        return jax.tree.map(join, jax.lax.map(function, jax.tree.map(divide, steps)))
+
+    return jax.lax.platform_dependent(steps, cpu=mapped, default=function)
 
 
 def truncation_value(

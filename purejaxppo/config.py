@@ -8,8 +8,9 @@ import dataclasses
 import math
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from purejaxppo.checks import FLOAT_MAX, ConfigError, EnvParams, check_fields, is_reference
 from purejaxppo.combinations import check_combinations
@@ -43,6 +44,15 @@ class _ChosenText(Chosen, str):
     pass
 
 
+def fill_auto(config: Any, chosen: Mapping[str, Any]) -> None:
+    """Set the fields that are at auto, or were, to the values that an objective chose."""
+    for name, value in chosen.items():
+        given = getattr(config, name)
+        if isinstance(given, Chosen) or given == AUTO:
+            kind = _ChosenText if isinstance(value, str) else _ChosenNumber
+            object.__setattr__(config, name, kind(value))
+
+
 def bounded(
     default: Any,
     low: float,
@@ -57,8 +67,18 @@ def bounded(
     return field(default=default, metadata=rule)
 
 
+class Words(NamedTuple):
+    """What the samples and results of a kind of task are called."""
+
+    samples: str = "environment steps"
+    rate: str = "steps"
+    """The samples in a speed."""
+    result: str = "return"
+    episodes: str = "episodes"
+
+
 class TaskConfig(ABC):
-    """Base class of a task's config (a frozen dataclass): the fields that the host reads."""
+    """Base class of a task's config (a frozen dataclass): what the host reads."""
 
     total_timesteps: int
     """Samples to train on, rounded up to whole updates."""
@@ -87,6 +107,31 @@ class TaskConfig(ABC):
     def batch_in_words(self) -> str:
         """Description of the data of one update."""
         return f"{self.batch_size} samples"
+
+    @property
+    def words(self) -> Words:
+        """What samples and results are called."""
+        return Words()
+
+    @property
+    def read_once(self) -> frozenset[str]:
+        """Hyperparameters that only the first update reads."""
+        return frozenset()
+
+    def make_task(self, **given: Any) -> Any:
+        """The `Task` that this config describes, if it is not a `Config`. Raises `ConfigError` if
+        only Python can make it."""
+        raise ConfigError(
+            f"types.config = {type(self).__name__}: belongs to a custom task; make the task in "
+            "Python"
+        )
+
+    def check_hparams(self, hparams: Any) -> None:  # noqa: B027 (nothing to check by default)
+        """Raise `ConfigError` if the hyperparameters contradict the config."""
+
+    def why_unread(self, name: str) -> str | None:
+        """Return why a hyperparameter has no effect; None if it has one."""
+        return None
 
 
 class UpdateConfig(TaskConfig):
@@ -223,16 +268,31 @@ class Config(UpdateConfig):
             chosen = {**DEFAULTS, **objective_of(self).defaults}
         except (KeyError, TypeError):  # unknown objective; check_fields raises
             chosen = DEFAULTS
-        for name, value in chosen.items():
-            given = getattr(self, name)
-            if isinstance(given, Chosen) or given == AUTO:
-                kind = _ChosenText if isinstance(value, str) else _ChosenNumber
-                object.__setattr__(self, name, kind(value))
+        fill_auto(self, chosen)
 
     @property
     def batch_size(self) -> int:
         """Environment steps of one update, N * T."""
         return self.num_envs * self.num_steps
+
+    @property
+    def read_once(self) -> frozenset[str]:
+        """Hyperparameters that only the first update reads."""
+        controller = objective_of(self).kl
+        return frozenset() if controller is None else controller.read_once
+
+    def why_unread(self, name: str) -> str | None:
+        """Return why a hyperparameter has no effect; None if it has one."""
+        if is_reference(self.objective) or is_reference(self.optimizer):
+            return None
+        if name in READ_BY_SOME and name not in objective_of(self).reads:
+            return f"objective = {self.objective}"
+        found = {f.name: f for f in dataclasses.fields(HParams)}.get(name)
+        for other, choices in {} if found is None else found.metadata.get("only_with", {}).items():
+            if (chosen := getattr(self, other)) not in choices:
+                no_critic = f"objective = {self.objective}, which has no critic here"
+                return no_critic if other == "has_critic" else f"{other} = {chosen}"
+        return None
 
     @property
     def whole_episodes(self) -> bool:
@@ -316,18 +376,3 @@ class HParams:
         super().__init_subclass__()
         if (pytrees := sys.modules.get("purejaxppo.pytrees")) is not None:
             pytrees.register_hparams(cls)
-
-
-def why_unread(config: Config, name: str) -> str | None:
-    """Return why a hyperparameter has no effect on a run; None if it has one."""
-    if is_reference(config.objective) or is_reference(config.optimizer):
-        return None
-    objective = objective_of(config)
-    if name in READ_BY_SOME and name not in objective.reads:
-        return f"objective = {config.objective}"
-    found = {f.name: f for f in dataclasses.fields(HParams)}.get(name)
-    for other, choices in {} if found is None else found.metadata.get("only_with", {}).items():
-        if (chosen := getattr(config, other)) not in choices:
-            no_critic = f"objective = {config.objective}, which has no critic here"
-            return no_critic if other == "has_critic" else f"{other} = {chosen}"
-    return None

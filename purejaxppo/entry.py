@@ -6,7 +6,7 @@ import jax
 from jaxtyping import Array, Bool, Float
 
 from purejaxppo.agent import Agent
-from purejaxppo.config import Config, HParams
+from purejaxppo.config import HParams, TaskConfig
 from purejaxppo.inputs import as_key, check_fits, check_hparams, check_state
 from purejaxppo.task import PartsAndHParams, Task, as_task
 from purejaxppo.train import Train, train_chunk
@@ -14,7 +14,7 @@ from purejaxppo.types import KeyLike, Learner, Metrics, PyTree, TrainState
 
 
 def make_learner(
-    config: Config | Task,
+    config: TaskConfig | Task,
     env: Any = None,
     env_params: Any = None,
     *,
@@ -74,7 +74,7 @@ def checked(learner: Learner, task: Task, spread: bool = False) -> Learner:
 
 
 def make_train(
-    config: Config | Task,
+    config: TaskConfig | Task,
     env: Any = None,
     env_params: Any = None,
     **parts: Unpack[PartsAndHParams],
@@ -110,7 +110,7 @@ def make_train(
 
 
 def make_agent(
-    config: Config | Task,
+    config: TaskConfig | Task,
     state: TrainState,
     env: Any = None,
     env_params: Any = None,
@@ -134,7 +134,7 @@ def make_agent(
 
 
 def evaluate(
-    config: Config | Task,
+    config: TaskConfig | Task,
     state: TrainState,
     key: KeyLike,
     num_episodes: int = 128,

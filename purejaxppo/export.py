@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
-from purejaxppo.config import Config
+from purejaxppo.config import TaskConfig
 from purejaxppo.task import PartsAndHParams, Task, as_task
 from purejaxppo.types import TrainState
 
@@ -14,7 +14,7 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def export_policy(
-    config: Config | Task,
+    config: TaskConfig | Task,
     state: TrainState,
     *,
     sample: bool = False,

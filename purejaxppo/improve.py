@@ -73,7 +73,7 @@ def policy_terms(
     log_prob = jnp.asarray(distribution.log_prob(old.action))
     # A step that does not count must not overflow: its weight 0 times infinity is NaN.
     log_ratio = jnp.where(old.mask > 0, log_prob - old.log_prob, 0.0)
-    terms = Terms(log_prob, log_ratio, batch.advantage, mask=old.mask)
+    terms = Terms(log_prob, log_ratio, batch.advantage, mask=old.mask, extras=old.extras)
     has_outputs = not isinstance(old.policy_outputs, tuple)
     if has_outputs:
         before = policy.distribution(old.policy_outputs)
@@ -106,11 +106,16 @@ def make_improve(
     policy: Policy,
     *,
     optimizer: Optimizer = ADAM,
+    loss: Loss | None = None,
     axis: str | None = None,
 ) -> Improve:
     """Make the step of `update_epochs` epochs, each of `num_minibatches` gradient steps in a new
-    random order."""
-    loss = make_loss(objective, network, policy)
+    random order.
+
+    Args:
+        loss: replaces `make_loss(objective, network, policy)`.
+    """
+    loss = make_loss(objective, network, policy) if loss is None else loss
     descend = make_descent(
         config, network, loss, optimizer, can_stop=objective.stops_at_kl, axis=axis
     )
@@ -302,9 +307,10 @@ def _shuffle(rows: Batch, key: Key[Array, ""], num_minibatches: int) -> Batch:
 
 def over_parts(network: Network, rows: Batch, function: Callable[[Batch], PyTree]) -> PyTree:
     """Apply `function` to rows `[R, ...]`; on CPU, sum it over equal parts that fit into a core's
-    cache. Whole sequences are not divided."""
+    cache. Sequences that are read step by step are not divided."""
     num_rows = rows.target.shape[0]
-    num_parts = 1 if network.sequential else parts_in_cache(network, num_rows, num_rows)
+    whole = network.sequential and not network.steps_at_once
+    num_parts = 1 if whole else parts_in_cache(network, rows.target.size, num_rows)
     if num_parts == 1:
         return function(rows)
 

@@ -1,7 +1,7 @@
 """Per-sample losses, and standardisation of advantages."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -33,6 +33,8 @@ class Terms(NamedTuple):
     """KL(pi_old, pi) at s, if the objective needs it."""
     mask: Samples | float = 1.0
     """1 for steps that count. With sequences, a loss may combine the steps of each (axis 0)."""
+    extras: Any = ()
+    """`Rollout.extras` of the samples."""
 
 
 PolicyLoss = Callable[[Terms, HParams], Samples]

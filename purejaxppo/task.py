@@ -18,7 +18,7 @@ from purejaxppo.advantages import make_advantage
 from purejaxppo.agent import Agent, agent_of
 from purejaxppo.checks import is_reference
 from purejaxppo.collect import make_actor
-from purejaxppo.config import Config, ConfigError, HParams
+from purejaxppo.config import Config, ConfigError, HParams, TaskConfig
 from purejaxppo.distributions import make_policy
 from purejaxppo.envs import make_environment
 from purejaxppo.envs.base import check_contract, is_box, obs_shapes
@@ -133,6 +133,10 @@ class Task:
     """Names of the parts passed from Python, which a file cannot restore."""
     curve: str = "episode_return"
     """The metric that progress and the learning curve show."""
+    progress: tuple[str, ...] = ()
+    """Further metrics that progress shows."""
+    rank: str = "episode_return"
+    """The metric by which population-based training ranks members; higher is better."""
     data: PyTree = ()
     """Arrays that are not learned, differentiated or saved."""
     why_not_divided: Callable[[int], str | None] = _always_none
@@ -142,6 +146,13 @@ class Task:
     choose the number of CPU cores of a single run. None uses one core."""
     warning: Callable[[Any], str | None] = _always_none
     """`metrics[u, S] -> warning`, or None if there is nothing to warn about."""
+    results: Callable[[Any, Any], dict[str, Any]] | None = None
+    """`(metrics[S, U], {"sampled": returns[S, E], "deterministic": ...}) -> further entries of
+    summary.json`, over the seeds that have not failed."""
+    samples: Callable[[TrainState], list[dict[str, Any]]] | None = None
+    """`state of one seed -> rows` for `samples.jsonl` and the report: what it does, as text."""
+    explain: Callable[[TrainState, Any], str | None] | None = None
+    """`(last good state of one seed, hparams) -> why its next update fails`, if this is known."""
 
     def __reduce__(self) -> Any:
         """Pickle the call that makes the task, since its functions cannot be pickled."""
@@ -250,7 +261,7 @@ def _remake(given: dict[str, Any], config: Config) -> Task:
 
 
 def as_task(config: Any, function: str, **given: Any) -> Task:
-    """Return the task for an entry point's first argument, a `Config` or a `Task`.
+    """Return the task for an entry point's first argument, a `Task` or the config of one.
 
     Raises:
         ConfigError: as `make_task`, or if parts are given together with a task.
@@ -264,8 +275,16 @@ def as_task(config: Any, function: str, **given: Any) -> Task:
                 "to make_task"
             )
         return config
-    check_config(config, function)
-    return make_task(config, **given)
+    if not isinstance(config, TaskConfig):
+        check_config(config, function)
+    return task_of_config(config, **given)
+
+
+def task_of_config(config: TaskConfig, **given: Any) -> Task:
+    """The task that a config of any kind describes. Raises `ConfigError` as `make_task`."""
+    if isinstance(config, Config):
+        return make_task(config, **given)
+    return config.make_task(**given)
 
 
 def own_class(hparams: Any) -> Any:

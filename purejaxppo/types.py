@@ -93,6 +93,9 @@ class Network(NamedTuple):
     """Size of the largest layer output for one observation."""
     sequential: bool = False
     """Whether the network is recurrent, so that minibatches consist of whole sequences."""
+    steps_at_once: bool = False
+    """Whether a sequential network reads all steps of a sequence at once. A large batch is then
+    divided into parts that fit into a CPU core's cache, as for feed-forward networks."""
 
 
 class Rollout(NamedTuple):

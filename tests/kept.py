@@ -78,7 +78,8 @@ def _parts(task: Task) -> Any:
     if task.passed == ("task",):
         return (task.with_config,)
     found = []
-    for name, part in task.with_config.args[0].items():
+    given = getattr(task.with_config, "args", ({},))[0]  # no parts for the config of another kind
+    for name, part in given.items():
         if name == "hparams":
             continue
         if name not in ("env", "env_params"):

@@ -26,12 +26,18 @@ WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf
 STEPS = 1024
 """Environment steps of the runs on the pages, in place of those that they name."""
 
-SLOW = ("get-started", "sweeps", "index")
+SLOW = ("get-started", "sweeps", "docs/index")
 """Pages whose code compiles much that the other pages compile too."""
 
 _slow = pytest.mark.slow
+
+
+def _is_slow(page: Path) -> bool:
+    return str(page.with_suffix("")).endswith(SLOW)
+
+
 _pages = [
-    pytest.param(page, every, marks=[_slow] if every or page.stem in SLOW else [], id=name)
+    pytest.param(page, every, marks=[_slow] if every or _is_slow(page) else [], id=name)
     for page in WITH_CODE
     for every, name in ((False, page.stem), (True, f"{page.stem}-all"))
 ]
@@ -86,12 +92,12 @@ def commands(block: str) -> list[list[str]]:
 def shortened(arguments: list[str], every: bool) -> list[str]:
     if arguments[0] == "resume":
         return [str(2 * STEPS) if word == "600_000" else word for word in arguments]
-    if arguments[0] not in ("train", "sweep") or "--help" in arguments:
+    if arguments[0] not in ("train", "sweep", "rlhf") or "--help" in arguments:
         return arguments
     short = [*arguments, "--total-timesteps", str(STEPS), "--eval-episodes", "4"]
     if every or "--run-dir" in arguments or "--print-config" in arguments:
         return short
-    return [*short, "--print-config" if arguments[0] == "train" else "--dry-run"]
+    return [*short, "--dry-run" if arguments[0] == "sweep" else "--print-config"]
 
 
 def is_fitted(names: dict[str, Any]) -> None:

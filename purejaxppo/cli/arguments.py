@@ -1,6 +1,7 @@
 """Check command-line arguments before tyro parses them, so that each error is one line."""
 
 import re
+import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,8 @@ from typing import Any, Literal, NamedTuple
 
 from purejaxppo.checks import choices_of, fits_choice, in_words, nearest
 from purejaxppo.config import Config, ConfigError
+from purejaxppo.host.configfile import KINDS
+from purejaxppo.rlhf.config import RLHFConfig
 
 _PREFIXES = ("--hparams.", "--run.", "--sweep.")
 _ALIASES = {
@@ -21,7 +24,7 @@ _ALIASES = {
     "--entropy-coef": "--ent-coef",
 }
 """Option names that other libraries use."""
-_ENV_PARAMS = re.compile(r"--env[-_]params\.([^=]+)(?:=(.*))?", re.DOTALL)
+_PARAMS = re.compile(r"--(env|task)[-_]params\.([^=]+)(?:=(.*))?", re.DOTALL)
 
 
 Switch = Literal[True]
@@ -34,11 +37,12 @@ class Arguments(NamedTuple):
     positional: list[str]
     options: list[str]
     """Options and their values, in tyro's spelling."""
-    env_params: dict[str, float | int | bool]
+    params: dict[str, float | int | bool]
+    """Parameters of the environment or task."""
 
 
 def read_arguments(command: str, args: Sequence[str], flags: Mapping[str, Any]) -> Arguments:
-    """Split arguments into positional ones, options and parameters of the environment.
+    """Split arguments into positional ones, options and parameters of the environment or task.
 
     Args:
         flags: types of the command's options, by name.
@@ -50,11 +54,11 @@ def read_arguments(command: str, args: Sequence[str], flags: Mapping[str, Any]) 
     found, left = Arguments([], [], {}), list(args)
     while left:
         word = left.pop(0)
-        parameter = _ENV_PARAMS.fullmatch(word)
-        if parameter and "env_id" in flags:
-            name, text = parameter[1].replace("-", "_"), parameter[2]
+        parameter = _PARAMS.fullmatch(word)
+        if parameter and {"env": "env_id", "task": "task"}[parameter[1]] in flags:
+            name, text = parameter[2].replace("-", "_"), parameter[3]
             text = _next_value(word, left) if text is None else text
-            found.env_params[name] = _parse_number_or_bool(word, text)
+            found.params[name] = _parse_number_or_bool(word, text)
         elif word.startswith("--"):
             found.options.extend(_option(command, word, left, flags))
         elif word.startswith("-") and word != "-":
@@ -164,8 +168,23 @@ def _unknown(command: str, word: str, flags: Mapping[str, Any]) -> str:
     return f"{word}: {command} has no such option; {hint}"
 
 
-def find_config(text: str) -> Path | Config:
-    """Resolve the positional argument: a file, a shipped config, or an environment.
+def kind_of_file(args: Sequence[str]) -> str | None:
+    """The kind of the config file that is the first argument, if it is one that can be read."""
+    if not args or args[0].startswith("-"):
+        return None
+    path = shipped_configs().get(args[0], Path(args[0]))
+    try:
+        kind = tomllib.loads(path.read_text(encoding="utf-8")).get("kind")
+    except (OSError, ValueError, RecursionError):
+        return None
+    return kind if kind in KINDS else None
+
+
+def find_config(text: str, default: type[Config] | type[RLHFConfig]) -> Any:
+    """Resolve the positional argument: a file, a shipped config, or an environment or task.
+
+    Args:
+        default: the class of the config to make of an environment or task.
 
     Raises:
         ConfigError: if it looks like a file and does not exist.
@@ -185,7 +204,7 @@ def find_config(text: str) -> Path | Config:
         raise ConfigError(
             f"{text!r}: no such file, shipped config or environment; did you mean {near}?"
         )
-    return Config(env_id=text)
+    return RLHFConfig(task=text) if default is RLHFConfig else Config(env_id=text)
 
 
 def shipped_configs() -> dict[str, Path]:

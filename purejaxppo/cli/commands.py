@@ -11,11 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from purejaxppo.cli.options import Envs, Eval, Export, Plot, ProcessFlags, Resume, pick
+from purejaxppo.cli.options import Envs, Eval, Export, Generate, Plot, ProcessFlags, Resume, pick
 from purejaxppo.config import Config, ConfigError, HParams
 from purejaxppo.host.configfile import RunSettings, Settings, dump_settings
 from purejaxppo.host.rundir import SWEEP, RunWarning, StorageError, holds, write_whole
 from purejaxppo.host.signals import exit_at_second_signal
+from purejaxppo.rlhf.config import RLHFConfig, RLHFHParams
 from purejaxppo.sweeps.settings import Definition, dump_definition
 
 
@@ -42,14 +43,15 @@ def settings_from_values(values: Mapping[str, Any], base: Settings) -> Settings:
     Raises:
         ConfigError: if they are of a custom task, which only Python can build.
     """
-    if type(base.config) is not Config:
+    kind = type(base.config)
+    if kind not in (Config, RLHFConfig):
         raise ConfigError(
-            f"types.config = {type(base.config).__name__}: belongs to a custom task; train it from "
-            "Python"
+            f"types.config = {kind.__name__}: belongs to a custom task; train it from Python"
         )
+    hparams = RLHFHParams if kind is RLHFConfig else HParams
     return Settings(
-        Config(**pick(values, Config)),
-        dataclasses.replace(base.hparams, **pick(values, HParams)),
+        kind(**pick(values, kind)),
+        dataclasses.replace(base.hparams, **pick(values, hparams)),
         RunSettings(**pick(values, RunSettings)),
     )
 
@@ -65,6 +67,8 @@ def run_command(command: Any) -> int:
         return _eval(command)
     if isinstance(command, Plot):
         return _plot(command)
+    if isinstance(command, Generate):
+        return _generate(command)
     assert isinstance(command, Export | Envs)
     return _export(command) if isinstance(command, Export) else _envs()
 
@@ -184,6 +188,51 @@ def _resume_sweep(command: Resume) -> int:
     return 0 if found.best else 1
 
 
+def _generate(command: Generate) -> int:
+    prompts = _read_prompts(command)
+    from purejaxppo.host.program import enable_compilation_cache
+    from purejaxppo.rlhf import load_generator
+
+    if command.compilation_cache:
+        enable_compilation_cache()
+    generator = load_generator(
+        command.run_dir, seed=command.seed, which=_parse_checkpoint(command.checkpoint)
+    )
+    found = generator(
+        prompts, num_responses=command.num_responses, greedy=command.greedy,
+        temperature=command.temperature, top_k=command.top_k, top_p=command.top_p,
+        max_tokens=command.max_tokens, best_of=command.best_of, seed=command.generation_seed,
+    )  # fmt: skip
+    for prompt, completions in zip(prompts, found, strict=True):
+        for one in completions:
+            if command.json:
+                say(json.dumps({"prompt": prompt, **one._asdict()}, ensure_ascii=False))
+                continue
+            score = "" if one.score is None else f"  score {one.score:.2f}"
+            say(f"{prompt} {one.text}{score}{'' if one.stopped else '  (no stop token)'}")
+    return 0
+
+
+def _read_prompts(command: Generate) -> list[str]:
+    if (command.prompt is None) == (command.prompts is None):
+        raise ConfigError("generate needs prompts: give either --prompt TEXT or --prompts FILE")
+    if command.prompt is not None:
+        return [command.prompt]
+    assert command.prompts is not None
+    try:
+        lines = command.prompts.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(
+            f"prompts {str(command.prompts)!r}: {error.strerror}; check the path"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"prompts {str(command.prompts)!r}: is not UTF-8 text") from error
+    found = [line for line in lines if line.strip()]
+    if not found:
+        raise ConfigError(f"prompts {str(command.prompts)!r}: has no prompts; write one per line")
+    return found
+
+
 def _plot(command: Plot) -> int:
     from purejaxppo.sweeps.report import write_report
 
@@ -255,9 +304,9 @@ def _load_from_sweep(command: Eval | Export, what: str) -> _Trained:
     config, _, states = load_trial(command.run_dir, _parse_trial(command.trial), command.seed)
     import jax
 
-    from purejaxppo.task import make_task, own_class
+    from purejaxppo.task import own_class, task_of_config
 
-    task = make_task(config, hparams=own_class(settings.hparams))
+    task = task_of_config(config, hparams=own_class(settings.hparams))
     if command.seed is None:
         return _Trained(task, states, list(range(settings.run.num_seeds)), [])
     return _Trained(task, jax.tree.map(lambda x: x[None], states), [command.seed], [])
@@ -295,12 +344,17 @@ def _eval(command: Eval) -> int:
     trained = _load_trained(command, "evaluated")
     keys = evaluation_keys(command.eval_seed, max(trained.seeds) + 1, LATER_EVALUATION)
 
-    def returns(state: Any, key: jax.Array) -> jax.Array:
-        evaluate = trained.task.evaluate
-        return evaluate(state, key, command.episodes, deterministic=command.deterministic)
+    data = trained.task.data
+    more = {"data": data} if jax.tree.leaves(data) else {}
+
+    def returns(state: Any, key: jax.Array, more: dict[str, Any]) -> jax.Array:
+        return trained.task.evaluate(
+            state, key, command.episodes, deterministic=command.deterministic, **more
+        )
 
     rows = np.asarray(trained.seeds)
-    episodes = np.asarray(jax.jit(jax.vmap(returns))(trained.states, keys[rows]))
+    each = jax.jit(jax.vmap(returns, (0, 0, None)))
+    episodes = np.asarray(each(trained.states, keys[rows], more))
     _report(command, trained, episodes)
     return 0
 

@@ -1,6 +1,7 @@
 """The `purejaxppo` command: parse arguments, run a command, report errors in one line."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import sys
@@ -16,11 +17,12 @@ import tyro
 
 from purejaxppo.checks import nearest
 from purejaxppo.cli import commands, options
-from purejaxppo.cli.arguments import find_config, read_arguments
-from purejaxppo.cli.options import COMMANDS, Sweep, Train
-from purejaxppo.config import AUTO, Chosen, Config, ConfigError
-from purejaxppo.host.configfile import Settings, load_settings
+from purejaxppo.cli.arguments import find_config, kind_of_file, read_arguments
+from purejaxppo.cli.options import COMMANDS, GENERATED, RLHF, RLHFSweep, Sweep
+from purejaxppo.config import AUTO, Chosen, ConfigError, TaskConfig
+from purejaxppo.host.configfile import Settings, load_settings, train_command
 from purejaxppo.host.rundir import LostError, RunWarning, StorageError
+from purejaxppo.rlhf.config import RLHFConfig, RLHFHParams
 from purejaxppo.sweeps.settings import RUN_ONLY, Definition, SweepSettings, load_definition
 from purejaxppo.sweeps.space import swept_setting
 
@@ -80,14 +82,16 @@ def _parse(args: Sequence[str]) -> Any:
     if name not in COMMANDS:
         return _all_commands(args)
     kind = COMMANDS[name]
+    if kind is Sweep and kind_of_file(args[1:]) == "rlhf":
+        kind = RLHFSweep
     if wants_help:
-        default = options.with_defaults(kind, {}) if kind in (Train, Sweep) else None
+        default = options.with_defaults(kind, {}) if kind in GENERATED else None
         return _tyro(kind, name, ["--help"], default)
     given = read_arguments(name, args[1:], options.flags_of(kind))
-    if kind not in (Train, Sweep):
+    if kind not in GENERATED:
         _check_positional(name, given.positional)
         return _tyro(kind, name, [*given.positional, *given.options], None)
-    return _with_settings(name, given)
+    return _with_settings(name, kind, given)
 
 
 def _check_positional(name: str, given: Sequence[str]) -> None:
@@ -99,40 +103,55 @@ def _check_positional(name: str, given: Sequence[str]) -> None:
         raise ConfigError(f"{given[len(needed)]!r}: one argument too many for `{usage}`")
 
 
-def _with_settings(name: str, given: Any) -> Any:
-    """Parse `train` or `sweep`, whose options override the config file."""
+def _with_settings(name: str, kind: Any, given: Any) -> Any:
+    """Parse a command in `GENERATED`, whose options override the config file."""
     if len(given.positional) > 1:
         raise ConfigError(
             f"{given.positional[1]!r}: {name} takes one config or environment, but "
             f"{given.positional[0]!r} is already given"
         )
-    settings, search, source = Settings(), SweepSettings(), None
+    text = kind in (RLHF, RLHFSweep)
+    settings = Settings(RLHFConfig(), RLHFHParams()) if text else Settings()
+    search, source = SweepSettings(), None
     if given.positional:
-        source = find_config(given.positional[0])
-    if isinstance(source, Config):
-        settings = Settings(config=source)
+        source = find_config(given.positional[0], type(settings.config))
+    if isinstance(source, TaskConfig):
+        settings = dataclasses.replace(settings, config=source)
     elif source is not None and name == "sweep":
         definition = load_definition(source)
         settings, search = definition.settings, definition.sweep
     elif source is not None:
         settings = load_settings(source)
+    _check_kind(name, settings.config, text, given.positional)
     defaults: dict[str, Any] = {}
     for part in (settings.config, settings.hparams, settings.run, search):
         defaults |= {k: AUTO if isinstance(v, Chosen) else v for k, v in vars(part).items()}
-    kind = COMMANDS[name]
     parsed = _tyro(kind, name, given.options, options.with_defaults(kind, defaults))
     values = options.values_of(parsed)
     if name == "sweep":
         values |= _merged(search, values)
-    values["env_params"] = {**settings.config.env_params, **given.env_params}
+    table = "task_params" if text else "env_params"
+    values[table] = {**getattr(settings.config, table, {}), **given.params}
     values["passed"] = settings.run.passed
-    if name == "train":
+    if name != "sweep":
         return commands.TrainCommand(commands.settings_from_values(values, settings), values)
     sweep = SweepSettings(**options.pick(values, SweepSettings))
     unused = {name: getattr(settings.run, name) for name in RUN_ONLY}
     of_file = unused | {"keep": 1}  # a sweep keeps one checkpoint of each wave
     definition = Definition(commands.settings_from_values(values | of_file, settings), sweep)
     return commands.SweepCommand(definition, values)
+
+
+def _check_kind(name: str, config: Any, text: bool, given: Sequence[str]) -> None:
+    """Raise `ConfigError` if the config file is not of the command's kind."""
+    if isinstance(config, RLHFConfig) == text:
+        return
+    if name == "sweep":
+        raise ConfigError(
+            f"{given[0]!r}: tunes a language model; give it directly after sweep, before all "
+            "options"
+        )
+    raise ConfigError(f"{given[0]!r}: is not for {name}; use `{train_command(config)} {given[0]}`")
 
 
 def _merged(search: SweepSettings, values: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +193,7 @@ def _all_commands(args: Sequence[str]) -> Any:
         raise ConfigError(f"{args[0]!r}: no such command; {hint}")
     every: Any = None
     for name, kind in COMMANDS.items():
-        default = options.with_defaults(kind, {}) if kind in (Train, Sweep) else tyro.MISSING
+        default = options.with_defaults(kind, {}) if kind in GENERATED else tyro.MISSING
         one: Any = Annotated[kind, tyro.conf.subcommand(name, default=default, prefix_name=False)]
         every = one if every is None else every | one
     tyro.cli(every, prog="purejaxppo", args=list(args), config=_MARKERS)

@@ -13,6 +13,8 @@ import tyro
 from purejaxppo.cli.arguments import Switch
 from purejaxppo.config import AUTO, Config, HParams
 from purejaxppo.host.configfile import RunSettings
+from purejaxppo.rlhf.config import RLHFConfig, RLHFHParams
+from purejaxppo.rlhf.table import TOKEN_OBJECTIVES
 from purejaxppo.sweeps.settings import SweepSettings
 
 _Positional = tyro.conf.Positional
@@ -53,21 +55,28 @@ class SweepOutputs(Outputs):
 
 
 _RUN_OF_SWEEP = "seed num_seeds devices eval_episodes checkpoint_every"
-_FIRST = "total_timesteps num_envs num_steps objective learning_rate gamma ent_coef num_seeds seed"
+_FIRST = (
+    "task total_timesteps num_envs num_steps num_prompts group_size response_length objective "
+    "learning_rate gamma ent_coef kl_coef num_seeds seed"
+)
 _GROUPS = {
     "common": f"{_FIRST} run_dir",
     "search": " ".join(f.name for f in dataclasses.fields(SweepSettings)),
     "environment": "env_id",
     "algorithm": (
+        "oversampling overlong_buffer averaging kl_in kl_estimator kl_control whiten_rewards "
         "advantage bootstrap_steps bootstrap_time_limits baseline causality discount_weight "
         "update_epochs num_minibatches advantage_normalization normalize_obs normalize_reward "
         "lr_schedule clip_schedule optimizer cg_iterations line_search_steps"
     ),
     "network": (
         "network encoder memory hidden_sizes memory_size activation shared_trunk "
-        "action_distribution log_std_init"
+        "action_distribution log_std_init num_layers width num_heads num_kv_heads mlp_width "
+        "positions norm tied_embeddings context critic"
     ),
-    "hyperparameter": " ".join(f.name for f in dataclasses.fields(HParams)),
+    "hyperparameter": " ".join(
+        dict.fromkeys(f.name for table in (HParams, RLHFHParams) for f in dataclasses.fields(table))
+    ),
     "run": (
         "eval_episodes eval_every eval_unit checkpoint_every checkpoint_unit keep tensorboard "
         "wandb loggers compilation_cache print_config dry_run"
@@ -75,7 +84,7 @@ _GROUPS = {
     "device": "devices coordinator num_processes process_id wait_seconds",
 }
 """Groups of settings in `--help`; a name in several groups is shown in the first."""
-_NOT_OPTIONS = ("passed", "env_params")
+_NOT_OPTIONS = ("passed", "env_params", "task_params")
 
 
 @dataclass
@@ -156,6 +165,42 @@ class Envs:
     """List the available environments."""
 
 
+@dataclass
+class Generate:
+    """Generate text with the policy of a run that `rlhf` wrote."""
+
+    run_dir: _Positional[Path]
+    """A directory that `rlhf` wrote."""
+    prompt: str | None = None
+    """The prompt."""
+    prompts: Path | None = None
+    """A file with one prompt per line."""
+    num_responses: int = 1
+    """Responses to each prompt."""
+    best_of: int = 1
+    """Generate this many times as many responses, and print those with the highest scores."""
+    greedy: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Take the most likely token instead of sampling."""
+    temperature: float = 1.0
+    """Logits are divided by it."""
+    top_k: int = 0
+    """Sample among this many most likely tokens; 0 among all."""
+    top_p: float = 1.0
+    """Sample among the most likely tokens that together have this probability."""
+    max_tokens: int | None = None
+    """Maximum length of a response; None uses the run's response_length."""
+    seed: int = 0
+    """Use the policy of this seed, counted from 0."""
+    generation_seed: int = 0
+    """Random seed of the responses."""
+    checkpoint: str = "newest"
+    """`newest`, `best` (by evaluation), or a number of updates."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print one JSON object per response."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder."""
+
+
 class Setting(typing.NamedTuple):
     """An option generated from a field of a settings class."""
 
@@ -176,11 +221,25 @@ def _settings(*tables: Any) -> dict[str, Setting]:
     return found
 
 
-def _command(name: str, doc: str, settings: Mapping[str, Setting]) -> Any:
+_CONFIG_HELP = (
+    "A config file (TOML), the name of a shipped config (cartpole), or an environment "
+    "(CartPole-v1). Options override it. --env-params.NAME VALUE sets a parameter of the "
+    "environment, as in --env-params.max-steps-in-episode 200."
+)
+_TASK_HELP = (
+    'A config file (TOML) with kind = "rlhf", the name of a shipped config (sort), or '
+    "package.module:name of a task. Options override it. --task-params.NAME VALUE sets an argument "
+    "of the task, as in --task-params.longest 5."
+)
+
+
+def _command(
+    name: str, doc: str, settings: Mapping[str, Setting], config_help: str = _CONFIG_HELP
+) -> Any:
     """A dataclass with a positional argument and one nested dataclass per group of settings."""
     positional = Annotated[_Positional[str | None], tyro.conf.arg(metavar="[CONFIG]")]
     fields: list[Any] = [
-        ("config", positional, dataclasses.field(default=None, metadata={"help": _CONFIG_HELP}))
+        ("config", positional, dataclasses.field(default=None, metadata={"help": config_help}))
     ]
     left = dict(settings)
     for group, names in _GROUPS.items():
@@ -205,17 +264,15 @@ def _group(name: str, settings: Mapping[str, Setting]) -> Any:
     return table
 
 
-_CONFIG_HELP = (
-    "A config file (TOML), the name of a shipped config (cartpole), or an environment "
-    "(CartPole-v1). Options override it. --env-params.NAME VALUE sets a parameter of the "
-    "environment, as in --env-params.max-steps-in-episode 200."
-)
 TRAIN_SETTINGS = _settings(Config, HParams, RunSettings, Outputs, ProcessFlags)
-SWEEP_SETTINGS = _settings(Config, HParams, SweepSettings, SweepOutputs) | {
+RLHF_SETTINGS = _settings(RLHFConfig, RLHFHParams, RunSettings, Outputs, ProcessFlags)
+_OF_SWEEPS = {
     name: setting
     for name, setting in _settings(RunSettings).items()
     if name in _RUN_OF_SWEEP.split()
 }
+SWEEP_SETTINGS = _settings(Config, HParams, SweepSettings, SweepOutputs) | _OF_SWEEPS
+RLHF_SWEEP_SETTINGS = _settings(RLHFConfig, RLHFHParams, SweepSettings, SweepOutputs) | _OF_SWEEPS
 Train = _command(
     "Train",
     "Train an agent and write the results to a run directory.\n\n"
@@ -230,9 +287,30 @@ Sweep = _command(
     "may have a table [sweep]. The plan is printed first.",
     SWEEP_SETTINGS,
 )
+RLHF = _command(
+    "RLHF",
+    "Tune a language model against a score and write the results to a run directory.\n\n"
+    "purejaxppo rlhf sort --objective grpo\n\n"
+    "Objectives: " + "; ".join(
+        f"{x.name} maximises {x.objective.maximises}" for x in TOKEN_OBJECTIVES.values()
+    ) + ".",
+    RLHF_SETTINGS,
+    _TASK_HELP,
+)  # fmt: skip
+RLHFSweep = _command(
+    "RLHFSweep",
+    "Tune a language model with many settings, several seeds each, and find the best.\n\n"
+    "purejaxppo sweep sort --trials 8 --sample learning_rate=loguniform:1e-4,1e-2",
+    RLHF_SWEEP_SETTINGS,
+    _TASK_HELP,
+)
+GENERATED = (Train, Sweep, RLHF, RLHFSweep)
+"""Commands whose options are settings."""
 COMMANDS = {
     "train": Train,
     "sweep": Sweep,
+    "rlhf": RLHF,
+    "generate": Generate,
     "resume": Resume,
     "eval": Eval,
     "export": Export,
@@ -256,7 +334,7 @@ def flags_of(command: Any) -> dict[str, Any]:
 
 
 def with_defaults(command: Any, values: Mapping[str, Any]) -> Any:
-    """An instance of `Train` or `Sweep` whose settings have these values as defaults."""
+    """An instance of a command in `GENERATED` whose settings have these values as defaults."""
     groups = {}
     for f in dataclasses.fields(command):
         if f.name != "config":
@@ -267,7 +345,7 @@ def with_defaults(command: Any, values: Mapping[str, Any]) -> Any:
 
 
 def values_of(parsed: Any) -> dict[str, Any]:
-    """The settings of a parsed `Train` or `Sweep`, by name."""
+    """The settings of a parsed command in `GENERATED`, by name."""
     groups = [value for name, value in vars(parsed).items() if name != "config"]
     return {name: value for group in groups for name, value in vars(group).items()}
 
@@ -285,15 +363,18 @@ def join_help_lines() -> None:
     """
     from docstring_parser import parse_from_object
 
-    tables = (Config, HParams, RunSettings, SweepSettings, ProcessFlags, Outputs, SweepOutputs)
+    tables = (
+        Config, HParams, RLHFConfig, RLHFHParams, RunSettings, SweepSettings, ProcessFlags,
+        Outputs, SweepOutputs,
+    )  # fmt: skip
     texts = {}
-    for table in (*tables, Resume, Eval, Export, Plot):
+    for table in (*tables, Resume, Eval, Export, Plot, Generate):
         own = {p.arg_name: p.description for p in parse_from_object(table).params}
         for f in dataclasses.fields(table):
             if f.name in own:
                 texts[(table, f.name)] = " ".join((own[f.name] or "").split())
                 f.metadata = MappingProxy({**f.metadata, "help": texts[(table, f.name)]})
-    for command in (Train, Sweep):
+    for command in GENERATED:
         groups: list[Any] = [f.type for f in dataclasses.fields(command) if f.name != "config"]
         for group in groups:
             for f in dataclasses.fields(group):

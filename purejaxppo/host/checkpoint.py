@@ -64,6 +64,8 @@ class Position:
     """Seeds whose loss became non-finite, and the update at which it did."""
     extended: tuple[tuple[int, int], ...] = ()
     """(updates done, new `total_timesteps`) for each resume that changed it."""
+    data: dict[str, str] = dataclasses.field(default_factory=dict)
+    """SHA-256 of each entry of the task's data."""
 
 
 @dataclass(frozen=True)
@@ -245,6 +247,33 @@ def check_same_run(checkpoint: Checkpoint, settings: Settings) -> None:
         )
 
 
+def data_digests(data: Any) -> dict[str, str]:
+    """SHA-256 of each entry of a task's data: shapes, types and values."""
+    found = {}
+    for name, tree in data.items() if isinstance(data, dict) else [("data", data)]:
+        digest = hashlib.sha256()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            values = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+            digest.update(f"{jax.tree_util.keystr(path)} {values.dtype} {values.shape}".encode())
+            digest.update(values.tobytes())
+        if jax.tree.leaves(tree):
+            found[name] = digest.hexdigest()
+    return found
+
+
+def check_same_data(checkpoint: Checkpoint, data: dict[str, str]) -> None:
+    """Raise `ConfigError` if the task's data differ from those that the checkpoint was trained
+    with; checkpoints that do not state them fit all."""
+    held = checkpoint.position.data
+    different = sorted(name for name in held if held[name] != data.get(name))
+    if different:
+        raise ConfigError(
+            f"checkpoint {str(checkpoint.path)!r}: was trained with other data: "
+            f"{', '.join(different)} changed since; restore them, or start a new run"
+        )
+
+
 def _brief(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}... ({len(text)} characters)"
@@ -329,6 +358,7 @@ def _position(table: dict[str, Any]) -> Position:
         run_seconds=float(table["run_seconds"]),
         failed={int(seed): int(update) for seed, update in table["failed"].items()},
         extended=tuple((int(at), int(total)) for at, total in table["extended"]),
+        data={str(name): str(digest) for name, digest in table.get("data", {}).items()},
     )
     if min(position.updates, position.metrics_bytes, position.run_seconds) < 0:
         raise ValueError("a negative position")

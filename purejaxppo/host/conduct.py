@@ -103,7 +103,11 @@ def conduct(session: Session, prepare: Callable[[], Prepared], extras: Extras) -
         saver = None
         if directory is not None:
             evaluate = None if settings.trials else prepared.evaluation
-            saver = Saver(directory, settings, evaluate, start.checkpoint, stop, held=session.held)
+            sample = None if settings.trials else session.task.samples
+            saver = Saver(
+                directory, settings, evaluate, start.checkpoint, stop, held=session.held,
+                sample=sample,
+            )  # fmt: skip
             stack.callback(saver.close)
         if agreed(stop):
             _exit_after_save(stop, progress, directory)
@@ -121,6 +125,7 @@ def conduct(session: Session, prepare: Callable[[], Prepared], extras: Extras) -
             best = None
             if saver is not None and saved is not None and is_first():
                 saver.record(saved, final.sampled, final.deterministic)
+                saver.sample(saved.position.updates, training.states)
                 best = _best_checkpoint(session, prepared, training, stop)
         if stop:
             _exit_after_save(stop, progress, directory)

@@ -2,6 +2,7 @@
 `RunSettings` under `[run]`."""
 
 import dataclasses
+import importlib
 import json
 import math
 import re
@@ -18,6 +19,10 @@ from purejaxppo.config import Config, ConfigError, HParams, TaskConfig, check_fi
 from purejaxppo.references import already_imported, name_of, resolve
 
 _T = TypeVar("_T")
+
+KINDS = {"rlhf": ("purejaxppo.rlhf.config:RLHFConfig", "purejaxppo.rlhf.config:RLHFHParams")}
+"""The classes of the config and the hyperparameters of each `kind` of file; without one, `Config`
+and `HParams`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +160,7 @@ def settings_from(table: dict[str, Any], find: Find = already_imported) -> Setti
     Raises:
         ConfigError: as `load_settings`.
     """
-    config_type, hparams_type = _types(table.pop("types", {}), find)
+    config_type, hparams_type = _types(table.pop("types", {}), table.pop("kind", None), find)
     parts = {}
     for name in ("hparams", "run"):
         parts[name] = table.pop(name, {})
@@ -164,24 +169,50 @@ def settings_from(table: dict[str, Any], find: Find = already_imported) -> Setti
     trials = table.pop("trials", [])
     if not isinstance(trials, list) or not all(isinstance(x, dict) for x in trials):
         raise ConfigError(f"trials = {trials!r}: must be tables, each written as [[trials]]")
+    known = _known(config_type, hparams_type)
     return Settings(
-        config=build(config_type, table, "", also=("hparams", "run", "env_params")),
-        hparams=build(hparams_type, parts["hparams"], "hparams."),
-        run=build(RunSettings, parts["run"], "run."),
-        trials=tuple(build(hparams_type, trial, "trials.") for trial in trials),
+        config=build(config_type, table, "", known),
+        hparams=build(hparams_type, parts["hparams"], "hparams.", known),
+        run=build(RunSettings, parts["run"], "run.", known),
+        trials=tuple(build(hparams_type, trial, "trials.", known) for trial in trials),
     )
 
 
-def _types(table: Any, find: Find) -> tuple[Any, Any]:
+def settings_of_kind(kind: str | None) -> tuple[Any, Any]:
+    """The classes of the config and of the hyperparameters of a kind of file."""
+    if kind is None:
+        return Config, HParams
+    if kind not in KINDS:
+        raise ConfigError(f"kind = {kind!r}: must be {' or '.join(KINDS)}; leave it out for "
+                          "reinforcement learning")  # fmt: skip
+    modules = (importlib.import_module(x.partition(":")[0]) for x in KINDS[kind])
+    names = (x.partition(":")[2] for x in KINDS[kind])
+    config, hparams = map(getattr, modules, names)
+    return config, hparams
+
+
+def kind_of(config: Any) -> str | None:
+    """The kind of file that describes a config; None for `Config` and for users' own classes."""
+    names = {config: kind for kind, (config, _) in KINDS.items()}
+    return names.get(name_of(type(config)))
+
+
+def train_command(config: Any) -> str:
+    """The command that trains config files of the kind of `config`."""
+    return f"purejaxppo {kind_of(config) or 'train'}"
+
+
+def _types(table: Any, kind: Any, find: Find) -> tuple[Any, Any]:
     """Find the classes of the config and of the hyperparameters."""
-    usual, found = {"config": Config, "hparams": HParams}, []
+    usual = dict(zip(("config", "hparams"), settings_of_kind(kind), strict=True))
+    found: list[Any] = []
     if not isinstance(table, dict) or not set(table) <= set(usual):
         raise ConfigError(f"types = {table!r}: must be a table with config or hparams")
-    for name, kind in usual.items():
+    for name, own in usual.items():
         reference = table.get(name)
         if reference is not None and not (isinstance(reference, str) and is_reference(reference)):
             raise ConfigError(f"types.{name} = {reference!r}: must be package.module:name")
-        found.append(kind if reference is None else find(f"types.{name}", reference))
+        found.append(own if reference is None else find(f"types.{name}", reference))
         wanted = TaskConfig if name == "config" else HParams
         if not (isinstance(found[-1], type) and issubclass(found[-1], wanted)):
             raise ConfigError(
@@ -202,30 +233,51 @@ def _class_reference(name: str, value: Any) -> str:
 
 
 def _dump_types(settings: Settings) -> list[str]:
-    pairs = (("config", settings.config, Config), ("hparams", settings.hparams, HParams))
+    usual = settings_of_kind(kind_of(settings.config))
+    pairs = zip(("config", "hparams"), (settings.config, settings.hparams), usual, strict=True)
     own = [
         f"{name} = {toml(_class_reference(name, x))}"
-        for name, x, usual in pairs
-        if type(x) is not usual
+        for name, x, kind in pairs
+        if type(x) is not kind
     ]
     return ["", "[types]", *own] if own else []
 
 
-def build(kind: Any, table: dict[str, Any], prefix: str, also: tuple[str, ...] = ()) -> Any:
-    """Make `kind(**table)`. Raises `ConfigError` for unknown keys."""
+def _known(config_type: Any, hparams_type: Any) -> dict[str, str]:
+    """Where each setting belongs, by its name, since it may be in the wrong table."""
+    known = {f.name: f.name for f in dataclasses.fields(config_type)}
+    known |= {f.name: f"hparams.{f.name}" for f in dataclasses.fields(hparams_type)}
+    known |= {f.name: f"run.{f.name}" for f in dataclasses.fields(RunSettings)}
+    return known | {name: f"[{name}]" for name in ("hparams", "run", *_tables(config_type))}
+
+
+def _tables(config_type: Any) -> list[str]:
+    """The fields of a config that are tables."""
+    return [f.name for f in dataclasses.fields(config_type) if isinstance(f.default, Mapping)]
+
+
+_ONLY_TO_GENERATE = ("top_k", "top_p")
+
+
+def build(kind: Any, table: dict[str, Any], prefix: str, known: Mapping[str, str]) -> Any:
+    """Make `kind(**table)`. Raises `ConfigError` for unknown keys.
+
+    Args:
+        known: where each setting belongs, by its name.
+    """
     names = [f.name for f in dataclasses.fields(kind)]
     for key in table:
         if key not in names:
-            raise ConfigError(f"{prefix}{key}: no such setting; {_nearest(key, prefix, also)}")
+            raise ConfigError(f"{prefix}{key}: no such setting; {_hint(key, prefix, known)}")
     return kind(**table)
 
 
-def _nearest(key: str, prefix: str, also: tuple[str, ...]) -> str:
-    """Suggest the nearest setting of any table, since it may be in the wrong one."""
-    known = {f.name: f.name for f in dataclasses.fields(Config)}
-    known |= {f.name: f"hparams.{f.name}" for f in dataclasses.fields(HParams)}
-    known |= {f.name: f"run.{f.name}" for f in dataclasses.fields(RunSettings)}
-    known |= {name: f"[{name}]" for name in also}
+def _hint(key: str, prefix: str, known: Mapping[str, str]) -> str:
+    if key in _ONLY_TO_GENERATE:
+        return (
+            "learning from a truncated distribution would make the probability ratios wrong; use "
+            "`purejaxppo generate`"
+        )
     near = nearest(key, known, 0.5)
     if near:
         return f"did you mean {known[near]}?"
@@ -235,10 +287,13 @@ def _nearest(key: str, prefix: str, also: tuple[str, ...]) -> str:
 
 def dump_settings(settings: Settings) -> str:
     """Return TOML text that `load_settings` reads back as equal settings."""
-    lines = dump(settings.config)
-    if getattr(settings.config, "env_params", None):
-        values = settings.config.env_params.items()
-        lines += ["", "[env_params]", *(f"{_key(name)} = {toml(x)}" for name, x in values)]
+    config, kind = settings.config, kind_of(settings.config)
+    lines = [] if kind is None else [f"kind = {toml(kind)}"]
+    lines += dump(config)
+    for table in _tables(type(config)):
+        if getattr(config, table):
+            values = getattr(config, table).items()
+            lines += ["", f"[{table}]", *(f"{_key(name)} = {toml(x)}" for name, x in values)]
     lines += ["", "[hparams]", *dump(settings.hparams)]
     lines += _dump_types(settings)
     lines += ["", "[run]", *dump(settings.run)]

@@ -15,7 +15,7 @@ from purejaxppo.host.configfile import Settings, load_settings
 from purejaxppo.host.program import stacked_hparams
 from purejaxppo.host.rundir import CONFIG, SUMMARY, RunWarning
 from purejaxppo.inputs import whole_number
-from purejaxppo.task import PartArguments, Task, make_task, own_class
+from purejaxppo.task import PartArguments, Task, own_class, task_of_config
 from purejaxppo.types import Learner, TrainState
 
 
@@ -197,7 +197,7 @@ def task_of(settings: Settings, task: Task | None, given: dict[str, Any]) -> Tas
         )
     if task is not None:
         return task.with_config(settings.config)
-    return make_task(settings.config, hparams=own_class(settings.hparams), **given)
+    return task_of_config(settings.config, hparams=own_class(settings.hparams), **given)
 
 
 def _warn(skipped: list[str]) -> None:

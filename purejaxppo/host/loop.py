@@ -52,6 +52,8 @@ class Loop:
         self.began = self.last_save - start.position.run_seconds
         hparams = stacked_hparams(self.session.settings)
         states = start.states if start.states is not None else self.prepared.program.begin(hparams)
+        if self.saver is not None and not self.done:
+            self.saver.sample(0, self.prepared.program.gather(states))
         found = start.checkpoint
         if found is not None and found.eval_return is None and self.done < num_updates:
             self._evaluate_if_missing(found, states)
@@ -65,7 +67,7 @@ class Loop:
             states, rows = self.prepared.program.chunk(states, hparams, count)
             metrics = {name: np.asarray(values)[:count] for name, values in rows.items()}
             seconds = time.perf_counter() - began
-            self._record(metrics)
+            self._record(metrics, states)
             fitting = max(1, int(count * CHUNK_SECONDS / seconds))
             count = min(fitting, 2) if first else fitting  # the first call has one-off overhead
             # Clocks and signals differ between processes, but all must take the same action.
@@ -104,7 +106,7 @@ class Loop:
         alive[list(self.failed)] = False
         return alive
 
-    def _record(self, metrics: HostMetrics) -> None:
+    def _record(self, metrics: HostMetrics, states: TrainState) -> None:
         """Check, log and display the metrics `[u, S]` of the latest chunk."""
         if self.prepared.population:
             written = self._record_population(metrics)
@@ -112,7 +114,8 @@ class Loop:
             written, bad = _finite_rows(metrics, self._alive())
             for seed, row in bad.items():
                 self.failed[seed] = self.done + row + 1
-                self.session.progress.failed(seed, self.failed[seed])
+                reason = self._reason(seed, states)
+                self.session.progress.failed(seed, self.failed[seed], reason)
         seconds = time.perf_counter() - self.began
         metrics[SECONDS] = np.full(written.shape, round(seconds, 3))
         self.parts.append({k: np.where(written, v, np.nan) for k, v in metrics.items()})
@@ -124,7 +127,18 @@ class Loop:
         if (warning := self.session.task.warning(metrics)) is not None:
             warnings.warn(warning, RunWarning, stacklevel=2)
         self.done += len(written)
-        self.session.progress.update(self.done, self.parts[-1][self.session.task.curve])
+        task = self.session.task
+        names = [name for name in (task.curve, *task.progress) if name in self.parts[-1]]
+        self.session.progress.update(self.done, {name: self.parts[-1][name] for name in names})
+
+    def _reason(self, seed: int, states: TrainState) -> str | None:
+        """Why a seed failed, if its task can tell from its last good state."""
+        task = self.session.task
+        if task.explain is None or jax.process_count() > 1:
+            return None
+        gathered = self.prepared.program.gather(states)
+        hparams = stacked_hparams(self.session.settings)
+        return task.explain(*jax.tree.map(lambda x: x[seed], (gathered, hparams)))
 
     def _record_population(self, metrics: HostMetrics) -> np.ndarray:
         """Return which updates `[u, S]` were kept. A member of a population counts as failed only
@@ -195,8 +209,9 @@ class Loop:
             raise cannot_log(self.session.directory, error) from error
         columns = self.prepared.program.columns
         return Position(
-            self.done, size, digest, columns, seconds, dict(self.failed), start.extended
-        )
+            self.done, size, digest, columns, seconds, dict(self.failed), start.extended,
+            self.session.data,
+        )  # fmt: skip
 
 
 def agreed(stop: StopRequest) -> bool:

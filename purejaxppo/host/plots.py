@@ -21,6 +21,7 @@ def learning_curve(
     evaluations: tuple[np.ndarray, np.ndarray] = NO_EVALUATIONS,
     *,
     metric: str = RETURNS,
+    samples: str = "environment steps",
 ) -> None:
     """Draw the return over environment steps: the mean over seeds and its 95% bootstrap interval.
 
@@ -30,6 +31,7 @@ def learning_curve(
         returns: mean return of the episodes that ended in each update, NaN if none did.
         evaluations: environment steps `[P]` and mean return over seeds `[P]`.
         metric: name of the metric, if it is not the return.
+        samples: what the steps are.
     """
     from matplotlib.figure import Figure  # slow to import
     from matplotlib.ticker import EngFormatter
@@ -53,7 +55,7 @@ def learning_curve(
     if num_seeds > 1 or evaluations[0].size:
         axes.legend(loc="best", frameon=False)
     ylabel = "return" if metric == RETURNS else metric_label(metric)
-    bare_axes(axes, "environment steps (per seed)", ylabel)
+    bare_axes(axes, f"{samples} (per seed)", ylabel)
     axes.set_title(plain(env_id))
     axes.set_xlim(0, float(env_steps[-1]))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -51,8 +51,13 @@ class Member(NamedTuple):
         return self.learner.updates != self.rounds
 
 
-def member_learner(learner: Learner) -> Learner:
-    """Wrap a learner to use `Member`s as states, which hold their own hyperparameters."""
+def member_learner(learner: Learner, rank: str) -> Learner:
+    """Wrap a learner to use `Member`s as states, which hold their own hyperparameters.
+
+    Args:
+        rank: the metric by which members are ranked: `episode_return`, which counts as often as
+            episodes ended, or one that every update has.
+    """
 
     def init(key: Array, hparams: HParams, data: PyTree = ()) -> TrainState:
         state = learner.init(key, hparams, data)
@@ -67,13 +72,13 @@ def member_learner(learner: Learner) -> Learner:
         member: Member = state.learner
         inner = TrainState(member.learner, state.actors)
         new, metrics = learner.update(inner, member.hparams, data)
-        if not {"episodes", "episode_return"} <= set(metrics):
+        if rank not in metrics:
             raise ConfigError(
-                "strategy = pbt ranks members by episode_return, which this task does not have; "
-                "use another strategy"
+                f"strategy = pbt ranks members by {rank}, which this task does not have; use "
+                "another strategy"
             )
-        ended = metrics["episodes"].astype(jnp.float32)
-        returned = jnp.where(ended > 0, metrics["episode_return"] * ended, 0.0)
+        ended = metrics["episodes"].astype(jnp.float32) if "episodes" in metrics else jnp.ones(())
+        returned = jnp.where(ended > 0, metrics[rank] * ended, 0.0)
         member = Member(
             new.learner, member.hparams, member.returned + returned, member.episodes + ended,
             member.rounds + 1,

@@ -135,7 +135,7 @@ def prepare(settings: Settings, task: Task, population: Population | None = None
     if population is None:
         return Prepared(task, learner, program, evaluation)
     return Prepared(
-        task, member_learner(learner), program,
+        task, member_learner(learner, task.rank), program,
         lambda x: evaluation(without_members(x)), population=True,
     )  # fmt: skip
 
@@ -172,7 +172,7 @@ def compile_program(
     spread, hparams, data = choose_spread(settings, task), stacked_hparams(settings), task.data
     learner = task.learner(spread.axis)
     if population is not None:
-        learner = member_learner(learner)
+        learner = member_learner(learner, task.rank)
     capacity = min(settings.config.num_updates, CHUNK_CAPACITY)
     root = np.asarray(jax.random.key_data(jax.random.key(settings.run.seed)))
     init = _make_init(settings, learner, spread, independent=population is not None)

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from purejaxppo.host.configfile import Settings
+from purejaxppo.host.rundir import CURVE, REPORT
 from purejaxppo.host.stats import describe_interval
 
 if TYPE_CHECKING:  # imports JAX, and this must work before JAX is loaded
@@ -71,7 +72,7 @@ def describe_run(settings: Settings) -> str:
     seeds = f"{count} seed{'s' if count > 1 else ''}"
     return (
         f"{config.title}, {seeds}: {config.num_updates:,} updates of {config.batch_in_words} = "
-        f"{steps:,} environment steps"
+        f"{steps:,} {config.words.samples}"
         f"{' per seed' if count > 1 else ''}{rounded if steps > config.total_timesteps else ''}"
     )
 
@@ -86,12 +87,13 @@ class Progress:
 
     def __init__(self, settings: Settings, done: int, enabled: bool, last: int | None = None):
         self._settings, self._config, self._done = settings, settings.config, done
+        self._words = settings.config.words
         self._last = settings.config.num_updates if last is None else last
         self._num_runs = settings.num_runs
         self._console = make_console(enabled)
         self._live = enabled and self._console.is_terminal
         self._bar: Bar | None = None
-        self._returns = np.full(self._num_runs, np.nan)
+        self._shown: dict[str, np.ndarray] = {}
         self._began = self._last_line = time.perf_counter()
 
     def starting(self, checkpoint: "Checkpoint | None", resumed: bool, where: str) -> None:
@@ -134,14 +136,18 @@ class Progress:
         self._bar.add_task("train", total=self._last, completed=self._done, speed="", returns="")
         self._bar.start()
 
-    def update(self, done: int, episode_returns: np.ndarray) -> None:
-        """Show progress, given `episode_returns[u, S]` of the updates since the last call."""
-        for row in episode_returns:
-            self._returns = np.where(np.isfinite(row), row, self._returns)
+    def update(self, done: int, metrics: dict[str, np.ndarray]) -> None:
+        """Show progress, given the metrics to show, `[u, S]` of the updates since the last call.
+        The first is shown under the name that results have."""
+        for name, values in metrics.items():
+            latest = self._shown.setdefault(name, np.full(self._num_runs, np.nan))
+            for row in values:
+                latest = np.where(np.isfinite(row), row, latest)
+            self._shown[name] = latest
         now = time.perf_counter()
         speed_in_updates = (done - self._done) / (now - self._began)
         rate = speed_in_updates * self._config.batch_size * self._num_runs
-        speed, returns = self._speed(rate), f"return {self._mean_return()}"
+        speed, returns = self._speed(rate), self._means()
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, speed=speed, returns=returns)
         elif now - self._last_line > _PLAIN_SECONDS or done == self._last:
@@ -151,9 +157,14 @@ class Progress:
             )
             self._last_line = now
 
-    def failed(self, seed: int, update: int) -> None:
-        """Report that the loss of `seed` is not finite at `update`."""
+    def failed(self, seed: int, update: int, reason: str | None = None) -> None:
+        """Report that the loss of `seed` is not finite at `update`, and why, if that is known."""
         hparams = self._settings.hparams
+        if reason is not None:
+            self._console.print(
+                f"seed {seed}: stopped at update {update}: {reason}. The last good state is kept"
+            )
+            return
         self._console.print(
             f"seed {seed}: the loss is not finite at update {update}. The last good state is kept. "
             f"Try a lower learning_rate (now {hparams.learning_rate:g}) or "
@@ -170,7 +181,7 @@ class Progress:
         """Report that there is nothing to resume."""
         self._console.print(
             f"already finished: {summary['env_steps']:,} of {summary['env_steps_planned']:,} "
-            "environment steps per seed; nothing to do"
+            f"{self._words.samples} per seed; nothing to do"
         )
         if self._all_failed(summary):
             return
@@ -185,19 +196,22 @@ class Progress:
 
     def finished(self, summary: dict[str, Any], directory: Path | None) -> None:
         self._console.print(
-            f"trained {summary['env_steps']:,} environment steps per seed in "
+            f"trained {summary['env_steps']:,} {self._words.samples} per seed in "
             f"{summary['run_seconds']:.1f} s, {self._speed(summary['steps_per_second'])}"
         )
         if not self._all_failed(summary):
             self._print_returns(summary)
         if directory is not None:
-            self._console.print(f"learning curve: {directory / 'learning_curve.png'}")
+            report = directory / REPORT
+            self._console.print(f"learning curve: {directory / CURVE}")
+            if report.exists():
+                self._console.print(f"report: {report}")
 
     def _all_failed(self, summary: dict[str, Any]) -> bool:
         """Return whether every seed failed, and report it."""
         if len(summary["failed_seeds"]) < self._num_runs:
             return False
-        self._console.print("every seed failed, so there is no return to report")
+        self._console.print(f"every seed failed, so there is no {self._words.result} to report")
         return True
 
     def _print_returns(self, summary: dict[str, Any]) -> None:
@@ -209,18 +223,36 @@ class Progress:
             seeds = self._num_runs - len(summary["failed_seeds"])
             described = describe_interval(interval, seeds)
             self._console.print(
-                f"evaluation return, {actions} actions: {mean:.2f}{described}, "
-                f"{summary['eval_episodes']} episodes per seed"
+                f"evaluation {self._words.result}, {actions} actions: {mean:.2f}{described}, "
+                f"{summary['eval_episodes']} {self._words.episodes} per seed"
+            )
+        if "exact" in summary:
+            self._console.print(
+                f"exact: {summary['exact']:.1%} deterministic, {summary['exact_sampled']:.1%} "
+                "sampled"
             )
 
     def _speed(self, rate: float) -> str:
-        """Format environment steps per second over all seeds."""
+        """Format samples per second over all seeds."""
         count = self._num_runs
-        return f"{_short(rate)} steps/s{f' over {count} seeds' if count > 1 else ''}"
+        return f"{_short(rate)} {self._words.rate}/s{f' over {count} seeds' if count > 1 else ''}"
 
-    def _mean_return(self) -> str:
-        seen = self._returns[np.isfinite(self._returns)]
-        return f"{seen.mean():.1f}" if seen.size else "-"
+    def _means(self) -> str:
+        """Means over seeds of the metrics to show."""
+        names = [self._words.result, *list(self._shown)[1:]]
+        found = []
+        for name, latest in zip(names, self._shown.values(), strict=True):
+            seen = latest[np.isfinite(latest)]
+            digits = 1 if name == "return" else 2
+            found.append(f"{_label(name)} {f'{seen.mean():.{digits}f}' if seen.size else '-'}")
+        return "  ".join(found)
+
+
+_LABELS = {"reference_kl": "KL", "response_length": "length"}
+
+
+def _label(metric: str) -> str:
+    return _LABELS.get(metric, metric)
 
 
 def _short(rate: float) -> str:

@@ -10,8 +10,14 @@ from typing import Any, Literal, NamedTuple, Unpack
 
 import numpy as np
 
-from purejaxppo.config import Config, ConfigError, HParams, check_fields
-from purejaxppo.host.checkpoint import Checkpoint, Position, check_same_run
+from purejaxppo.config import ConfigError, HParams, TaskConfig, check_fields
+from purejaxppo.host.checkpoint import (
+    Checkpoint,
+    Position,
+    check_same_data,
+    check_same_run,
+    data_digests,
+)
 from purejaxppo.host.checkpoints import has_any
 from purejaxppo.host.conduct import Extras, Result, compile_run, conduct
 from purejaxppo.host.configfile import RunSettings, Settings, load_settings
@@ -48,7 +54,7 @@ from purejaxppo.types import Learner, TrainState
 
 
 def run(
-    config: Config | Task,
+    config: TaskConfig | Task,
     hparams: HParams | None = None,
     *,
     seed: int = 0,
@@ -142,6 +148,7 @@ def run_settings(
     _check_outputs(run_dir, settings.run)
     use_all_cores()
     task = task_of(settings, None, {}) if task is None else task
+    task.config.check_hparams(settings.hparams)
     # A named objective may have other defaults for settings left at auto.
     settings = with_devices(dataclasses.replace(settings, config=task.config), task)
     with ExitStack() as stack:
@@ -151,7 +158,10 @@ def run_settings(
             held = stack.enter_context(new_run(directory, settings))
         progress = Progress(settings, 0, enabled=extras.progress and is_first())
         last = settings.config.num_updates
-        session = Session(settings, task, held, directory, Start(Position(0)), last, progress)
+        session = Session(
+            settings, task, held, directory, Start(Position(0)), last, progress,
+            data_digests(task.data),
+        )  # fmt: skip
         return conduct(session, partial(compile_run, session), extras)
 
 
@@ -203,7 +213,9 @@ def run_wave(
             held = stack.enter_context(new_run(directory, settings))
         if start.states is None and leg.states is not None:
             start = Start(Position(leg.first), leg.states())
-        session = Session(settings, task, held, directory, start, leg.last, progress)
+        session = Session(
+            settings, task, held, directory, start, leg.last, progress, data_digests(task.data)
+        )
         return conduct(session, lambda: prepared, Extras(compilation_cache=False))
 
 
@@ -264,7 +276,9 @@ def resume(
         if held is not None:
             write_settings(held, settings)
         last = settings.config.num_updates
-        session = Session(settings, task, held, directory, start, last, reporter)
+        session = Session(
+            settings, task, held, directory, start, last, reporter, data_digests(task.data)
+        )
         extras = Extras(loggers, callback, compilation_cache, progress)
         return conduct(session, partial(compile_run, session), extras)
 
@@ -292,10 +306,11 @@ def _check_not_all_failed(found: Checkpoint) -> None:
 
 def _restore(directory: Path, settings: Settings, task: Task, learner: Learner) -> Start:
     """Restore the newest checkpoint that belongs to this run and whose metrics are complete."""
-    config, metrics = settings.config, {}
+    config, metrics, digests = settings.config, {}, data_digests(task.data)
 
     def check(found: Checkpoint) -> None:
         check_same_run(found, settings)
+        check_same_data(found, digests)
         if config.num_updates >= found.position.updates:
             metrics[found.path] = read_metrics(directory, found.position, settings)
 

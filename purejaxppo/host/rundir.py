@@ -18,11 +18,13 @@ from purejaxppo.host.configfile import Settings, dump_settings
 
 CONFIG, METRICS, SUMMARY, CURVE = "config.toml", "metrics.csv", "summary.json", "learning_curve.png"
 CHECKPOINTS, EVALUATIONS = "checkpoints", "eval.csv"
+SAMPLES, REPORT = "samples.jsonl", "report.html"
 BINARY_METRICS = "metrics.f32"
 SWEEP, WAVES = "sweep.toml", "waves"
 LOCK = ".lock"
 _RUN_FILES = (
-    CONFIG, METRICS, BINARY_METRICS, EVALUATIONS, SUMMARY, CURVE, CHECKPOINTS, "tensorboard"
+    CONFIG, METRICS, BINARY_METRICS, EVALUATIONS, SUMMARY, CURVE, CHECKPOINTS, SAMPLES, REPORT,
+    "tensorboard",
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from purejaxppo.host.configfile import Settings
 from purejaxppo.host.evaluations import DETERMINISTIC, SAMPLED, EvalLog
 from purejaxppo.host.processes import is_first
 from purejaxppo.host.rundir import GoneError, Held, RunWarning, StorageError, resume_command
+from purejaxppo.host.samples import SampleLog
 from purejaxppo.host.signals import StopRequest
 from purejaxppo.host.stats import episode_mean
 from purejaxppo.types import TrainState
@@ -29,6 +31,7 @@ class Saver:
         evaluate: `states[S, ...] -> returns[S, E]`; None leaves checkpoints unevaluated.
         saved: the checkpoint from which training continues, if any.
         stop: once set, evaluations are no longer awaited, started or recorded.
+        sample: `state of one seed -> rows` for `samples.jsonl`, if the task has samples.
         held: the locked directory; once it is removed or renamed, nothing more is written.
     """
 
@@ -41,14 +44,15 @@ class Saver:
         stop: StopRequest,
         *,
         held: Held | None,
+        sample: Callable[[TrainState], list[dict[str, Any]]] | None = None,
     ):
-        self._held = held
+        self._held, self._sample = held, sample if is_first() else None
         self._run_dir, self._settings, self._evaluate = run_dir, settings, evaluate
         self._saved, self._stop = saved, stop
-        self._log = None
+        self._log, after = None, 0 if saved is None else saved.position.updates
+        self._samples = None if self._sample is None else SampleLog(run_dir, after)
         if evaluate is not None and is_first():
             batch_size = settings.config.batch_size
-            after = 0 if saved is None else saved.position.updates
             self._log = EvalLog(
                 run_dir, batch_size, after, saved is not None and saved.eval_return is not None
             )
@@ -171,6 +175,20 @@ class Saver:
                 ) from error
             self._prune(saved)
 
+    def sample(self, update: int, states: TrainState) -> None:
+        """Log samples of the first seed after `update` updates, if the task has any. Does nothing
+        once a stop is requested.
+
+        Raises:
+            StorageError: if they cannot be written.
+        """
+        if self._sample is None or self._samples is None or self._stop:
+            return
+        rows = self._sample(jax.tree.map(lambda x: x[0], states))
+        with self._writing:
+            self._check()
+            self._samples.add(update, rows)
+
     def close(self) -> None:
         """Start nothing more; does not wait for an evaluation in progress."""
         self._saves.shutdown()
@@ -194,6 +212,7 @@ class Saver:
         states: TrainState,
     ) -> None:
         self.record(saved, evaluate(states))
+        self.sample(saved.position.updates, states)
 
     def _check(self) -> None:
         if self._held is not None:

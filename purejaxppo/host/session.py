@@ -37,6 +37,8 @@ class Session(NamedTuple):
     last: int
     """Update at which training ends."""
     progress: Progress
+    data: dict[str, str]
+    """SHA-256 of each entry of the task's data."""
 
 
 def cannot_log(directory: Path | None, error: OSError) -> StorageError:

@@ -4,6 +4,8 @@ import hashlib
 import os
 import platform
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +19,10 @@ from purejaxppo.host.evaluations import evaluation_curve
 from purejaxppo.host.loggers import SECONDS, in_order
 from purejaxppo.host.parallel import Spread
 from purejaxppo.host.plots import learning_curve
+from purejaxppo.host.report import write_run_report
 from purejaxppo.host.rundir import (
     CURVE,
+    REPORT,
     SUMMARY,
     RunWarning,
     StorageError,
@@ -87,6 +91,7 @@ def summarize(
         "num_seeds": settings.run.num_seeds,
         "eval_episodes": final.sampled.shape[1],
         **evaluated,
+        **_own_results(task, training, final, finished),
         "unfinished_eval_episodes": int(np.isnan(final.sampled[finished]).sum()),
         "failed_seeds": {
             str(s): {"update": u, "last_good_update": u - 1}
@@ -107,6 +112,17 @@ def summarize(
             for name in ("purejaxppo", "jax", "jaxlib", "flax", "optax", "gymnax", "distrax")
         },
     }
+
+
+def _own_results(
+    task: Task, training: Training, final: Final, finished: list[int]
+) -> dict[str, Any]:
+    """The entries that the task adds; none if every seed failed."""
+    if task.results is None or not finished:
+        return {}
+    kinds = {"sampled": final.sampled, "deterministic": final.deterministic}
+    evaluated = {name: x[finished] for name, x in kinds.items() if x is not None}
+    return task.results({name: x[finished] for name, x in training.metrics.items()}, evaluated)
 
 
 def settings_digest(settings: Settings) -> str:
@@ -135,8 +151,26 @@ def write_results(
             f"{str(directory)!r}: the summary cannot be written: {error.strerror}; free space, "
             f"then: {resume_command(directory)}"
         ) from error
-    if not settings.trials:
-        draw_curve(directory, settings, task, training.metrics[task.curve])
+    if settings.trials:
+        return
+    draw_curve(directory, settings, task, training.metrics[task.curve])
+    if task.samples is not None:
+        with _never_ending(directory / REPORT):
+            names = (task.curve, *task.progress)
+            write_run_report(directory, settings, names, training.metrics, summary)
+
+
+@contextmanager
+def _never_ending(path: Path) -> Iterator[None]:
+    """Warn instead of raising, since all numbers were already written."""
+    try:
+        yield
+    except Exception as error:
+        warnings.warn(
+            f"{str(path)!r}: cannot be drawn: {error}; all numbers were saved",
+            RunWarning,
+            stacklevel=4,
+        )
 
 
 def draw_curve(directory: Path, settings: Settings, task: Task, values: np.ndarray) -> None:
@@ -144,15 +178,11 @@ def draw_curve(directory: Path, settings: Settings, task: Task, values: np.ndarr
     fails, since the numbers are already written."""
     steps = np.arange(1, values.shape[1] + 1) * settings.config.batch_size
     env_id = settings.config.label
-    try:
-        evaluations = evaluation_curve(directory)
-        learning_curve(directory / CURVE, env_id, steps, values.T, evaluations, metric=task.curve)
-    except Exception as error:  # a plot must never end a run
-        warnings.warn(
-            f"{str(directory / CURVE)!r}: cannot be drawn: {error}; all numbers were saved",
-            RunWarning,
-            stacklevel=3,
-        )
+    with _never_ending(directory / CURVE):
+        learning_curve(
+            directory / CURVE, env_id, steps, values.T, evaluation_curve(directory),
+            metric=task.curve, samples=settings.config.words.samples,
+        )  # fmt: skip
 
 
 def _returns(name: str, returns: np.ndarray, finished: list[int]) -> dict[str, Any]:

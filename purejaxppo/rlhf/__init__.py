@@ -1,23 +1,68 @@
-"""Language models: tokens are actions, and a rollout is generated text."""
+"""Language models: tokens are actions, and a rollout is generated text.
 
-from purejaxppo.rlhf.config import RLHFConfig, RLHFHParams
-from purejaxppo.rlhf.decoder import Architecture, make_decoder
-from purejaxppo.rlhf.generate import Prompts, Responses, generate
-from purejaxppo.rlhf.objectives import TOKEN_OBJECTIVES, TokenObjective
-from purejaxppo.rlhf.problem import Problem, Sample
-from purejaxppo.rlhf.task import make_rlhf_task
+Public names are imported on first use, so that settings can be checked without importing JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from purejaxppo.rlhf.architecture import Architecture
+    from purejaxppo.rlhf.config import RLHFConfig, RLHFHParams
+    from purejaxppo.rlhf.decoder import make_decoder
+    from purejaxppo.rlhf.generation import Prompts, Responses, generate
+    from purejaxppo.rlhf.problem import Problem, Sample
+    from purejaxppo.rlhf.problems import PROBLEMS, checkable
+    from purejaxppo.rlhf.table import TOKEN_OBJECTIVES, TokenObjective
+    from purejaxppo.rlhf.task import make_rlhf_task
+    from purejaxppo.rlhf.text import Completion, Generator, load_generator
+    from purejaxppo.rlhf.tokenizer import Characters, TokenIds
+
+_NAMES = {
+    "architecture": "Architecture",
+    "config": "RLHFConfig RLHFHParams",
+    "decoder": "make_decoder",
+    "generation": "Prompts Responses generate",
+    "problem": "Problem Sample",
+    "problems": "PROBLEMS checkable",
+    "table": "TOKEN_OBJECTIVES TokenObjective",
+    "task": "make_rlhf_task",
+    "text": "Completion Generator load_generator",
+    "tokenizer": "Characters TokenIds",
+}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = [
+    "PROBLEMS",
     "TOKEN_OBJECTIVES",
     "Architecture",
+    "Characters",
+    "Completion",
+    "Generator",
     "Problem",
     "Prompts",
     "RLHFConfig",
     "RLHFHParams",
     "Responses",
     "Sample",
+    "TokenIds",
     "TokenObjective",
+    "checkable",
     "generate",
+    "load_generator",
     "make_decoder",
     "make_rlhf_task",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    importlib.import_module("purejaxppo.types")  # makes HParams a pytree
+    value = getattr(importlib.import_module(f"purejaxppo.rlhf.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -5,76 +5,19 @@ a head, C tokens that a cache can hold. Inside the modules, sequences are `[B, T
 """
 
 import math
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from purejaxppo.checks import ConfigError
+from purejaxppo.rlhf.architecture import Architecture
 from purejaxppo.types import Network, PyTree
 
 _LOWEST = -1e30
 """Attention score of a key that must not be read; finite, so that gradients stay finite."""
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The shape of a decoder. Static and hashable.
-
-    The defaults are a small GPT-2; `positions = rotary`, `norm = rms`, `activation = swiglu` and
-    `num_kv_heads` give Llama's and Qwen's.
-    """
-
-    vocab_size: int
-    """Number of tokens (V)."""
-    context: int
-    """Maximum number of tokens of a sequence, prompt included (C)."""
-    num_layers: int = 2
-    width: int = 64
-    """Width of the residual stream (W); a multiple of num_heads."""
-    num_heads: int = 4
-    num_kv_heads: int = 0
-    """Heads of keys and values, of which each serves several heads of queries; 0: num_heads."""
-    mlp_width: int = 0
-    """Width of the hidden layer of a block; 0: 4 times the width."""
-    positions: Literal["learned", "rotary"] = "learned"
-    norm: Literal["layer", "rms"] = "layer"
-    activation: Literal["gelu", "swiglu"] = "gelu"
-    tied_embeddings: bool = True
-    """Use the embedding of tokens as the last layer too."""
-    critic: Literal["none", "shared", "separate"] = "separate"
-    """Where values come from: nowhere (they are 0), the same decoder, or a second one."""
-
-    def __post_init__(self) -> None:
-        if self.width % self.num_heads:
-            raise ConfigError(
-                f"width = {self.width} is not divisible by num_heads = {self.num_heads}; use a "
-                "multiple"
-            )
-        if self.num_kv_heads and self.num_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"num_heads = {self.num_heads} is not divisible by num_kv_heads = "
-                f"{self.num_kv_heads}; use a divisor"
-            )
-        if self.positions == "rotary" and self.width // self.num_heads % 2:
-            raise ConfigError(
-                f"width / num_heads = {self.width // self.num_heads}: rotary positions need an "
-                "even number"
-            )
-
-    @property
-    def kv_heads(self) -> int:
-        """Heads of keys and values (K)."""
-        return self.num_kv_heads or self.num_heads
-
-    @property
-    def head_width(self) -> int:
-        """Width of a head (D)."""
-        return self.width // self.num_heads
 
 
 class Cache(NamedTuple):
@@ -124,6 +67,7 @@ def make_decoder(architecture: Architecture) -> Network:
         apply=apply,
         width=widest,
         sequential=True,
+        steps_at_once=True,
     )
 
 

@@ -1,16 +1,27 @@
-"""Problems whose answers can be checked, on numbers of single digits."""
+"""Problems whose answers can be checked: the tasks that `RLHFConfig.task` names."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from purejaxppo.rlhf.decoder import Architecture, make_decoder
-from purejaxppo.rlhf.generate import Prompts
-from purejaxppo.rlhf.problem import Problem, Sample
+from purejaxppo.checks import ConfigError
+from purejaxppo.rlhf.architecture import Architecture
+from purejaxppo.rlhf.decoder import make_decoder
+from purejaxppo.rlhf.problem import Problem, Sample, pad_left
+from purejaxppo.rlhf.tokenizer import Characters
 from purejaxppo.types import PyTree
+
+STOP = "."
+_DIGITS = "0123456789"
+_HELD_OUT = 5
+"""One prompt in five is held out."""
 
 
 def random_reference(architecture: Architecture, seed: int = 0) -> PyTree:
@@ -18,52 +29,244 @@ def random_reference(architecture: Architecture, seed: int = 0) -> PyTree:
     return make_decoder(architecture).init(jax.random.key(seed))
 
 
-def sort_digits(length: int = 4, digits: int = 8, num_prompts: int = 4096) -> Problem:
-    """Sort digits: the prompt `3 1 2 1 =` has the answer `1 1 2 3`."""
-    return _on_digits("sort", lambda x: np.sort(x, axis=1), length, digits, num_prompts)
+class Answers(NamedTuple):
+    """The right answers, stop token included."""
+
+    tokens: Int[Array, "N M"]
+    """Padded on the right."""
+    lengths: Int[Array, " N"]
 
 
-def reverse_digits(length: int = 4, digits: int = 8, num_prompts: int = 4096) -> Problem:
-    """Reverse digits: the prompt `3 1 2 1 =` has the answer `1 2 1 3`."""
-    return _on_digits("reverse", lambda x: x[:, ::-1], length, digits, num_prompts)
-
-
-def _on_digits(
-    name: str,
-    answer: Callable[[np.ndarray], np.ndarray],
-    length: int,
-    digits: int,
-    num_prompts: int,
+def checkable(
+    name: str, prompts: Sequence[str], answer: Callable[[str], str], alphabet: str
 ) -> Problem:
-    """Tokens are the digits, `=` and the stop token. Of `num_prompts` random prompts, duplicates
-    are removed and a fifth is held out."""
-    equals, stop = digits, digits + 1
-    numbers = np.random.default_rng(0).integers(0, digits, size=(num_prompts, length))
-    numbers = np.unique(numbers, axis=0)
-    numbers = np.random.default_rng(1).permutation(numbers)
-    prompts = np.concatenate([numbers, np.full((len(numbers), 1), equals)], axis=1)
-    answers = np.concatenate([answer(numbers), np.full((len(numbers), 1), stop)], axis=1)
-    held_out = len(numbers) // 5
+    """Make a problem of prompts that have one right answer each, such as `312=` and `123`.
 
-    def part(rows: slice) -> tuple[Prompts, Array]:
-        tokens = jnp.asarray(prompts[rows], jnp.int32)
-        lengths = jnp.full(len(tokens), length + 1, jnp.int32)
-        return Prompts(tokens, lengths), jnp.asarray(answers[rows], jnp.int32)
+    A response is right if it is the answer and then the stop token, which is written `.`. Prompts
+    are shuffled, and a fifth of them is held out. The reference is an untrained decoder.
 
-    test, test_answers = part(slice(held_out))
-    train, train_answers = part(slice(held_out, None))
+    Args:
+        prompts: distinct texts of characters of the alphabet.
+        answer: `prompt -> answer`.
+        alphabet: the characters of prompts and answers, without `.`; each is a token.
+    """
+    tokenizer = Characters(alphabet + STOP)
+
+    def extras_of(texts: Sequence[str]) -> Answers:
+        rows = [tokenizer.encode(answer(text) + STOP) for text in texts]
+        lengths = np.array([len(row) for row in rows], np.int32)
+        tokens = np.zeros((len(rows), lengths.max()), np.int32)
+        for place, row in enumerate(rows):
+            tokens[place, : len(row)] = row
+        return Answers(jnp.asarray(tokens), jnp.asarray(lengths))
+
+    longest = max(len(answer(text)) for text in prompts) + 1
+    return _problem(
+        name, prompts, tokenizer, extras_of, score=share_of_right_tokens, longest=longest
+    )
+
+
+def _problem(
+    name: str,
+    prompts: Sequence[str],
+    tokenizer: Characters,
+    extras_of: Callable[[Sequence[str]], PyTree],
+    *,
+    score: Callable[[Sample], Float[Array, " N"]],
+    longest: int,
+) -> Problem:
+    """A problem whose exact answers have the score 1, with a fifth of the prompts held out."""
+    shuffled = np.random.default_rng(0).permutation(np.asarray(sorted(prompts))).tolist()
+    count = max(1, len(shuffled) // _HELD_OUT)
+    held_out, train = shuffled[:count], shuffled[count:]
+    if not train:
+        raise ConfigError(f"{name}: has {len(shuffled)} prompts; needs at least 2")
+
+    def encoded(texts: Sequence[str]) -> list[list[int]]:
+        return [tokenizer.encode(text) for text in texts]
+
     return Problem(
-        name=name, prompts=train, score=share_of_right_tokens, vocab_size=digits + 2,
-        stop_token=stop, reference=random_reference, extras=train_answers, held_out=test,
-        held_out_extras=test_answers,
+        name=name, prompts=pad_left(encoded(train)), score=score,
+        vocab_size=len(tokenizer.alphabet), stop_token=tokenizer.alphabet.index(STOP),
+        reference=random_reference, extras=extras_of(train), held_out=pad_left(encoded(held_out)),
+        held_out_extras=extras_of(held_out), exact_score=1.0, longest_answer=longest,
+        tokenizer=tokenizer, extras_of=extras_of,
     )  # fmt: skip
 
 
 def share_of_right_tokens(sample: Sample) -> Float[Array, " N"]:
     """The fraction of the answer's tokens, its stop token included, that the response has in their
-    places; 1 for an exact answer. `Sample.extras` are the answers `[N, M]`, with M at most R."""
-    answer = sample.extras
-    size = answer.shape[1]
-    counted = jnp.arange(size) < sample.responses.lengths[:, None]
-    right = (sample.responses.tokens[:, :size] == answer) & counted
-    return jnp.mean(right.astype(jnp.float32), axis=1)
+    places; 1 for an exact answer. `Sample.extras` are `Answers`."""
+    answers: Answers = sample.extras
+    width = min(answers.tokens.shape[1], sample.responses.tokens.shape[1])
+    place = jnp.arange(width)
+    counted = (place < sample.responses.lengths[:, None]) & (place < answers.lengths[:, None])
+    right = (sample.responses.tokens[:, :width] == answers.tokens[:, :width]) & counted
+    return jnp.sum(right, axis=1) / answers.lengths
+
+
+# The tasks
+
+
+def sort_digits(shortest: int = 2, longest: int = 4, digits: int = 8) -> Problem:
+    """Sort digits: the answer to `3121=` is `1123`."""
+    prompts = _numbers(shortest, longest, digits)
+    return checkable("sort", prompts, lambda x: "".join(sorted(x[:-1])), f"{_DIGITS[:digits]}=")
+
+
+def reverse_digits(shortest: int = 2, longest: int = 4, digits: int = 8) -> Problem:
+    """Reverse digits: the answer to `312=` is `213`."""
+    return checkable(
+        "reverse", _numbers(shortest, longest, digits), lambda x: x[-2::-1], f"{_DIGITS[:digits]}="
+    )
+
+
+def sum_digits(shortest: int = 2, longest: int = 4, digits: int = 5) -> Problem:
+    """Add digits: the answer to `312=` is `06`."""
+    return checkable(
+        "sum", _numbers(shortest, longest, digits), lambda x: f"{sum(map(int, x[:-1])):02d}",
+        f"{_DIGITS}=",
+    )  # fmt: skip
+
+
+def arithmetic(largest: int = 20) -> Problem:
+    """Add or subtract two numbers: the answer to `7+5=` is `12`, and to `9-4=` it is `5`."""
+    pairs = itertools.product(range(largest + 1), repeat=2)
+    prompts = [f"{a}{sign}{b}=" for a, b in pairs for sign in "+-" if sign == "+" or a >= b]
+
+    def answer(prompt: str) -> str:
+        sign = "+" if "+" in prompt else "-"
+        first, second = (int(x) for x in prompt.rstrip("=").split(sign))
+        return str(first + second if sign == "+" else first - second)
+
+    return checkable("arithmetic", prompts, answer, f"{_DIGITS}+-=")
+
+
+def _numbers(shortest: int, longest: int, digits: int, most: int = 4096) -> list[str]:
+    """All numbers of `shortest` to `longest` digits below `digits`, each followed by `=`; of each
+    length at most `most`, drawn at random."""
+    if not 1 <= shortest <= longest or not 2 <= digits <= len(_DIGITS):
+        raise ConfigError(
+            f"shortest, longest, digits = {shortest}, {longest}, {digits}: lengths must be at least"
+            " 1 and shortest at most longest; digits from 2 to 10"
+        )
+    found: list[str] = []
+    for length in range(shortest, longest + 1):
+        if digits**length <= most:
+            every = itertools.product(_DIGITS[:digits], repeat=length)
+        else:
+            rng = np.random.default_rng(length)
+            every = rng.choice(list(_DIGITS[:digits]), (most, length)).tolist()
+        found += sorted({f"{''.join(x)}=" for x in every})
+    return found
+
+
+# Countdown
+
+_OPERATORS = "+-*"
+
+
+class Countdown(NamedTuple):
+    """What a countdown response must use and reach."""
+
+    numbers: Int[Array, "N K"]
+    target: Int[Array, " N"]
+
+
+def countdown(numbers: int = 3, largest: int = 6) -> Problem:
+    """Combine digits, each used once, with + - * to a target: an answer to `352:16=` is `3*2+5`, or
+    any other expression with that value.
+
+    An exact answer scores 1. Otherwise the score is at most 0.5: half of it for digits and
+    operators in their places, half for using the given digits.
+    """
+    if numbers not in (2, 3) or not 1 <= largest <= 9:
+        raise ConfigError(
+            f"numbers, largest = {numbers}, {largest}: numbers must be 2 or 3, largest 1 to 9"
+        )
+    tokenizer = Characters(f"{_DIGITS}{_OPERATORS}:={STOP}")
+    prompts = set()
+    for digits in itertools.product(range(1, largest + 1), repeat=numbers):
+        for order in itertools.permutations(digits):
+            for operators in itertools.product(_OPERATORS, repeat=numbers - 1):
+                target = _value(list(order), list(operators))
+                if 0 <= target < 100:
+                    prompts.add(f"{''.join(map(str, digits))}:{target}=")
+
+    def extras_of(texts: Sequence[str]) -> Countdown:
+        given = [text.rstrip("=").split(":") for text in texts]
+        digits = [[int(x) for x in digits] for digits, _ in given]
+        return Countdown(jnp.asarray(digits), jnp.asarray([int(x) for _, x in given]))
+
+    score = partial(_countdown_score, numbers)
+    return _problem(
+        "countdown", list(prompts), tokenizer, extras_of, score=score, longest=2 * numbers
+    )
+
+
+def _value(numbers: list[int], operators: list[str]) -> int:
+    """The value of an expression of 2 or 3 numbers, products first."""
+    apply = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+    if len(numbers) == 3 and operators[1] == "*":
+        return apply[operators[0]](numbers[0], numbers[1] * numbers[2])
+    value = numbers[0]
+    for operator, number in zip(operators, numbers[1:], strict=True):
+        value = apply[operator](value, number)
+    return value
+
+
+def _countdown_score(count: int, sample: Sample) -> Float[Array, " N"]:
+    """The score of expressions of `count` digits."""
+    wanted: Countdown = sample.extras
+    size = 2 * count
+    room = max(0, size - sample.responses.tokens.shape[1])
+    tokens = jnp.pad(sample.responses.tokens, ((0, 0), (0, room)), constant_values=-1)[:, :size]
+    tokens = jnp.where(jnp.arange(size) < sample.responses.lengths[:, None], tokens, -1)
+    digits, operators = tokens[:, : size - 1 : 2], tokens[:, 1 : size - 1 : 2]
+    plus = len(_DIGITS)
+    placed = jnp.concatenate(
+        [
+            (digits >= 0) & (digits < plus),
+            (operators >= plus) & (operators < plus + len(_OPERATORS)),
+            tokens[:, -1:] == plus + len(_OPERATORS) + 2,
+        ],
+        axis=1,
+    )
+    used = _times(digits, wanted.numbers)
+    value = _apply(digits, operators - plus)
+    exact = jnp.all(placed, axis=1) & (used == count) & (value == wanted.target)
+    partly = 0.25 * jnp.mean(placed.astype(jnp.float32), axis=1) + 0.25 * used / count
+    return jnp.where(exact, 1.0, partly)
+
+
+def _times(found: Int[Array, "N K"], wanted: Int[Array, "N K"]) -> Int[Array, " N"]:
+    """How many of the wanted numbers are found, counting repeated ones."""
+    each = jnp.arange(len(_DIGITS))
+    counts = [jnp.sum(x[..., None] == each, axis=1) for x in (found, wanted)]
+    return jnp.sum(jnp.minimum(*counts), axis=1)
+
+
+def _apply(numbers: Int[Array, "N K"], operators: Int[Array, "N K"]) -> Int[Array, " N"]:
+    """Values of expressions, products first; operators are indices of `+-*`."""
+
+    def one(a: Array, operator: Array, b: Array) -> Array:
+        return jnp.select([operator == 0, operator == 1], [a + b, a - b], a * b)
+
+    first = one(numbers[:, 0], operators[:, 0], numbers[:, 1])
+    if numbers.shape[1] == 2:
+        return first
+    product = numbers[:, 1] * numbers[:, 2]
+    right = one(numbers[:, 0], operators[:, 0], product)
+    return jnp.where(operators[:, 1] == 2, right, one(first, operators[:, 1], numbers[:, 2]))
+
+
+PROBLEMS: Mapping[str, Callable[..., Problem]] = MappingProxyType(
+    {
+        "sort": sort_digits,
+        "reverse": reverse_digits,
+        "sum": sum_digits,
+        "arithmetic": arithmetic,
+        "countdown": countdown,
+    }
+)
+"""The shipped tasks by name (`RLHFConfig.task`): functions that make a `Problem`."""

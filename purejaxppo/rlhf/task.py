@@ -1,7 +1,9 @@
 """A language model tuned against a score, as a `Task`."""
 
+import dataclasses
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +16,23 @@ from purejaxppo.distributions import categorical
 from purejaxppo.improve import make_improve
 from purejaxppo.inputs import check_fits
 from purejaxppo.learner import make_learner
+from purejaxppo.objectives.base import KLController
 from purejaxppo.optimizer import ADAM
-from purejaxppo.rlhf.actor import make_token_actor
+from purejaxppo.rlhf.actor import TokenParts, make_token_actor
+from purejaxppo.rlhf.advantages import estimate
+from purejaxppo.rlhf.architecture import Architecture
 from purejaxppo.rlhf.config import RLHFConfig, RLHFHParams
-from purejaxppo.rlhf.decoder import Architecture, make_decoder
-from purejaxppo.rlhf.generate import Prompts, Responses, generate
-from purejaxppo.rlhf.objectives import TOKEN_OBJECTIVES
-from purejaxppo.rlhf.problem import Problem, Sample
+from purejaxppo.rlhf.decoder import make_decoder
+from purejaxppo.rlhf.generation import Prompts, Responses, generate, observe
+from purejaxppo.rlhf.kl import current, make_controller
+from purejaxppo.rlhf.losses import make_token_loss
+from purejaxppo.rlhf.problem import Problem, Sample, problem_of
+from purejaxppo.rlhf.samples import Samples, explain_failure
 from purejaxppo.task import Task
 from purejaxppo.types import (
     Batch,
     Improve,
+    KeyLike,
     Learner,
     LearnerState,
     Metrics,
@@ -34,15 +42,24 @@ from purejaxppo.types import (
 )
 
 
-def make_rlhf_task(config: RLHFConfig, problem: Problem) -> Task:
+def make_rlhf_task(config: RLHFConfig, problem: Problem | None = None) -> Task:
     """Make the task that tunes a decoder for a problem.
 
     The learner is that of reinforcement learning: tokens are actions, and a rollout is generated
     text. The prompts, the reference and what the score reads are the task's `data`.
 
+    Args:
+        problem: None uses the one that `config.task` names.
+
     Raises:
         ConfigError: if settings and problem do not fit each other.
     """
+    passed = () if problem is None else ("task",)
+    with_config = make_rlhf_task if problem is None else partial(make_rlhf_task, problem=problem)
+    if problem is None:
+        problem = problem_of(config)
+    else:
+        config = dataclasses.replace(config, task=problem.name)
     _check(config, problem)
     architecture = architecture_of(config, problem)
     network, reference = make_decoder(architecture), problem.reference(architecture)
@@ -55,15 +72,23 @@ def make_rlhf_task(config: RLHFConfig, problem: Problem) -> Task:
         "held_out": problem.prompts if held_out is None else held_out,
         "held_out_extras": problem.extras if held_out is None else problem.held_out_extras,
     }
+    parts = TokenParts(config, problem, network)
     return Task(
         config=config,
-        learner=partial(_make_learner, config, problem, network),
-        evaluate=_make_evaluate(config, problem, network),
-        with_config=partial(make_rlhf_task, problem=problem),
+        learner=partial(_make_learner, parts),
+        evaluate=partial(_evaluate, parts),
+        with_config=with_config,
         hparams=RLHFHParams(),
+        passed=passed,
         curve="score",
+        progress=("reference_kl", "entropy", "response_length", "stopped"),
+        rank="score",
         data=data,
         why_not_divided=partial(_why_not_divided, config),
+        costs=partial(_costs, parts),
+        results=partial(_results, problem),
+        samples=Samples(parts, data),
+        explain=partial(explain_failure, parts, data),
     )
 
 
@@ -72,11 +97,25 @@ def _shapes(network: Network) -> PyTree:
 
 
 def architecture_of(config: RLHFConfig, problem: Problem) -> Architecture:
-    """The decoder of a problem: its context is the longest prompt and response."""
-    return config.architecture(problem.vocab_size, problem.prompt_length + config.response_length)
+    """The decoder of a problem: its context is `config.context`, or the longest prompt and
+    response."""
+    needed = problem.prompt_length + config.response_length
+    return config.architecture(problem.vocab_size, config.context or needed)
 
 
 def _check(config: RLHFConfig, problem: Problem) -> None:
+    needed = problem.prompt_length + config.response_length
+    if 0 < config.context < needed:
+        raise ConfigError(
+            f"context = {config.context}: the longest prompt of {problem.name} has "
+            f"{problem.prompt_length} tokens and response_length = {config.response_length}, "
+            f"together {needed}; use at least {needed}, or shorter responses"
+        )
+    if problem.longest_answer > config.response_length:
+        raise ConfigError(
+            f"response_length = {config.response_length}: the longest answer of {problem.name} has "
+            f"{problem.longest_answer} tokens; use at least {problem.longest_answer}"
+        )
     if not -1 <= problem.stop_token < problem.vocab_size:
         raise ConfigError(
             f"stop_token = {problem.stop_token}: must be a token below vocab_size = "
@@ -127,43 +166,68 @@ def _check_score(config: RLHFConfig, problem: Problem) -> None:
         )
 
 
-def _make_learner(
-    config: RLHFConfig, problem: Problem, network: Network, axis: str | None
-) -> Learner:
-    chosen = TOKEN_OBJECTIVES[config.objective]
+def _make_learner(parts: TokenParts, axis: str | None) -> Learner:
+    config, problem, network = parts
     policy = categorical(problem.vocab_size)
+    objective, loss = make_token_loss(config, network, policy)
+    improve = make_improve(config, objective, network, policy, loss=loss, axis=axis)
+    controller = make_controller(config)
 
     def init_learner(key: Key[Array, ""], hparams: Any) -> LearnerState:
         params = network.init(key)
         return LearnerState(
             key=key, params=params, opt_state=ADAM.init(hparams, params), obs_stats=(),
             reward_stats=(), updates=jnp.zeros((), jnp.int32),
+            objective_state=controller.init(hparams),
         )  # fmt: skip
 
-    improve = make_improve(config, chosen.objective, network, policy, axis=axis)
     learner = make_learner(
         config,
-        actor=make_token_actor(config, problem, network, axis),
-        advantage=chosen.advantage(config.group_size),
-        improve=_with_token_metrics(improve, axis),
+        actor=make_token_actor(parts, axis),
+        advantage=partial(estimate, config),
+        improve=_and_adapt_kl(improve, controller, axis),
         init_learner=init_learner,
         axis=axis,
     )
+    own = _TokenLearner(config, controller, learner)
+    return Learner(own.init, own.update)
 
-    def init(key: Key[Array, ""], hparams: Any, data: PyTree = ()) -> TrainState:
-        state = learner.init(key, hparams, data)
+
+class _TokenLearner(NamedTuple):
+    """The learner, with the policy initialised to the reference and the current `kl_coef`."""
+
+    config: RLHFConfig
+    controller: KLController
+    learner: Learner
+
+    def init(self, key: KeyLike, hparams: Any, data: PyTree = ()) -> TrainState:
+        self.config.check_hparams(hparams)
+        state = self.learner.init(key, hparams, data)
         params = jax.tree.map(jnp.asarray, data["reference"])
         return state._replace(learner=state.learner._replace(params=params))
 
-    return Learner(init, partial(_without_episodes, learner))
+    def update(
+        self, state: TrainState, hparams: Any, data: PyTree = ()
+    ) -> tuple[TrainState, Metrics]:
+        """One update, without metrics of episodes, which count prompts as steps."""
+        hparams = current(self.config, self.controller, state.learner, hparams)
+        state, metrics = self.learner.update(state, hparams, data)
+        dropped = ("episodes", "episode_return", "episode_length")
+        dropped += () if self.config.has_critic else ("explained_variance", "value_loss")
+        return state, {name: x for name, x in metrics.items() if name not in dropped}
 
 
-def _with_token_metrics(improve: Improve, axis: str | None) -> Improve:
+def _and_adapt_kl(improve: Improve, controller: KLController, axis: str | None) -> Improve:
+    """Add the metrics of text, and update the weight of the KL penalty."""
+
     def improved(
         learner: LearnerState, batch: Batch, hparams: Any, data: PyTree = ()
     ) -> tuple[LearnerState, Metrics]:
         learner, metrics = improve(learner, batch, hparams, data)
-        return learner, metrics | token_metrics(batch, axis)
+        metrics |= token_metrics(batch, axis)
+        metrics["kl_coef"] = jnp.asarray(hparams.kl_coef, jnp.float32)
+        state = controller.update(learner.objective_state, metrics["reference_kl"], hparams)
+        return learner._replace(objective_state=state), metrics
 
     return improved
 
@@ -181,36 +245,67 @@ def token_metrics(batch: Batch, axis: str | None) -> Metrics:
         "reference_kl": per_response(jnp.sum(difference, axis=0)),
         "response_length": per_response(jnp.sum(mask, axis=0)),
         "stopped": masked_mean(extras.stopped.astype(jnp.float32), ends, axis),
+        "groups_differ": masked_mean(extras.differ, ends, axis),
         "decoding_gap": masked_mean(gap, mask, axis),
     }
 
 
-def _without_episodes(
-    learner: Learner, state: Any, hparams: Any, data: PyTree = ()
-) -> tuple[Any, Metrics]:
-    """The learner's update without metrics of episodes, which count prompts as steps."""
-    state, metrics = learner.update(state, hparams, data)
-    dropped = ("episodes", "episode_return", "episode_length")
-    return state, {name: x for name, x in metrics.items() if name not in dropped}
+def _evaluate(
+    parts: TokenParts,
+    state: TrainState,
+    key: Key[Array, ""],
+    num_episodes: int,
+    *,
+    deterministic: Any = False,
+    max_steps: int | None = None,
+    data: PyTree,
+) -> Float[Array, " num_episodes"]:
+    """Scores of responses to the held-out prompts, in turn, at temperature 1."""
+    config, problem, network = parts
+    if max_steps is not None:
+        raise ConfigError(
+            f"max_steps = {max_steps}: responses end after response_length = "
+            f"{config.response_length} tokens; leave it out"
+        )
+    rows = jnp.arange(num_episodes) % data["held_out"].lengths.shape[0]
+    prompts = data["held_out"].take(rows)
+    responses = generate(
+        network, state.learner.params, jax.random.split(key, num_episodes), prompts,
+        max_tokens=config.response_length, stop_token=problem.stop_token,
+        deterministic=deterministic,
+    )  # fmt: skip
+    extras = jax.tree.map(lambda x: x[rows], data["held_out_extras"])
+    return jnp.asarray(problem.score(Sample(prompts, responses, extras)), jnp.float32)
 
 
-def _make_evaluate(config: RLHFConfig, problem: Problem, network: Network) -> Any:
-    def evaluate(
-        state: Any, key: Key[Array, ""], num_episodes: int, *, deterministic: Any = False,
-        data: PyTree,
-    ) -> Float[Array, " num_episodes"]:  # fmt: skip
-        """Scores of responses to the held-out prompts, in turn, at temperature 1."""
-        rows = jnp.arange(num_episodes) % data["held_out"].lengths.shape[0]
-        prompts = data["held_out"].take(rows)
-        responses = generate(
-            network, state.learner.params, jax.random.split(key, num_episodes), prompts,
-            max_tokens=config.response_length, stop_token=problem.stop_token,
-            deterministic=deterministic,
-        )  # fmt: skip
-        extras = jax.tree.map(lambda x: x[rows], data["held_out_extras"])
-        return problem.score(Sample(prompts, responses, extras))
+def _results(problem: Problem, metrics: Mapping[str, Any], evaluated: Mapping[str, Any]) -> Any:
+    """What `summary.json` has besides scores: the share of exact answers to held-out prompts, by
+    the most likely tokens (`exact`) and sampled; score and divergence of the last update."""
+    found = {}
+    for name in ("score", "reference_kl"):
+        last = metrics[name][:, -1]
+        found[name] = float(np.mean(last[np.isfinite(last)])) if np.isfinite(last).any() else None
+    if problem.exact_score is not None:
+        for name, scores in evaluated.items():
+            suffix = "" if name == "deterministic" else f"_{name}"
+            found[f"exact{suffix}"] = float(np.mean(scores >= problem.exact_score - 1e-6))
+    return found
 
-    return evaluate
+
+def _costs(parts: TokenParts) -> tuple[float, int]:
+    """Floating-point operations of the decoder per generated token, by XLA's count, and its number
+    of parameters."""
+    config, problem, network = parts
+    rows, steps = 8, problem.prompt_length + config.response_length - 1
+
+    def arguments(key: Key[Array, ""]) -> Any:
+        start = jnp.zeros((steps, rows), bool)
+        return network.init(key), (), observe(start.astype(jnp.int32), 1.0), start
+
+    shapes = jax.eval_shape(arguments, jax.random.key(0))
+    counted: Any = jax.jit(network.apply).lower(*shapes).cost_analysis()
+    per_token = counted["flops"] / (rows * config.response_length * config.oversampling)
+    return per_token, sum(x.size for x in jax.tree.leaves(shapes[0]))
 
 
 def _why_not_divided(config: RLHFConfig, devices: int) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, Unpack
 
 import numpy as np
 
-from purejaxppo.config import Config, ConfigError, HParams, why_unread
+from purejaxppo.config import ConfigError, HParams, TaskConfig
 from purejaxppo.host.configfile import RunSettings, Settings
 from purejaxppo.host.load import task_of
 from purejaxppo.host.loggers import binary_metrics
@@ -18,7 +18,6 @@ from purejaxppo.host.program import enable_compilation_cache
 from purejaxppo.host.run import check_scalars
 from purejaxppo.host.rundir import SWEEP, Held
 from purejaxppo.host.summary import METRICS_COLUMNS, SETTINGS_DIGEST, settings_digest
-from purejaxppo.objectives.table import objective_of
 from purejaxppo.sweeps import files
 from purejaxppo.sweeps.files import PlannedBatch, PlannedWave, wave_directory
 from purejaxppo.sweeps.onray import OnRay, cluster, disable_preallocation
@@ -37,7 +36,7 @@ from purejaxppo.types import TrainState
 
 
 def sweep(
-    config: Config | Task,
+    config: TaskConfig | Task,
     space: Mapping[str, Any],
     *,
     hparams: HParams | None = None,
@@ -224,16 +223,13 @@ def _check_first_batch(definition: Definition, task: Task) -> None:
 
 def _check_effects(definition: Definition, configs: list[Any]) -> None:
     """Raise `ConfigError` if a swept hyperparameter has no effect in any trial."""
-    configs = [config for config in configs if isinstance(config, Config)]
+    settings, pbt = definition.settings, definition.sweep.strategy == "pbt"
     for name in definition.sweep.space.names:
-        if name not in HParams.__dataclass_fields__:
+        if name not in {f.name for f in dataclasses.fields(settings.hparams)}:
             continue
-        reasons = [why_unread(config, name) for config in configs]
-        controller = objective_of(definition.settings.config).kl if configs else None
-        once = controller is not None and name in controller.read_once
-        if definition.sweep.strategy == "pbt" and once:
-            objective = definition.settings.config.objective
-            reasons = [f"objective = {objective}, after the first update"]
+        reasons = [config.why_unread(name) for config in configs]
+        if pbt and name in settings.config.read_once:
+            reasons = [f"objective = {settings.config.objective}, after the first update"]
         if reasons and all(reasons):
             raise ConfigError(
                 f"{name} is swept, and has no effect with {reasons[0]}; leave it out, or choose "

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from purejaxppo.host.checkpoint import Checkpoint
+from purejaxppo.host.configfile import train_command
 from purejaxppo.host.progress import Progress, make_console
 from purejaxppo.sweeps.files import WINNER, PlannedWave
 from purejaxppo.sweeps.plan import Group, Wave
@@ -83,7 +84,11 @@ class SweepProgress:
     def best(self, rows: Sequence[tuple[Trial, float, float]]) -> None:
         """Print the best trials, with the mean and lowest return of their seeds."""
         run = self._settings.run
-        title = f"best trials by selection return ({run.eval_episodes} episodes per seed):"
+        words = self._settings.config.words
+        title = (
+            f"best trials by selection {words.result} ({run.eval_episodes} {words.episodes} per "
+            "seed):"
+        )
         self._console.print(title if rows else "every trial failed")
         for trial, mean, least in rows[:SHOWN_TRIALS]:
             worst = f", worst seed {least:.2f}" if run.num_seeds > 1 else ""
@@ -95,7 +100,8 @@ class SweepProgress:
         if directory is not None:
             self._console.print(f"report: {directory / 'report.html'}")
         if directory is not None and winner is not None:
-            self._console.print(f"to train the winner again: purejaxppo train {directory / WINNER}")
+            command = train_command(self._settings.config)
+            self._console.print(f"to train the winner again: {command} {directory / WINNER}")
 
 
 class WaveProgress(Progress):
@@ -116,25 +122,33 @@ class WaveProgress(Progress):
     def training(self, compile_seconds: float) -> None:
         self._show_bar()
 
-    def failed(self, seed: int, update: int) -> None:
+    _usual = "the loss is not finite"
+
+    def failed(self, seed: int, update: int, reason: str | None = None) -> None:
         index = seed // self._seeds
         if index < len(self._trials):
             trial = self._trials[index]
             # A member of a population may still be replaced, and its values have changed.
             result = "" if self._population else f"; recorded as failed ({describe(trial)})"
             self._console.print(
-                f"trial {trial.number}, seed {seed % self._seeds}: the loss is not finite at "
+                f"trial {trial.number}, seed {seed % self._seeds}: {reason or self._usual} at "
                 f"update {update}{result}"
             )
 
     def finished(self, summary: dict[str, Any], directory: Path | None) -> None:
         rate = summary["steps_per_second"]
-        self._console.print(f"trained in {summary['run_seconds']:.1f} s, {rate:,.0f} steps/s")
+        self._console.print(
+            f"trained in {summary['run_seconds']:.1f} s, {rate:,.0f} {self._words.rate}/s"
+        )
 
-    def _mean_return(self) -> str:
-        rows = self._returns.reshape(-1, self._seeds)[: len(self._trials)]
+    def _means(self) -> str:
+        name, result = next(iter(self._shown)), self._words.result
+        rows = self._shown[name].reshape(-1, self._seeds)[: len(self._trials)]
         seen = rows[np.isfinite(rows).all(axis=1)].mean(axis=1)
-        return f"median {np.median(seen):.1f}, best {seen.max():.1f}" if seen.size else "-"
+        digits = 1 if result == "return" else 2
+        if not seen.size:
+            return f"{result} -"
+        return f"{result} median {np.median(seen):.{digits}f}, best {seen.max():.{digits}f}"
 
 
 def _count(number: int, what: str) -> str:

@@ -1,6 +1,5 @@
 """Write a self-contained HTML report of a finished sweep."""
 
-import base64
 import html
 import warnings
 from collections.abc import Callable
@@ -9,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from purejaxppo.host.page import PAGE, figure
 from purejaxppo.host.plots import band_label
-from purejaxppo.host.rundir import RunWarning, StorageError
+from purejaxppo.host.rundir import REPORT, RunWarning, StorageError
 from purejaxppo.sweeps import files
 from purejaxppo.sweeps.pictures import (
     SHOWN_CURVES,
@@ -24,7 +24,6 @@ from purejaxppo.sweeps.results import Results, read_results
 from purejaxppo.sweeps.space import short
 from purejaxppo.sweeps.winner import count_seeds, describe_winner
 
-REPORT = "report.html"
 SHOWN_ROWS = 50
 
 
@@ -50,13 +49,9 @@ def write_report(directory: Path) -> Path:
             warnings.warn(f"{str(path)!r}: cannot be drawn: {error}", RunWarning, stacklevel=2)
             body.append(f"<h2>{title}</h2>\n<p>This plot could not be drawn.</p>")
             continue
-        data = base64.b64encode(path.read_bytes()).decode()
-        body.append(
-            f'<h2>{title}</h2>\n<figure><img id="{name}" alt="{title}" '
-            f'src="data:image/png;base64,{data}">\n<figcaption>{caption}</figcaption></figure>'
-        )
+        body.append(f"<h2>{title}</h2>\n{figure(name, title, path.read_bytes(), caption)}")
     page = directory / REPORT
-    files.write(page, _PAGE.format(title=_title(results), body="\n".join([*body, _table(results)])))
+    files.write(page, PAGE.format(title=_title(results), body="\n".join([*body, _table(results)])))
     return page
 
 
@@ -156,29 +151,3 @@ def _table(results: Results) -> str:
     more = len(results.numbers) - SHOWN_ROWS
     note = f"<p>and {more} more in <code>results.csv</code></p>" if more > 0 else ""
     return f"<h2>Trials</h2>\n<table><tr>{head}</tr>\n" + "\n".join(lines) + f"\n</table>{note}"
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
-  color: #222; background: #fff }}
-img {{ max-width: 100%; height: auto }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
-th, td {{ padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd }}
-.facts th, .facts td {{ text-align: left; font-weight: normal; vertical-align: top }}
-.facts th {{ color: #666; white-space: nowrap }}
-figure {{ margin: 0 }}
-figcaption {{ color: #555; font-size: 14px }}
-</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""

@@ -1,7 +1,7 @@
 """Settings of a sweep, and `sweep.toml`, which records them."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -147,4 +147,5 @@ def definition_from(table: dict[str, Any], find: Find = already_imported) -> Def
     sweep = table.pop("sweep", {})
     if not isinstance(sweep, dict):
         raise ConfigError(f"sweep = {sweep!r}: must be a table, written as [sweep]")
-    return Definition(settings_from(table, find), build(SweepSettings, sweep, "sweep."))
+    known = {f.name: f"sweep.{f.name}" for f in fields(SweepSettings)}
+    return Definition(settings_from(table, find), build(SweepSettings, sweep, "sweep.", known))

@@ -199,7 +199,11 @@ def apply(values: Values, config: Any, hparams: HParams) -> tuple[Any, HParams]:
             )
     static = {name: value for name, value in values.items() if name in own[0]}
     traced = {name: value for name, value in values.items() if name in own[1]}
-    return dataclasses.replace(config, **static), dataclasses.replace(hparams, **traced)
+    config, hparams = (
+        dataclasses.replace(config, **static), dataclasses.replace(hparams, **traced)
+    )  # fmt: skip
+    config.check_hparams(hparams)
+    return config, hparams
 
 
 def short(value: Any) -> str:

@@ -78,7 +78,7 @@ def wave_states(work: Work, index: int) -> tuple[Checkpoint, TrainState]:
     task = work.task.with_config(found.settings.config)
     learner = task.learner(None)
     if work.definition.sweep.strategy == "pbt":
-        learner = member_learner(learner)
+        learner = member_learner(learner, task.rank)
     return found, restore_states(found, learner, task)
 
 

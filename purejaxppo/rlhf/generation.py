@@ -51,6 +51,8 @@ def generate(
     stop_token: int,
     temperature: Any = 1.0,
     deterministic: Any = False,
+    top_k: int = 0,
+    top_p: float = 1.0,
 ) -> Responses:
     """Generate one response per prompt.
 
@@ -60,6 +62,10 @@ def generate(
         keys: one per prompt; a response depends only on its own key.
         temperature: logits are divided by it.
         deterministic: take the most likely token. May be traced.
+        top_k: sample among the most likely tokens only, this many of them; 0 among all.
+        top_p: sample among the most likely tokens only, as many as together have this probability
+            (Holtzman et al. 2019, arXiv:1904.09751). Log-probabilities are those of the whole
+            distribution in any case, so samples of either kind must not be learned from.
     """
     rows = prompts.lengths.shape[0]
     carry, logits = read_prompts(network, params, prompts, temperature)
@@ -67,7 +73,8 @@ def generate(
 
     def sample(keys: Key[Array, " N"], logits: Float[Array, "N V"]) -> tuple[Array, Array]:
         noise = jax.vmap(policy.noise)(keys)
-        token = policy.sample(logits, jnp.where(deterministic, 0.0, noise))
+        likely = truncated(logits, top_k, top_p)
+        token = policy.sample(likely, jnp.where(deterministic, 0.0, noise))
         return token, jnp.asarray(policy.distribution(logits).log_prob(token))
 
     def step(now: _Step, keys: Key[Array, " N"]) -> tuple[_Step, tuple[Array, Array]]:
@@ -87,6 +94,22 @@ def generate(
         stopped=last.stopped,
         log_prob=jnp.concatenate([log_prob[None], log_probs]).T,
     )
+
+
+def truncated(logits: Float[Array, "N V"], top_k: int, top_p: float) -> Float[Array, "N V"]:
+    """Set the logits of unlikely tokens to the lowest float; the most likely token is kept."""
+    if top_k < 1 and top_p >= 1.0:
+        return logits
+    ranked = jnp.sort(logits, axis=-1)[..., ::-1]
+    kept = jnp.ones(logits.shape, bool)
+    if top_k >= 1:
+        kept &= logits >= ranked[..., min(top_k, logits.shape[-1]) - 1, None]
+    if top_p < 1.0:
+        probs = jax.nn.softmax(ranked)
+        before = jnp.cumsum(probs, axis=-1) - probs
+        lowest = jnp.min(jnp.where(before < top_p, ranked, jnp.inf), axis=-1, keepdims=True)
+        kept &= logits >= jnp.minimum(lowest, ranked[..., :1])
+    return jnp.where(kept, logits, jnp.finfo(logits.dtype).min)
 
 
 def read_prompts(

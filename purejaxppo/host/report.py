@@ -1,0 +1,118 @@
+"""`report.html` of a run: curves of its metrics, and samples."""
+
+import html
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from purejaxppo.host.configfile import Settings
+from purejaxppo.host.page import PAGE, figure
+from purejaxppo.host.plots import band_label, bare_axes, metric_label, smooth
+from purejaxppo.host.rundir import REPORT, write_whole
+from purejaxppo.host.samples import read_samples
+from purejaxppo.host.stats import bootstrap_mean_interval, mean_interval
+
+
+def write_run_report(
+    directory: Path,
+    settings: Settings,
+    names: tuple[str, ...],
+    metrics: dict[str, np.ndarray],
+    summary: dict[str, Any],
+) -> None:
+    """Write the report.
+
+    Args:
+        names: the metrics to draw.
+        metrics: `[S, U]`.
+        summary: the content of `summary.json`.
+    """
+    config, seeds = settings.config, settings.num_runs
+    band = f"; bands: {band_label(seeds)}" if seeds > 1 else ""
+    caption = f"Means over {seeds} seeds{band}." if seeds > 1 else "One seed."
+    title = html.escape(config.title)
+    body = [
+        f"<h1>{title}</h1>",
+        _facts(config, summary),
+        "<h2>Training</h2>",
+        figure("training", "Training", _curves(config, names, metrics), caption),
+        "<h2>Samples</h2>",
+        *_samples(directory),
+    ]
+    write_whole(directory / REPORT, PAGE.format(title=title, body="\n".join(body)))
+
+
+def _facts(config: Any, summary: dict[str, Any]) -> str:
+    words = config.words
+    rows = {words.samples: f"{summary['env_steps']:,} per seed"}
+    for name, what in (("eval_return", "sampled"), ("eval_return_deterministic", "deterministic")):
+        if summary.get(f"{name}_mean") is not None:
+            rows[f"evaluation {words.result}, {what}"] = f"{summary[f'{name}_mean']:.3f}"
+    if "exact" in summary:
+        rows["exact answers"] = f"{summary['exact']:.1%}, sampled {summary['exact_sampled']:.1%}"
+    for name in ("score", "reference_kl"):
+        if summary.get(name) is not None:
+            rows[f"last update: {metric_label(name)}"] = f"{summary[name]:.3f}"
+    lines = "\n".join(
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>"
+        for name, text in rows.items()
+    )
+    return f'<table class="facts">\n{lines}\n</table>'
+
+
+def _curves(config: Any, names: tuple[str, ...], metrics: dict[str, np.ndarray]) -> bytes:
+    """A PNG with a panel for each metric."""
+    from matplotlib.figure import Figure  # slow to import
+    from matplotlib.ticker import EngFormatter
+
+    names = tuple(name for name in names if name in metrics)
+    count = len(names)
+    columns = min(3, count)
+    drawing = Figure(figsize=(4 * columns, 2.9 * -(-count // columns)), layout="constrained")
+    every = drawing.subplots(-(-count // columns), columns, squeeze=False).flat
+    for axes, name in zip(every, names, strict=False):
+        values = metrics[name]
+        steps = np.arange(1, values.shape[1] + 1) * config.batch_size
+        points, curves = smooth(steps, values.T)
+        axes.plot(points, mean_interval(curves)[0], color="C0")
+        if len(values) > 1:
+            low, high = bootstrap_mean_interval(curves)
+            axes.fill_between(points, low, high, color="C0", alpha=0.2, lw=0)
+        bare_axes(axes, config.words.samples, metric_label(name))
+        axes.set_xlim(0, float(steps[-1]))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    for axes in list(every)[count:]:
+        axes.remove()
+    content = io.BytesIO()
+    drawing.savefig(content, dpi=130, format="png")
+    return content.getvalue()
+
+
+def _samples(directory: Path) -> list[str]:
+    """Tables of the samples at the start, in the middle and at the end."""
+    rows = read_samples(directory)
+    updates = sorted({row["update"] for row in rows})
+    shown = sorted({updates[0], updates[len(updates) // 2], updates[-1]}) if updates else []
+    return [
+        _table(f"After {update:,} updates", [r for r in rows if r["update"] == update])
+        for update in shown
+    ]
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> str:
+    names = [name for name in rows[0] if name != "update"]
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+    lines = [
+        "<tr>" + "".join(f"<td>{html.escape(_cell(row[name]))}</td>" for name in names) + "</tr>"
+        for row in rows
+    ]
+    body = "\n".join(lines)
+    return f'<h3>{title}</h3>\n<table class="text"><tr>{head}</tr>\n{body}\n</table>'
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)

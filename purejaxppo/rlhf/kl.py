@@ -1,0 +1,63 @@
+"""Controllers of the weight of the KL penalty, from the KL divergence of an update's responses."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from purejaxppo.objectives.base import KLController
+from purejaxppo.objectives.kl import adapted_beta
+from purejaxppo.rlhf.config import RLHFConfig
+from purejaxppo.types import LearnerState
+
+_MAX_ERROR = 0.2
+"""Largest relative error that the proportional controller acts on."""
+
+
+def make_controller(config: RLHFConfig) -> KLController:
+    """The controller that `config.kl_control` names.
+
+    The divergence is the mean over responses of the sum over tokens of log pi - log pi_ref, in
+    nats. The state is the weight; a fixed weight has none, so that it may change when a run is
+    resumed.
+    """
+    if config.kl_control == "fixed":
+        return KLController(
+            init=lambda hparams: (),
+            value=lambda state, hparams: hparams.kl_coef,
+            update=lambda state, kl, hparams: state,
+        )
+
+    def halving(beta: Any, kl: Array, hparams: Any) -> Array:
+        return adapted_beta(beta, kl, hparams.kl_target)
+
+    def in_proportion(beta: Any, kl: Array, hparams: Any) -> Array:
+        return proportional(beta, kl, hparams, config.num_sequences)
+
+    return KLController(
+        init=lambda hparams: jnp.asarray(hparams.kl_coef, jnp.float32),
+        value=lambda state, hparams: state,
+        update=halving if config.kl_control == "halving" else in_proportion,
+        read_once=frozenset({"kl_coef"}),
+    )
+
+
+def proportional(beta: Array, kl: Array, hparams: Any, responses: int) -> Array:
+    """The next weight (Ziegler et al. 2019, arXiv:1909.08593, section 2.2):
+
+        beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon)
+
+    with n the number of responses of an update, and `kl_horizon` in responses.
+    """
+    error = jnp.clip(kl / hparams.kl_target - 1.0, -_MAX_ERROR, _MAX_ERROR)
+    return beta * (1.0 + error * responses / hparams.kl_horizon)
+
+
+def current(
+    config: RLHFConfig, controller: KLController, learner: LearnerState, hparams: Any
+) -> Any:
+    """The hyperparameters of an update, with the current `kl_coef` and the objective's own clip
+    range."""
+    beta = controller.value(learner.objective_state, hparams)
+    return dataclasses.replace(hparams.with_clip_of(config.token_objective), kl_coef=beta)

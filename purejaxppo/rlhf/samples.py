@@ -1,0 +1,83 @@
+"""Responses as text: samples of a run, and what went wrong in one."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from purejaxppo.rlhf.actor import TokenActor, TokenParts
+from purejaxppo.rlhf.generation import generate
+from purejaxppo.rlhf.kl import current, make_controller
+from purejaxppo.rlhf.problem import Problem, Sample
+from purejaxppo.types import PyTree, TrainState
+
+SHOWN = 8
+"""Number of prompts of which a run shows responses."""
+_MAX_TEXT = 400
+"""Length of a text in an error message."""
+
+
+class Texts(NamedTuple):
+    prompts: list[str]
+    responses: list[str]
+    """Without the stop token."""
+
+
+def texts_of(problem: Problem, sample: Sample) -> Texts:
+    """The prompts and responses of a sample as text."""
+    prompts, responses, _ = jax.tree.map(np.asarray, sample)
+    told, said = [], []
+    for row, stopped in enumerate(responses.stopped):
+        told.append(problem.text.decode(prompts.tokens[row][-int(prompts.lengths[row]) :]))
+        end = int(responses.lengths[row]) - int(stopped)
+        said.append(problem.text.decode(responses.tokens[row][:end]))
+    return Texts(told, said)
+
+
+class Samples:
+    """`state -> samples`: responses to the first held-out prompts, always with the same random
+    numbers, as rows of a table."""
+
+    def __init__(self, parts: TokenParts, data: PyTree):
+        config, problem, network = parts
+        self._problem, self._data = problem, data
+        rows = jnp.arange(min(SHOWN, data["held_out"].lengths.shape[0]))
+
+        def sample(params: PyTree, data: PyTree) -> tuple[Sample, jax.Array]:
+            prompts = data["held_out"].take(rows)
+            responses = generate(
+                network, params, jax.random.split(jax.random.key(0), len(rows)), prompts,
+                max_tokens=config.response_length, stop_token=problem.stop_token,
+            )  # fmt: skip
+            extras = jax.tree.map(lambda x: x[rows], data["held_out_extras"])
+            found = Sample(prompts, responses, extras)
+            return found, problem.score(found)
+
+        self._sample = jax.jit(sample)
+
+    def __call__(self, state: TrainState) -> list[dict[str, Any]]:
+        sample, score = self._sample(state.learner.params, self._data)
+        texts, stopped = texts_of(self._problem, sample), np.asarray(sample.responses.stopped)
+        rows = zip(*texts, np.asarray(score), stopped, strict=True)
+        return [
+            {"prompt": p, "response": r, "score": float(s), "stopped": bool(end)}
+            for p, r, s, end in rows
+        ]
+
+
+def explain_failure(parts: TokenParts, data: PyTree, state: TrainState, hparams: Any) -> str | None:
+    """Name the first response of the next update whose score is not finite; None if all are."""
+    config, problem, _ = parts
+    hparams = current(config, make_controller(config), state.learner, hparams)
+    sample = jax.jit(TokenActor(*parts).sample)
+    _, found, score = sample(state.learner.params, state.actors, hparams, data)
+    bad = np.flatnonzero(~np.isfinite(np.asarray(score)))
+    if not bad.size:
+        return None
+    texts = texts_of(problem, jax.tree.map(lambda x: x[bad[:1]], found))
+    return (
+        f"the score of task {problem.name} is not finite for {bad.size} of {len(score)} responses, "
+        f"first for the prompt {texts.prompts[0][:_MAX_TEXT]!r} and the response "
+        f"{texts.responses[0][:_MAX_TEXT]!r}"
+    )

@@ -1,0 +1,211 @@
+"""Text from a trained policy."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from purejaxppo.checks import ConfigError
+from purejaxppo.host.load import find_states, task_of
+from purejaxppo.inputs import whole_number
+from purejaxppo.references import called
+from purejaxppo.rlhf.config import RLHFConfig
+from purejaxppo.rlhf.decoder import make_decoder
+from purejaxppo.rlhf.generation import generate
+from purejaxppo.rlhf.problem import Problem, Sample, pad_left, problem_of
+from purejaxppo.rlhf.samples import texts_of
+from purejaxppo.rlhf.task import architecture_of
+from purejaxppo.types import PyTree
+
+
+class Completion(NamedTuple):
+    """A response to a prompt."""
+
+    text: str
+    """Without the stop token."""
+    stopped: bool
+    """Whether it ended with the stop token, not with the maximum length."""
+    score: float | None
+    """The task's score; None if the task cannot score responses to this prompt."""
+    log_prob: float
+    """Log-probability of the whole response under the policy, at the temperature of sampling."""
+
+
+class Generator:
+    """Generates text with the parameters of a policy.
+
+    Args:
+        params: parameters of one seed, as in `state.learner.params`.
+    """
+
+    def __init__(self, config: RLHFConfig, problem: Problem, params: PyTree):
+        self._config, self._problem, self._params = config, problem, params
+        self._architecture = architecture_of(config, problem)
+        self._network = make_decoder(self._architecture)
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        *,
+        num_responses: int = 1,
+        greedy: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        max_tokens: int | None = None,
+        best_of: int = 1,
+        seed: int = 0,
+    ) -> list[list[Completion]]:
+        """Respond to each prompt.
+
+        Args:
+            num_responses: responses to each prompt.
+            greedy: take the most likely token instead of sampling.
+            temperature: logits are divided by it.
+            top_k: sample among this many most likely tokens; 0 among all.
+            top_p: sample among the most likely tokens that together have this probability.
+            max_tokens: maximum length of a response; None uses the config's `response_length`.
+            best_of: generate this many times as many responses, and keep those with the highest
+                scores.
+            seed: base random seed.
+
+        Returns:
+            for each prompt, its responses; with `best_of`, the best first.
+
+        Raises:
+            ConfigError: if a prompt is empty, too long or has unknown characters, an argument is
+                out of range, or `best_of` is given and the task cannot score the responses.
+        """
+        length = self._length(max_tokens)
+        _check_sampling(greedy, temperature, top_k, top_p)
+        count = whole_number("num_responses", num_responses, 1)
+        tries = count * whole_number("best_of", best_of, 1)
+        if greedy and tries > 1:
+            raise ConfigError(
+                "greedy: all responses to a prompt are the same; use num_responses = best_of = 1"
+            )
+        if not prompts:
+            raise ConfigError("prompts: is empty; give at least one")
+        rows = pad_left([self._encode(text, length) for text in prompts for _ in range(tries)])
+        responses = jax.jit(
+            lambda params, keys: generate(
+                self._network, params, keys, rows, max_tokens=length,
+                stop_token=self._problem.stop_token, temperature=temperature,
+                deterministic=greedy, top_k=top_k, top_p=top_p,
+            )
+        )(self._params, jax.random.split(jax.random.key(seed), len(prompts) * tries))  # fmt: skip
+        extras = self._extras(prompts, tries, best_of > 1)
+        sample = Sample(rows, responses, extras)
+        scores = None if extras is None else np.asarray(self._problem.score(sample))
+        texts = texts_of(self._problem, sample._replace(extras=()))
+        used = np.arange(length) < np.asarray(responses.lengths)[:, None]
+        log_probs = np.sum(np.asarray(responses.log_prob) * used, axis=1)
+        found = [
+            Completion(
+                text, bool(responses.stopped[i]), None if scores is None else float(scores[i]),
+                float(log_probs[i]),
+            )
+            for i, text in enumerate(texts.responses)
+        ]  # fmt: skip
+        groups = [found[i : i + tries] for i in range(0, len(found), tries)]
+        if best_of > 1:
+            groups = [sorted(group, key=lambda x: -(x.score or 0.0))[:count] for group in groups]
+        return groups
+
+    def _length(self, max_tokens: int | None) -> int:
+        if max_tokens is None:
+            return self._config.response_length
+        return whole_number("max_tokens", max_tokens, 1)
+
+    def _encode(self, text: str, length: int) -> list[int]:
+        tokens = self._problem.text.encode(text)
+        if not tokens:
+            raise ConfigError(f"prompt {text!r}: is empty; each needs at least one token")
+        context = self._architecture.context
+        if len(tokens) + length > context:
+            raise ConfigError(
+                f"prompt {text[:80]!r}: has {len(tokens)} tokens, and with max_tokens = {length} "
+                f"needs a context of {len(tokens) + length}, but this decoder has {context}; "
+                "shorten it, or train with a larger context"
+            )
+        return tokens
+
+    def _extras(self, prompts: Sequence[str], tries: int, needed: bool) -> Any:
+        """What the score reads for these prompts; None if it cannot be had."""
+        problem = self._problem
+        if not jax.tree.leaves(problem.extras):
+            return problem.extras
+        if problem.extras_of is None:
+            if needed:
+                raise ConfigError(
+                    f"best_of: the score of task {problem.name} reads extras, and the problem has "
+                    "no extras_of to make them for other prompts"
+                )
+            return None
+        try:
+            extras = called(f"extras of {problem.name}", problem.extras_of, list(prompts))
+        except ConfigError:
+            if needed:
+                raise
+            return None
+        return jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x), tries, axis=0), extras)
+
+
+def _check_sampling(greedy: bool, temperature: float, top_k: int, top_p: float) -> None:
+    if not temperature > 0:
+        raise ConfigError(f"temperature = {temperature}: must be above 0; for the most likely "
+                          "tokens, use greedy")  # fmt: skip
+    if top_k < 0:
+        raise ConfigError(f"top_k = {top_k}: must be at least 0")
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"top_p = {top_p}: must be above 0 and at most 1")
+    if greedy and (temperature != 1.0 or top_k or top_p != 1.0):
+        raise ConfigError(
+            "greedy: takes the most likely token, so temperature, top_k and top_p have no effect; "
+            "leave them out"
+        )
+
+
+def load_generator(
+    run_dir: str | Path,
+    problem: Problem | None = None,
+    *,
+    seed: int = 0,
+    which: Literal["newest", "best"] | int = "newest",
+) -> Generator:
+    """Load the policy of a run to generate text.
+
+        generator = rlhf.load_generator("runs/sort")
+        generator(["3121="], num_responses=4)
+
+    Args:
+        problem: the problem passed to `make_rlhf_task`, if one was.
+        seed: index of the seed, from 0.
+        which: the newest checkpoint, the best by evaluation, or the one after this number of
+            updates.
+
+    Raises:
+        ConfigError: if there is no such checkpoint or seed, or it is not of a language model.
+    """
+
+    def task(settings: Any) -> Any:
+        if not isinstance(settings.config, RLHFConfig):
+            raise ConfigError(
+                f"{str(run_dir)!r}: is a run of {settings.config.label}, not of a language model"
+            )
+        given = None
+        if problem is not None:
+            from purejaxppo.rlhf.task import make_rlhf_task
+
+            given = make_rlhf_task(settings.config, problem)
+        return task_of(settings, given, {})
+
+    found, states = find_states(Path(run_dir), which, task)
+    if whole_number("seed", seed, 0) >= found.settings.num_runs:
+        raise ConfigError(f"seed = {seed}: the run has seeds 0 to {found.settings.num_runs - 1}")
+    params = jax.tree.map(lambda x: x[seed], states.learner.params)
+    config = found.settings.config
+    return Generator(config, problem_of(config) if problem is None else problem, params)

@@ -1,0 +1,345 @@
+"""Language models as runs: command line, resuming, sweeps, samples, generation and errors."""
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from enumerable import LENGTH, config_of, random_params, table_problem
+from kept import keep_programs
+
+import purejaxppo as ppo
+from purejaxppo.cli import main
+from purejaxppo.host.checkpoint import data_digests
+from purejaxppo.host.configfile import load_settings
+from purejaxppo.rlhf import (
+    Problem,
+    Prompts,
+    RLHFConfig,
+    RLHFHParams,
+    Sample,
+    load_generator,
+    make_rlhf_task,
+)
+
+SMALL = (
+    "--num-layers 1 --width 16 --num-heads 2 --num-prompts 4 --group-size 4 --num-minibatches 2 "
+    "--eval-episodes 8 --task-params.longest 2 --task-params.digits 3 --total-timesteps 640"
+).split()
+UPDATES = 640 // (16 * 8)
+
+
+@pytest.fixture(autouse=True)
+def cache_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_programs(monkeypatch.setattr)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from the command line."""
+    directory = tmp_path_factory.mktemp("rlhf") / "run"
+    assert main(["rlhf", "sort", *SMALL, "--run-dir", str(directory)]) == 0
+    return directory
+
+
+def test_a_run_from_the_command_line(trained: Path, capsys: Any):
+    summary = json.loads((trained / "summary.json").read_text())
+    assert 0 <= summary["exact"] <= 1
+    assert {"exact_sampled", "score", "reference_kl", "eval_return_mean"} <= summary.keys()
+    assert summary["env_steps"] == 640
+    header = (trained / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"score", "reference_kl", "kl_coef", "entropy", "response_length", "stopped"} <= {
+        *header
+    }
+    settings = load_settings(trained / "config.toml")
+    assert (trained / "config.toml").read_text().startswith('kind = "rlhf"\nobjective = "grpo"\n')
+    assert isinstance(settings.config, RLHFConfig)
+    assert dict(settings.config.task_params) == {"longest": 2, "digits": 3}
+    assert main(["eval", str(trained), "--episodes", "4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["env_id"] == "sort"
+    assert main(["resume", str(trained)]) == 0
+    shown = capsys.readouterr().out
+    assert "already finished: 640 of 640 tokens per seed" in shown
+    assert "exact: " in shown
+
+
+def test_samples_are_logged_and_shown(trained: Path):
+    rows = [json.loads(x) for x in (trained / "samples.jsonl").read_text().splitlines()]
+    assert sorted({row["update"] for row in rows}) == [0, UPDATES]
+    problem = make_rlhf_task(load_settings(trained / "config.toml").config).data["held_out"]
+    assert len(rows) == 2 * min(8, len(problem.lengths))
+    for row in rows:
+        assert row["prompt"].endswith("=")
+        right = "".join(sorted(row["prompt"][:-1]))
+        assert (row["score"] == 1) == (row["stopped"] and row["response"] == right)
+    page = (trained / "report.html").read_text()
+    assert "After 0 updates" in page
+    assert f"<td>{rows[0]['prompt']}</td>" in page
+    assert 'id="training"' in page
+
+
+def test_resume_from_the_command_line_equals_one_run(trained: Path, tmp_path: Path, fused: Any):
+    """With samples and evaluations; the first part ends after three updates."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    given = ["rlhf", "sort", *SMALL, "--lr-schedule", "constant", "--num-seeds", "2"]
+    assert main([*given, "--run-dir", str(whole)]) == 0
+    assert main([*given, "--total-timesteps", "384", "--run-dir", str(parts)]) == 0
+    assert main(["resume", str(parts), "--total-timesteps", "640"]) == 0
+    one, other = (json.loads((x / "summary.json").read_text()) for x in (whole, parts))
+    for name in ("exact", "eval_return_per_seed", "score", "reference_kl"):
+        assert one[name] == other[name]
+    lines = (parts / "samples.jsonl").read_text().splitlines()
+    assert sorted({json.loads(x)["update"] for x in lines}) == [0, 3, UPDATES]
+    assert lines[-1:] == (whole / "samples.jsonl").read_text().splitlines()[-1:]
+
+
+def test_samples_cut_short_by_a_kill_are_dropped(tmp_path: Path):
+    task = small_task()
+    options: dict[str, Any] = {"eval_episodes": 4, "progress": False, "devices": 1}
+    ppo.run(task, RLHFHParams(), run_dir=tmp_path / "r", callback=lambda *_: True, **options)
+    path = tmp_path / "r/samples.jsonl"
+    path.write_text(path.read_text() + '{"update": 99, "prompt": "later"}\n{"update": 9')
+    ppo.resume(tmp_path / "r", task, progress=False)
+    rows = [json.loads(x) for x in path.read_text().splitlines()]
+    assert [row["update"] for row in rows] == [0, 1, 6]
+    path.write_text("{}\n")
+    with pytest.raises(ppo.ConfigError, match=r"samples.jsonl': was changed"):
+        ppo.resume(tmp_path / "r", task, total_timesteps=12 * 16 * LENGTH, progress=False)
+
+
+def test_a_sweep_from_the_command_line(tmp_path: Path, capsys: Any):
+    space = ["--sample", "learning_rate=loguniform:1e-4,1e-2", "--grid", "kl_coef=0.0,0.1"]
+    given = ["sweep", "sort", *SMALL, "--trials", "2", *space, "--run-dir", str(tmp_path / "s")]
+    assert main([*given, "--grid", "objective=grpo,ppo_clip"]) == 0
+    shown = capsys.readouterr().out
+    assert f"purejaxppo rlhf {tmp_path / 's/winner.toml'}" in shown
+    assert "best trials by selection score (8 responses per seed)" in shown
+    results = (tmp_path / "s/results.csv").read_text().splitlines()
+    assert len(results) == 9
+    assert main(["rlhf", str(tmp_path / "s/winner.toml"), "--print-config"]) == 0
+    assert main(["eval", str(tmp_path / "s"), "--episodes", "4"]) == 0
+    assert main(["resume", str(tmp_path / "s"), "--trial", "best"]) == 0
+
+
+def test_a_population(tmp_path: Path):
+    found = ppo.sweep(
+        small_task(), {"learning_rate": ppo.loguniform(1e-4, 1e-2)}, hparams=RLHFHParams(),
+        strategy="pbt", trials=5, interval=2, eval_episodes=4, progress=False,
+    )  # fmt: skip
+    assert found.best is not None
+    assert np.asarray(found.returns).shape == (5, 1)
+
+
+# Python
+
+
+def small_task(**changes: Any) -> ppo.Task:
+    given: dict[str, Any] = {
+        "total_timesteps": 6 * 16 * LENGTH, "num_prompts": 4, "group_size": 4
+    }  # fmt: skip
+    return make_rlhf_task(config_of("grpo", **(given | changes)), table_problem(0)[0])
+
+
+def test_a_run_resumes_bit_for_bit_and_uses_devices(tmp_path: Any, fused: Any):
+    task, options = small_task(), {"eval_episodes": 8, "progress": False}
+    hparams = RLHFHParams(clip_eps=0.2)
+    whole = ppo.run(task, hparams, run_dir=tmp_path / "a", devices=1, **options)
+    assert (whole.metrics["response_length"] == LENGTH).all()
+    stopped = ppo.run(
+        task, hparams, run_dir=tmp_path / "b", devices=1, callback=lambda *_: True, **options
+    )
+    assert stopped.summary["env_steps"] < whole.summary["env_steps"]
+    resumed = ppo.resume(tmp_path / "b", task, progress=False)
+    for x, y in zip(
+        *(jax.tree.leaves(r.states.learner.params) for r in (whole, resumed)), strict=True
+    ):
+        np.testing.assert_array_equal(x, y)
+    np.testing.assert_array_equal(whole.returns, resumed.returns)
+
+
+@pytest.mark.parametrize("objective", ["ppo_clip", "grpo", "gspo"])
+def test_devices_learn_what_one_learns(objective: str):
+    """With one minibatch, so that the order of shuffling does not matter."""
+    config = config_of(
+        objective, total_timesteps=3 * 32 * LENGTH, num_prompts=8, group_size=4, num_minibatches=1
+    )
+    task = make_rlhf_task(config, table_problem(0)[0])
+    hparams = RLHFHParams(clip_eps=0.2, learning_rate=1e-4)
+    options: dict[str, Any] = {"eval_episodes": 4, "progress": False}
+    one, *others = (ppo.run(task, hparams, devices=n, **options) for n in (1, 2, 4))
+    for several in others:
+        for name in ("score", "reference_kl", "policy_loss", "entropy", "grad_norm"):
+            np.testing.assert_allclose(
+                one.metrics[name], several.metrics[name], rtol=1e-3, atol=1e-5
+            )
+
+
+def test_a_config_is_enough(tmp_path: Path):
+    config = RLHFConfig(
+        "rloo", "reverse", {"longest": 2, "digits": 3}, num_prompts=2, group_size=2,
+        num_layers=1, width=16, num_heads=2, num_minibatches=1, total_timesteps=64,
+    )  # fmt: skip
+    result = ppo.run(config, RLHFHParams(), run_dir=tmp_path / "r", eval_episodes=4, progress=False)
+    assert result.summary["num_seeds"] == 1
+    assert ppo.load(tmp_path / "r").config == config
+    with pytest.raises(ppo.ConfigError, match="env: has no effect with an RLHFConfig"):
+        ppo.make_train(config, env=object())
+
+
+def test_the_original_data_are_needed_to_resume(tmp_path: Path):
+    options: dict[str, Any] = {"eval_episodes": 4, "progress": False}
+    ppo.run(small_task(), RLHFHParams(), run_dir=tmp_path / "r", **options)
+    config = small_task().config
+    other = make_rlhf_task(
+        config,
+        dataclasses.replace(table_problem(0)[0], reference=partial(random_params, seed=9)),
+    )
+    with pytest.raises(ppo.ConfigError, match=r"trained with other data: reference changed since"):
+        ppo.resume(tmp_path / "r", other, total_timesteps=12 * 16 * LENGTH, progress=False)
+    task = small_task()
+    ppo.resume(tmp_path / "r", task, total_timesteps=7 * 16 * LENGTH, progress=False)
+    digests = data_digests(task.data)
+    assert sorted(digests) == ["extras", "held_out", "held_out_extras", "prompts", "reference"]
+    assert data_digests(other.data)["extras"] == digests["extras"]
+
+
+# Generation
+
+
+def test_generate_prints_responses(trained: Path, tmp_path: Path, capsys: Any):
+    assert main(["generate", str(trained), "--prompt", "21=", "--num-responses", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith("21= ") and "score" in line for line in lines)
+    (tmp_path / "p.txt").write_text("21=\n\n0=\n")
+    given = ["generate", str(trained), "--prompts", str(tmp_path / "p.txt"), "--json"]
+    assert main([*given, "--greedy"]) == 0
+    rows = [json.loads(x) for x in capsys.readouterr().out.splitlines()]
+    assert [row["prompt"] for row in rows] == ["21=", "0="]
+    assert main([*given, "--best-of", "16", "--top-k", "3", "--top-p", "0.9"]) == 0
+    best = [json.loads(x) for x in capsys.readouterr().out.splitlines()]
+    assert len(best) == 2
+    generator = load_generator(trained)
+    every = generator(["21="], num_responses=16)[0]
+    (kept,) = generator(["21="], best_of=16)[0]
+    assert kept.score == max(x.score or 0 for x in every)
+    assert np.isfinite([x.log_prob for x in every]).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--prompt", "2x="], r"character 'x' \(number 2\) is not in the alphabet"),
+        (["--prompt", ""], "prompt '': is empty"),
+        (["--prompt", "21212="], "needs a context of 14, but this decoder has 11"),
+        (["--prompt", "2=", "--max-tokens", "10"], "needs a context of 12"),
+        ([], "generate needs prompts: give either --prompt TEXT or --prompts FILE"),
+        (["--prompts", "none.txt"], "prompts 'none.txt': No such file"),
+        (["--prompt", "2=", "--temperature", "0"], "temperature = 0.0: must be above 0"),
+        (["--prompt", "2=", "--top-p", "0"], "top_p = 0.0: must be above 0"),
+        (["--prompt", "2=", "--greedy", "--top-k", "3"], "top_k and top_p have no effect"),
+        (["--prompt", "2=", "--greedy", "--num-responses", "3"], "are the same"),
+        (["--prompt", "2=", "--seed", "1"], "seed = 1: the run has seeds 0 to 0"),
+        (["--prompt", "2=", "--checkpoint", "nope"], "must be newest, best"),
+    ],
+)
+def test_impossible_generation(trained: Path, given: list[str], words: str, capsys: Any):
+    assert main(["generate", str(trained), *given]) == 2
+    error = capsys.readouterr().err
+    import re
+
+    assert re.search(words, error), error
+    assert len(error.splitlines()) == 1
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["rlhf", "sort", "--top-k", "5"], "--top-k: rlhf has no such option"),
+        (["rlhf", "sorted"], "no such file, shipped config or environment; did you mean sort?"),
+        (["rlhf", "Sort", "--run-dir", "x"], "task = 'Sort': no such task; did you mean sort?"),
+        (["rlhf", "nomodule:f"], "module nomodule cannot be imported"),
+        (["rlhf", "json:loads"], "task = json:loads: TypeError"),
+        (["rlhf", "json:__version__"], "task = json:__version__|json has no __version__"),
+        (["rlhf", "sort", "--response-length", "3"], "longest answer of sort has 5 tokens"),
+        (["rlhf", "sort", "--context", "10"], "together 13; use at least 13"),
+        (["rlhf", "sort", "--num-minibatches", "3"], "not divisible by num_minibatches = 3"),
+        (["rlhf", "sort", "--group-size", "1"], "the baseline is computed from the other"),
+        (["rlhf", "sort", "--kl-in", "loss", "--kl-estimator", "k1"], "expected gradient"),
+        (["rlhf", "sort", "--kl-estimator", "k2_sequence"], "works only in the loss"),
+        (["rlhf", "sort", "--kl-control", "halving"], "a weight of 0 stays 0"),
+        (["rlhf", "sort", "--task-params.length", "3"], "unexpected keyword argument 'length'"),
+        (["rlhf", "sort", "--overlong-buffer", "8"], "must be below response_length = 8"),
+        (["rlhf", "sort", "--objective", "ppo_clip", "--oversampling", "2"], "has no effect"),
+        (["train", "sort"], "'sort': is not for train; use `purejaxppo rlhf sort`"),
+        (["rlhf", "cartpole"], "'cartpole': is not for rlhf; use `purejaxppo train cartpole`"),
+        (["sweep", "--trials", "2", "sort"], "give it directly after sweep"),
+        (["sweep", "sort", "--sample", "kl_target=uniform:1,2"], "no effect with kl_control"),
+        (["sweep", "sort", "--sample", "vf_coef=uniform:1,2"], "no effect with objective = grpo"),
+    ],
+)
+def test_bad_input_gives_one_message(
+    given: list[str], words: str, capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import re
+
+    monkeypatch.chdir(tmp_path)
+    assert main(given) == 2
+    error = capsys.readouterr().err
+    assert re.search(words, error), error
+    assert len(error.splitlines()) == 1
+    assert not any(tmp_path.rglob("config.toml"))
+
+
+def test_top_k_in_a_config_file_is_explained(tmp_path: Path):
+    (tmp_path / "c.toml").write_text('kind = "rlhf"\n[hparams]\ntop_k = 5\n')
+    with pytest.raises(ppo.ConfigError, match=r"hparams.top_k: no such setting; learning from a"):
+        load_settings(tmp_path / "c.toml")
+    (tmp_path / "c.toml").write_text('kind = "rlfh"\n')
+    with pytest.raises(ppo.ConfigError, match="kind = 'rlfh': must be rlhf"):
+        load_settings(tmp_path / "c.toml")
+    (tmp_path / "c.toml").write_text('kind = "rlhf"\ngroup_sise = 3\n')
+    with pytest.raises(ppo.ConfigError, match=r"did you mean group_size\?"):
+        load_settings(tmp_path / "c.toml")
+
+
+def test_a_score_that_is_not_finite_is_named_and_keeps_the_state(tmp_path: Path, capsys: Any):
+    def score(sample: Sample) -> jax.Array:
+        bad = jnp.all(sample.responses.tokens[:, :2] == 1, axis=1)
+        return jnp.where(bad, jnp.inf, jnp.sum(sample.responses.tokens == 1, axis=1) * 1.0)
+
+    prompts = Prompts(jnp.zeros((1, 1), int), jnp.ones(1, int))
+    own = Problem("often", prompts, score, 4, -1, partial(random_params, seed=0))
+    config = config_of(
+        "rloo", num_prompts=1, group_size=4, num_minibatches=1, total_timesteps=30 * 4 * LENGTH
+    )
+    task = make_rlhf_task(config, own)
+    result = ppo.run(
+        task, RLHFHParams(learning_rate=1e-2), run_dir=tmp_path / "r", eval_episodes=4,
+        num_seeds=2, devices=1,
+    )  # fmt: skip
+    assert result.failed
+    shown = capsys.readouterr().out
+    assert "the score of task often is not finite for" in shown
+    assert "first for the prompt '0' and the response '1 1 " in shown
+    learner = result.states.learner
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(learner.params))
+    for seed, update in result.failed.items():
+        assert int(learner.updates[seed]) == update - 1
+
+
+def test_evaluate_takes_no_step_limit():
+    task = small_task()
+    state = jax.jit(partial(task.learner(None).init, data=task.data))(
+        jax.random.key(0), RLHFHParams()
+    )
+    with pytest.raises(ppo.ConfigError, match="max_steps = 3: responses end after response_length"):
+        ppo.evaluate(task, state, jax.random.key(0), 2, max_steps=3)
