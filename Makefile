@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install train test lint docs docs-serve test-slow test-faults bench bench-full bench-checkpoints bench-search bench-family results parity lock clean
+.PHONY: help install train test lint docs docs-serve test-slow test-faults bench bench-full bench-checkpoints bench-search bench-family bench-rlhf results parity lock clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -57,6 +57,9 @@ bench-search: $(INSTALLED) ## compare search strategies of sweeps; update the ta
 
 bench-family: $(INSTALLED) ## tune and compare all objectives on four environments; update the table (an hour)
 	$(BIN)/python benchmarks/family.py
+
+bench-rlhf: $(INSTALLED) ## tune and compare the objectives for language models; update the tables (half an hour)
+	$(BIN)/python benchmarks/rlhf.py
 
 results: $(INSTALLED) ## train each config with 10 seeds; update the table (half an hour)
 	$(BIN)/python benchmarks/results.py

@@ -13,7 +13,7 @@ def write_table(name: str, text: str, script: str = "") -> None:
     defaults to the name.
     """
     begin, end = f"<!-- {name}: benchmarks/{script or name}.py -->", f"<!-- end of {name} -->"
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     page = next(page for page in pages if begin in page.read_text(encoding="utf-8"))
     head, rest = page.read_text(encoding="utf-8").split(begin)
     tail = rest.split(end)[1]

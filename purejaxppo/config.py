@@ -45,7 +45,7 @@ class _ChosenText(Chosen, str):
 
 
 def fill_auto(config: Any, chosen: Mapping[str, Any]) -> None:
-    """Set the fields that are at auto, or were, to the values that an objective chose."""
+    """Set fields that are, or were, at auto to the values that an objective chose."""
     for name, value in chosen.items():
         given = getattr(config, name)
         if isinstance(given, Chosen) or given == AUTO:
@@ -62,19 +62,24 @@ def bounded(
     **only_with: tuple[Any, ...],
 ) -> Any:
     """A dataclass field whose value must lie in `[low, high]`, or `(low, high]` if `open_low`.
-    `only_with` gives the values of other settings with which it has an effect."""
+    `only_with` gives the values of other settings for which the field has an effect."""
     rule = {"low": low, "high": high, "open_low": open_low, "only_with": only_with}
     return field(default=default, metadata=rule)
 
 
 class Words(NamedTuple):
-    """What the samples and results of a kind of task are called."""
+    """Names of a task's samples and results, for progress and reports."""
 
     samples: str = "environment steps"
     rate: str = "steps"
-    """The samples in a speed."""
+    """Name of the samples in a speed, as in steps/s."""
     result: str = "return"
     episodes: str = "episodes"
+    unfinished: str = (
+        "did not end within the environment's time limit, or 10,000 steps if it states none; give "
+        "the environment a time limit (max_steps_in_episode)"
+    )
+    """What is wrong with a result that is NaN, and what to do."""
 
 
 class TaskConfig(ABC):
@@ -110,7 +115,7 @@ class TaskConfig(ABC):
 
     @property
     def words(self) -> Words:
-        """What samples and results are called."""
+        """Names of samples and results, for progress and reports."""
         return Words()
 
     @property
@@ -119,8 +124,8 @@ class TaskConfig(ABC):
         return frozenset()
 
     def make_task(self, **given: Any) -> Any:
-        """The `Task` that this config describes, if it is not a `Config`. Raises `ConfigError` if
-        only Python can make it."""
+        """Make the `Task` that this config describes; for a `Config`, use `ppo.make_task`. Raises
+        `ConfigError` if the task can only be made in Python."""
         raise ConfigError(
             f"types.config = {type(self).__name__}: belongs to a custom task; make the task in "
             "Python"
@@ -130,12 +135,12 @@ class TaskConfig(ABC):
         """Raise `ConfigError` if the hyperparameters contradict the config."""
 
     def why_unread(self, name: str) -> str | None:
-        """Return why a hyperparameter has no effect; None if it has one."""
+        """Return why a hyperparameter has no effect, or None if it has an effect."""
         return None
 
 
 class UpdateConfig(TaskConfig):
-    """The settings that the update of every policy-gradient learner reads."""
+    """The settings that every policy-gradient update reads."""
 
     update_epochs: int
     num_minibatches: int
@@ -282,7 +287,7 @@ class Config(UpdateConfig):
         return frozenset() if controller is None else controller.read_once
 
     def why_unread(self, name: str) -> str | None:
-        """Return why a hyperparameter has no effect; None if it has one."""
+        """Return why a hyperparameter has no effect, or None if it has an effect."""
         if is_reference(self.objective) or is_reference(self.optimizer):
             return None
         if name in READ_BY_SOME and name not in objective_of(self).reads:

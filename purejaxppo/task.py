@@ -134,7 +134,7 @@ class Task:
     curve: str = "episode_return"
     """The metric that progress and the learning curve show."""
     progress: tuple[str, ...] = ()
-    """Further metrics that progress shows."""
+    """Further metrics to show in progress lines."""
     rank: str = "episode_return"
     """The metric by which population-based training ranks members; higher is better."""
     data: PyTree = ()
@@ -150,9 +150,11 @@ class Task:
     """`(metrics[S, U], {"sampled": returns[S, E], "deterministic": ...}) -> further entries of
     summary.json`, over the seeds that have not failed."""
     samples: Callable[[TrainState], list[dict[str, Any]]] | None = None
-    """`state of one seed -> rows` for `samples.jsonl` and the report: what it does, as text."""
+    """`state of one seed -> rows` for `samples.jsonl` and the report: outputs of the policy, as
+    text."""
     explain: Callable[[TrainState, Any], str | None] | None = None
-    """`(last good state of one seed, hparams) -> why its next update fails`, if this is known."""
+    """`(last good state of one seed, hparams) -> reason` why its next update fails, or None if it
+    is not known."""
 
     def __reduce__(self) -> Any:
         """Pickle the call that makes the task, since its functions cannot be pickled."""

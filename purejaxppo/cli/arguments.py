@@ -22,6 +22,8 @@ _ALIASES = {
     "--epochs": "--update-epochs",
     "--timesteps": "--total-timesteps",
     "--entropy-coef": "--ent-coef",
+    "--kl-beta": "--kl-coef",
+    "--beta": "--kl-coef",
 }
 """Option names that other libraries use."""
 _PARAMS = re.compile(r"--(env|task)[-_]params\.([^=]+)(?:=(.*))?", re.DOTALL)
@@ -177,7 +179,7 @@ def kind_of_file(args: Sequence[str]) -> str | None:
         kind = tomllib.loads(path.read_text(encoding="utf-8")).get("kind")
     except (OSError, ValueError, RecursionError):
         return None
-    return kind if kind in KINDS else None
+    return kind if isinstance(kind, str) and kind in KINDS else None
 
 
 def find_config(text: str, default: type[Config] | type[RLHFConfig]) -> Any:

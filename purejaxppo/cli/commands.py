@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from purejaxppo.cli.options import Envs, Eval, Export, Generate, Plot, ProcessFlags, Resume, pick
-from purejaxppo.config import Config, ConfigError, HParams
+from purejaxppo.config import Config, ConfigError, HParams, Words
 from purejaxppo.host.configfile import RunSettings, Settings, dump_settings
 from purejaxppo.host.rundir import SWEEP, RunWarning, StorageError, holds, write_whole
 from purejaxppo.host.signals import exit_at_second_signal
@@ -226,7 +226,9 @@ def _read_prompts(command: Generate) -> list[str]:
             f"prompts {str(command.prompts)!r}: {error.strerror}; check the path"
         ) from error
     except ValueError as error:
-        raise ConfigError(f"prompts {str(command.prompts)!r}: is not UTF-8 text") from error
+        raise ConfigError(
+            f"prompts {str(command.prompts)!r}: is not UTF-8 text; convert it to UTF-8"
+        ) from error
     found = [line for line in lines if line.strip()]
     if not found:
         raise ConfigError(f"prompts {str(command.prompts)!r}: has no prompts; write one per line")
@@ -387,17 +389,26 @@ def _report(command: Eval, trained: _Trained, episodes: Any) -> None:
         }
         say(json.dumps(result))
         return
+    words = trained.task.config.words
     for seed, ended, bad in zip(trained.seeds, episodes, failed, strict=True):
         returns = ended[np.isfinite(ended)]
         note = "; this seed failed: evaluated its last good state" if bad else ""
         shown = f"{returns.mean():.2f} (standard deviation {returns.std():.2f})"
-        say(f"seed {seed}: return {shown if returns.size else '-'}{note}")
+        say(f"seed {seed}: {words.result} {shown if returns.size else '-'}{note}")
     between = describe_interval(interval, int((~failed).sum()))
     actions = "deterministic" if command.deterministic else "sampled"
     if not np.isnan(mean):
-        say(f"mean: {mean:.2f}{between}, {command.episodes} episodes per seed, {actions} actions")
-    if unfinished:
+        say(
+            f"mean: {mean:.2f}{between}, {command.episodes} {words.episodes} per seed, {actions} "
+            "actions"
+        )
+    if unfinished and words == Words():
         say(f"{unfinished} of {episodes.size} episodes did not finish and are left out")
+    elif unfinished:
+        say(
+            f"{unfinished} of {episodes.size} {words.episodes} are left out: they "
+            f"{words.unfinished}"
+        )
 
 
 def _export(command: Export) -> int:

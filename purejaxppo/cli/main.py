@@ -22,7 +22,7 @@ from purejaxppo.cli.options import COMMANDS, GENERATED, RLHF, RLHFSweep, Sweep
 from purejaxppo.config import AUTO, Chosen, ConfigError, TaskConfig
 from purejaxppo.host.configfile import Settings, load_settings, train_command
 from purejaxppo.host.rundir import LostError, RunWarning, StorageError
-from purejaxppo.rlhf.config import RLHFConfig, RLHFHParams
+from purejaxppo.rlhf.config import TASKS, RLHFConfig, RLHFHParams
 from purejaxppo.sweeps.settings import RUN_ONLY, Definition, SweepSettings, load_definition
 from purejaxppo.sweeps.space import swept_setting
 
@@ -82,7 +82,7 @@ def _parse(args: Sequence[str]) -> Any:
     if name not in COMMANDS:
         return _all_commands(args)
     kind = COMMANDS[name]
-    if kind is Sweep and kind_of_file(args[1:]) == "rlhf":
+    if kind is Sweep and ((args[1:2] and args[1] in TASKS) or kind_of_file(args[1:]) == "rlhf"):
         kind = RLHFSweep
     if wants_help:
         default = options.with_defaults(kind, {}) if kind in GENERATED else None

@@ -13,7 +13,7 @@ import tyro
 from purejaxppo.cli.arguments import Switch
 from purejaxppo.config import AUTO, Config, HParams
 from purejaxppo.host.configfile import RunSettings
-from purejaxppo.rlhf.config import RLHFConfig, RLHFHParams
+from purejaxppo.rlhf.config import NEVER_READ, RLHFConfig, RLHFHParams
 from purejaxppo.rlhf.table import TOKEN_OBJECTIVES
 from purejaxppo.sweeps.settings import SweepSettings
 
@@ -172,21 +172,22 @@ class Generate:
     run_dir: _Positional[Path]
     """A directory that `rlhf` wrote."""
     prompt: str | None = None
-    """The prompt."""
+    """One prompt."""
     prompts: Path | None = None
     """A file with one prompt per line."""
     num_responses: int = 1
-    """Responses to each prompt."""
+    """Responses per prompt."""
     best_of: int = 1
-    """Generate this many times as many responses, and print those with the highest scores."""
+    """Generate best_of * num_responses responses per prompt, and print those with the highest
+    scores."""
     greedy: tyro.conf.FlagCreatePairsOff[bool] = False
     """Take the most likely token instead of sampling."""
     temperature: float = 1.0
-    """Logits are divided by it."""
+    """Sampling temperature, which divides the logits."""
     top_k: int = 0
-    """Sample among this many most likely tokens; 0 among all."""
+    """Sample only from this many most likely tokens; 0 samples from all."""
     top_p: float = 1.0
-    """Sample among the most likely tokens that together have this probability."""
+    """Sample only from the most likely tokens with this total probability."""
     max_tokens: int | None = None
     """Maximum length of a response; None uses the run's response_length."""
     seed: int = 0
@@ -227,9 +228,9 @@ _CONFIG_HELP = (
     "environment, as in --env-params.max-steps-in-episode 200."
 )
 _TASK_HELP = (
-    'A config file (TOML) with kind = "rlhf", the name of a shipped config (sort), or '
-    "package.module:name of a task. Options override it. --task-params.NAME VALUE sets an argument "
-    "of the task, as in --task-params.longest 5."
+    'A config file (TOML) with kind = "rlhf", the name of a shipped config (sort) or task '
+    "(countdown), or package.module:name of your own task. Options override it. --task-params.NAME "
+    "VALUE sets an argument of the task, as in --task-params.longest 5."
 )
 
 
@@ -265,14 +266,23 @@ def _group(name: str, settings: Mapping[str, Setting]) -> Any:
 
 
 TRAIN_SETTINGS = _settings(Config, HParams, RunSettings, Outputs, ProcessFlags)
-RLHF_SETTINGS = _settings(RLHFConfig, RLHFHParams, RunSettings, Outputs, ProcessFlags)
+
+
+def _read(settings: dict[str, Setting]) -> dict[str, Setting]:
+    """Without the hyperparameters that no language model reads."""
+    return {name: x for name, x in settings.items() if name not in NEVER_READ}
+
+
+RLHF_SETTINGS = _read(_settings(RLHFConfig, RLHFHParams, RunSettings, Outputs, ProcessFlags))
 _OF_SWEEPS = {
     name: setting
     for name, setting in _settings(RunSettings).items()
     if name in _RUN_OF_SWEEP.split()
 }
 SWEEP_SETTINGS = _settings(Config, HParams, SweepSettings, SweepOutputs) | _OF_SWEEPS
-RLHF_SWEEP_SETTINGS = _settings(RLHFConfig, RLHFHParams, SweepSettings, SweepOutputs) | _OF_SWEEPS
+RLHF_SWEEP_SETTINGS = (
+    _read(_settings(RLHFConfig, RLHFHParams, SweepSettings, SweepOutputs)) | _OF_SWEEPS
+)
 Train = _command(
     "Train",
     "Train an agent and write the results to a run directory.\n\n"
@@ -289,7 +299,7 @@ Sweep = _command(
 )
 RLHF = _command(
     "RLHF",
-    "Tune a language model against a score and write the results to a run directory.\n\n"
+    "Train a language model to maximise a score and write the results to a run directory.\n\n"
     "purejaxppo rlhf sort --objective grpo\n\n"
     "Objectives: " + "; ".join(
         f"{x.name} maximises {x.objective.maximises}" for x in TOKEN_OBJECTIVES.values()
@@ -299,7 +309,7 @@ RLHF = _command(
 )  # fmt: skip
 RLHFSweep = _command(
     "RLHFSweep",
-    "Tune a language model with many settings, several seeds each, and find the best.\n\n"
+    "Train a language model with many settings, several seeds each, and find the best.\n\n"
     "purejaxppo sweep sort --trials 8 --sample learning_rate=loguniform:1e-4,1e-2",
     RLHF_SWEEP_SETTINGS,
     _TASK_HELP,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import numpy as np
 
-from purejaxppo.config import ConfigError
+from purejaxppo.config import ConfigError, Words
 from purejaxppo.evaluation import FRESH_EVALUATION
 from purejaxppo.host.checkpoint import (
     check_same_run,
@@ -138,7 +138,7 @@ def conduct(session: Session, prepare: Callable[[], Prepared], extras: Extras) -
         compile_seconds=prepared.compile_seconds,
         best=best,
     )
-    _warn_of_unfinished_episodes(summary, final)
+    _warn_of_unfinished_episodes(settings.config.words, summary, final)
     if directory is not None and session.held is not None:
         session.held.check()
         write_results(directory, settings, session.task, training, summary)
@@ -150,13 +150,12 @@ def conduct(session: Session, prepare: Callable[[], Prepared], extras: Extras) -
     )  # fmt: skip
 
 
-def _warn_of_unfinished_episodes(summary: dict[str, Any], final: Final) -> None:
+def _warn_of_unfinished_episodes(words: Words, summary: dict[str, Any], final: Final) -> None:
     unfinished = summary["unfinished_eval_episodes"]
     if unfinished:
         warnings.warn(
-            f"{unfinished} of {final.sampled.size} evaluation episodes did not end within the "
-            "environment's time limit, or 10,000 steps if it states none, and are left out of the "
-            "means; give the environment a time limit (max_steps_in_episode)",
+            f"{unfinished} of {final.sampled.size} evaluation {words.episodes} are left out of the "
+            f"means: they {words.unfinished}",
             RunWarning,
             stacklevel=3,
         )

@@ -182,7 +182,7 @@ def settings_of_kind(kind: str | None) -> tuple[Any, Any]:
     """The classes of the config and of the hyperparameters of a kind of file."""
     if kind is None:
         return Config, HParams
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ConfigError(f"kind = {kind!r}: must be {' or '.join(KINDS)}; leave it out for "
                           "reinforcement learning")  # fmt: skip
     modules = (importlib.import_module(x.partition(":")[0]) for x in KINDS[kind])

@@ -42,18 +42,20 @@ class Loop:
     def __post_init__(self) -> None:
         start = self.session.start
         self.done, self.failed = start.position.updates, dict(start.position.failed)
+        self._middle = self.session.settings.config.num_updates // 2
+        """A task's samples are logged after this many updates too."""
         self.parts = [] if start.metrics is None else [start.metrics]
 
     def train(self) -> Training:
         """Train until the end, until every seed has failed, or until a stop is requested. Trains at
         least one chunk if any updates are left."""
         start, num_updates = self.session.start, self.session.last
-        self.last_save = self.last_evaluation = time.perf_counter()
-        self.began = self.last_save - start.position.run_seconds
         hparams = stacked_hparams(self.session.settings)
         states = start.states if start.states is not None else self.prepared.program.begin(hparams)
-        if self.saver is not None and not self.done:
-            self.saver.sample(0, self.prepared.program.gather(states))
+        if not self.done and self.session.task.samples is not None:
+            self._sample(states)
+        self.last_save = self.last_evaluation = time.perf_counter()
+        self.began = self.last_save - start.position.run_seconds
         found = start.checkpoint
         if found is not None and found.eval_return is None and self.done < num_updates:
             self._evaluate_if_missing(found, states)
@@ -76,6 +78,8 @@ class Loop:
                 break
             if due:
                 self._save(states, evaluate=due == _SAVE_AND_EVALUATE)
+            if self.done == self._middle and self.session.task.samples is not None:
+                self._sample(states)
             if self._callback_stops(states):
                 break
         names = [*self.prepared.program.columns, SECONDS]
@@ -87,6 +91,10 @@ class Loop:
         self.states = states if jax.process_count() > 1 else gathered
         """The states to save: with several processes, only this process's part."""
         return Training(gathered, joined, self._position())
+
+    def _sample(self, states: TrainState) -> None:
+        if self.saver is not None:
+            self.saver.sample(self.done, self.prepared.program.gather(states))
 
     def _stopped_while_evaluating(self) -> bool:
         """Wait for a checkpoint's evaluation; return True if a stop was requested meanwhile."""
@@ -155,6 +163,8 @@ class Loop:
         """Updates until the next checkpoint or evaluation whose interval is in updates."""
         run = self.session.settings.run
         left = [CHUNK_CAPACITY]
+        if self.session.task.samples is not None and self.done < self._middle:
+            left.append(self._middle - self.done)
         for every, unit in (
             (run.checkpoint_every, run.checkpoint_unit), (run.eval_every, run.eval_unit)
         ):  # fmt: skip

@@ -1,10 +1,10 @@
-"""The frame of a self-contained HTML page."""
+"""The template of a self-contained HTML page."""
 
 import base64
 
 
 def figure(name: str, title: str, png: bytes, caption: str) -> str:
-    """A figure that holds its picture. `title` and `caption` are HTML."""
+    """An HTML figure with an embedded image. `title` and `caption` are HTML."""
     data = base64.b64encode(png).decode()
     return (
         f'<figure><img id="{name}" alt="{title}" src="data:image/png;base64,{data}">\n'

@@ -64,7 +64,8 @@ def learning_curve(
 
 def metric_label(metric: str) -> str:
     """Axis label of a metric."""
-    return "return of training episodes" if metric == RETURNS else metric.replace("_", " ")
+    known = {RETURNS: "return of training episodes", "reference_kl": "KL from the reference"}
+    return known.get(metric, metric.replace("_", " "))
 
 
 def plain(text: str) -> str:

@@ -168,8 +168,15 @@ class Progress:
         self._console.print(
             f"seed {seed}: the loss is not finite at update {update}. The last good state is kept. "
             f"Try a lower learning_rate (now {hparams.learning_rate:g}) or "
-            f"max_grad_norm (now {hparams.max_grad_norm:g}), or normalize_reward, and check that "
-            "the environment's rewards and observations are finite"
+            f"max_grad_norm (now {hparams.max_grad_norm:g}){self._more_advice()}"
+        )
+
+    def _more_advice(self) -> str:
+        if not hasattr(self._config, "normalize_reward"):
+            return ""
+        return (
+            ", or normalize_reward, and check that the environment's rewards and observations are "
+            "finite"
         )
 
     def stopped(self, resume_command: str | None) -> None:

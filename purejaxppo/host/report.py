@@ -1,4 +1,4 @@
-"""`report.html` of a run: curves of its metrics, and samples."""
+"""`report.html` of a run: metric curves and samples."""
 
 import html
 import io
@@ -22,7 +22,7 @@ def write_run_report(
     metrics: dict[str, np.ndarray],
     summary: dict[str, Any],
 ) -> None:
-    """Write the report.
+    """Write `report.html` to a run directory.
 
     Args:
         names: the metrics to draw.
@@ -71,7 +71,7 @@ def _curves(config: Any, names: tuple[str, ...], metrics: dict[str, np.ndarray])
     count = len(names)
     columns = min(3, count)
     drawing = Figure(figsize=(4 * columns, 2.9 * -(-count // columns)), layout="constrained")
-    every = drawing.subplots(-(-count // columns), columns, squeeze=False).flat
+    every = drawing.subplots(-(-count // columns), columns, squeeze=False).flatten()
     for axes, name in zip(every, names, strict=False):
         values = metrics[name]
         steps = np.arange(1, values.shape[1] + 1) * config.batch_size
@@ -83,7 +83,7 @@ def _curves(config: Any, names: tuple[str, ...], metrics: dict[str, np.ndarray])
         bare_axes(axes, config.words.samples, metric_label(name))
         axes.set_xlim(0, float(steps[-1]))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    for axes in list(every)[count:]:
+    for axes in every[count:]:
         axes.remove()
     content = io.BytesIO()
     drawing.savefig(content, dpi=130, format="png")
@@ -91,7 +91,7 @@ def _curves(config: Any, names: tuple[str, ...], metrics: dict[str, np.ndarray])
 
 
 def _samples(directory: Path) -> list[str]:
-    """Tables of the samples at the start, in the middle and at the end."""
+    """Tables of the samples from the start, the middle and the end of the run."""
     rows = read_samples(directory)
     updates = sorted({row["update"] for row in rows})
     shown = sorted({updates[0], updates[len(updates) // 2], updates[-1]}) if updates else []

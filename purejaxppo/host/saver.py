@@ -184,7 +184,12 @@ class Saver:
         """
         if self._sample is None or self._samples is None or self._stop:
             return
-        rows = self._sample(jax.tree.map(lambda x: x[0], states))
+        try:
+            rows = self._sample(jax.tree.map(lambda x: x[0], states))
+        except Exception as error:  # a user's tokenizer; samples must not end a run
+            warnings.warn(f"no samples are logged: {error}", RunWarning, stacklevel=2)
+            self._sample = None
+            return
         with self._writing:
             self._check()
             self._samples.add(update, rows)

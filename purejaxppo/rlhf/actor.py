@@ -20,7 +20,7 @@ from purejaxppo.types import Actor, ActorState, LearnerState, Network, PyTree, R
 
 
 class Draws(NamedTuple):
-    """Which prompts come next, one entry per row, so that rows can be divided over devices."""
+    """State of the prompt sampler, one entry per row, so that rows can be divided over devices."""
 
     order_key: Key[Array, " M"]
     """The same key for all rows; the order of the prompts in each epoch is derived from it."""
@@ -31,25 +31,26 @@ class Draws(NamedTuple):
 
 
 class TokenExtras(NamedTuple):
-    """What a token rollout has besides (`Rollout.extras`), `[T, N]`."""
+    """The `Rollout.extras` of token rollouts, `[T, N]`."""
 
     reference: Float[Array, "T N"]
     """Log-probability of the token under the reference."""
     score: Float[Array, "T N"]
-    """Score of the response as the problem gave it, at its last token; 0 elsewhere. With
-    oversampling, the mean over the responses from which it was chosen."""
+    """Unmodified score of the response, at its last token; 0 elsewhere. With oversampling, a mean
+    over `oversampling` generated responses, so that means over the batch include discarded ones."""
     stopped: Bool[Array, "T N"]
     """Whether the response ended with the stop token, at its last token."""
     decoded: Float[Array, "T N"]
-    """Log-probability of the token as computed while generating."""
+    """Log-probability of the token as computed during generation."""
     differ: Float[Array, "T N"]
-    """Share of groups with different scores, of those from which this one was chosen."""
+    """1 if the scores of the response's group differ, at its last token; 0 elsewhere. With
+    oversampling, a mean as for `score`."""
     kept: Float[Array, "T N"]
     """1 for responses to learn from, 0 for those that only fill the batch."""
 
 
 class TokenParts(NamedTuple):
-    """What generates and scores responses."""
+    """The parts that generate and score responses."""
 
     config: RLHFConfig
     problem: Problem
@@ -60,22 +61,22 @@ def make_token_actor(parts: TokenParts, axis: str | None = None) -> Actor:
     """Make the actor that generates `group_size` responses to each of `num_prompts` prompts.
 
     A rollout has T = L + R - 1 steps: the token at t is the observation, and the token at t + 1 is
-    the action. Steps in the prompt and after the end of the response do not count. The prompt is
-    part of the sequence, so the loss reads it with the current parameters.
+    the action. Steps in the prompt and after the end of the response are masked out. The prompt is
+    part of the sequence, so the loss processes it with the current parameters.
 
-    With oversampling it generates responses to more prompts (M rows instead of N), and keeps whole
-    groups in order, first those with different scores. If there are too few of these, the others
-    have the weight 0. On several devices, each chooses among its own groups.
+    With oversampling, the actor generates responses to more prompts (M rows instead of N) and keeps
+    the first groups whose scores differ. If there are too few, other groups with weight 0 fill the
+    batch. On several devices, each device chooses among its own groups.
 
-    `data` has the leaves `prompts` (a `Prompts` `[P, L]`), `extras` (a tree of `[P, ...]` for the
-    score) and `reference` (parameters).
+    `data` has the entries `prompts` (a `Prompts` `[P, L]`), `extras` (a pytree with leaves
+    `[P, ...]` for the score) and `reference` (parameters).
     """
     actor = TokenActor(*parts, axis)
     return Actor(actor.init, actor.collect)
 
 
 class TokenActor(NamedTuple):
-    """The functions of `make_token_actor`, and the halves of `collect`."""
+    """The functions of `make_token_actor`, and the steps of `collect`."""
 
     config: RLHFConfig
     problem: Problem
@@ -119,7 +120,7 @@ class TokenActor(NamedTuple):
     def sample(
         self, params: PyTree, actors: ActorState, hparams: Any, data: PyTree
     ) -> tuple[ActorState, Sample, Float[Array, " M"]]:
-        """Generate and score M responses; a score that is not finite becomes NaN."""
+        """Generate and score M responses; scores that are not finite become NaN."""
         config = self.config
         chosen, draws = draw_prompts(config, actors.env_state, data["prompts"].lengths.shape[0])
         prompts = data["prompts"].take(chosen)
@@ -137,8 +138,11 @@ class TokenActor(NamedTuple):
     def choose(
         self, score: Float[Array, " M"], differ: Bool[Array, " G"]
     ) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
-        """The rows to learn from, and 1 for those that count. Without oversampling, all rows.
-        Groups with a score that is not finite come first, so that it is not overlooked."""
+        """Return the rows to keep and their weights: 1, or 0 for rows that only fill the batch.
+
+        Without oversampling, all rows are kept. Groups with a score that is not finite come first,
+        so that the update fails.
+        """
         size, groups = self.config.group_size, len(differ) // self.config.oversampling
         if self.config.oversampling == 1:
             return jnp.arange(groups * size), jnp.ones(groups * size)
@@ -155,7 +159,7 @@ class TokenActor(NamedTuple):
         score: Float[Array, " N"],
         hparams: Any,
     ) -> Rollout:
-        """Read the whole sequences, with the policy and with the reference."""
+        """Evaluate whole sequences under the policy and the reference, and compute rewards."""
         prompts, responses, _ = sample
         width = prompts.tokens.shape[1]
         tokens = jnp.concatenate([prompts.tokens, responses.tokens], axis=1).T
@@ -219,8 +223,8 @@ def groups_differ(score: Float[Array, " M"], group_size: int) -> Bool[Array, " G
 def shaped_score(
     config: RLHFConfig, sample: Sample, score: Float[Array, " N"], hparams: Any
 ) -> Float[Array, " N"]:
-    """The score that is learned from: clipped, lowered or replaced where the stop token is missing,
-    and lowered for overlong responses.
+    """The score used for training: clipped, then lowered or replaced where the stop token is
+    missing, and lowered for overlong responses.
 
     With a buffer of b tokens at the end of the maximum length R, a response of n tokens loses
     clip((n - (R - b)) / b, 0, 1) (Yu et al. 2025, arXiv:2503.14476, eq. 13).
@@ -238,7 +242,7 @@ def shaped_score(
 
 
 def _standard_deviation(values: Array, mask: Array, axis: str | None) -> Array:
-    """Over the steps of all devices that count; 1 if they are equal."""
+    """Standard deviation over the unmasked steps of all devices; 1 if all values are equal."""
     mean = masked_mean(values, mask, axis)
     std = jnp.sqrt(masked_mean(jnp.square(values - mean), mask, axis))
     return jnp.where(std > 1e-6 * jnp.abs(mean), std, 1.0)
@@ -247,10 +251,10 @@ def _standard_deviation(values: Array, mask: Array, axis: str | None) -> Array:
 def draw_prompts(
     config: RLHFConfig, draws: Draws, num_prompts: int
 ) -> tuple[Int[Array, " M"], Draws]:
-    """The next prompt of each row, without replacement within an epoch.
+    """Draw the next prompt of each row, without replacement within an epoch over the prompts.
 
-    The rows of a group share their prompt. The order of epoch e is a permutation that the key and
-    e determine, so nothing else has to be saved.
+    The rows of a group share their prompt. The key and the number of the epoch determine its
+    permutation, so nothing else has to be saved.
     """
     per_update = config.num_prompts * config.oversampling
     number = draws.drawn[0] + draws.row // config.group_size

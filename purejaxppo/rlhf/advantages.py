@@ -23,8 +23,8 @@ Groups = Float[Array, "G K"]
 def estimate(config: RLHFConfig, rollout: Rollout, hparams: Any) -> tuple[Array, Array, Array]:
     """Advantages, targets and weights `[T, N]` of generated tokens.
 
-    With a critic, `gae`. Otherwise (x - baseline) * scale, where x is the sum of the rewards of the
-    response, or of those from the token on.
+    With a critic: `gae`. Without: (x - baseline) * scale, where x is the return of the response or
+    the reward-to-go of the token.
     """
     chosen, mask = TOKEN_OBJECTIVES[config.objective], rollout.mask
     lengths = jnp.maximum(jnp.sum(mask, axis=0), 1.0)
@@ -44,9 +44,9 @@ def estimate(config: RLHFConfig, rollout: Rollout, hparams: Any) -> tuple[Array,
 
 
 def leave_one_out(returns: Groups) -> tuple[Groups, Groups]:
-    """The baseline of a response is the mean return of the others in its group (Kool et al. 2019;
-    Ahmadian et al. 2024, arXiv:2402.14740, eq. 5). It does not depend on the response, so the
-    gradient stays unbiased."""
+    """The baseline of a response is the mean return of the other responses in its group (Kool et
+    al. 2019; Ahmadian et al. 2024, arXiv:2402.14740, eq. 5). It does not depend on the response, so
+    the gradient stays unbiased."""
     mean = jnp.mean(returns, axis=1, keepdims=True)
     baseline = mean + (mean - returns) / (returns.shape[1] - 1)
     return baseline, jnp.ones_like(returns)
@@ -54,8 +54,8 @@ def leave_one_out(returns: Groups) -> tuple[Groups, Groups]:
 
 def standardized(returns: Groups) -> tuple[Groups, Groups]:
     """(R_i - mean) / std within the group (Shao et al. 2024, arXiv:2402.03300, section 4.1.2), with
-    the standard deviation of K - 1 degrees of freedom; 0 if all are equal. Groups with a small
-    spread weigh as much as others, which biases the gradient."""
+    K - 1 degrees of freedom; 0 if all returns are equal. Groups with a small spread have the same
+    weight as others, which biases the gradient."""
     mean = jnp.mean(returns, axis=1, keepdims=True)
     std = jnp.std(returns, axis=1, ddof=1, keepdims=True)
     differ = std > _SMALLEST_STD * jnp.abs(mean)
@@ -65,7 +65,7 @@ def standardized(returns: Groups) -> tuple[Groups, Groups]:
 
 
 def centred(returns: Groups) -> tuple[Groups, Groups]:
-    """R_i minus the mean of the group (Liu et al. 2025, arXiv:2503.20783, Dr. GRPO): (K - 1) / K of
-    `leave_one_out`'s advantage."""
+    """R_i minus the mean of the group (Dr. GRPO, Liu et al. 2025, arXiv:2503.20783). This is
+    (K - 1) / K times the advantage of `leave_one_out`."""
     mean = jnp.mean(returns, axis=1, keepdims=True)
     return jnp.broadcast_to(mean, returns.shape), jnp.ones_like(returns)

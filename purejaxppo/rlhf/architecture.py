@@ -10,8 +10,8 @@ from purejaxppo.checks import ConfigError
 class Architecture:
     """The shape of a decoder. Static and hashable.
 
-    The defaults are a small GPT-2; `positions = rotary`, `norm = rms`, `activation = swiglu` and
-    `num_kv_heads` give Llama's and Qwen's.
+    The defaults are a small GPT-2. `positions = rotary`, `norm = rms`, `activation = swiglu` and
+    `num_kv_heads` give the blocks of Llama and Qwen, but with biases in all dense layers.
     """
 
     vocab_size: int
@@ -23,16 +23,16 @@ class Architecture:
     """Width of the residual stream (W); a multiple of num_heads."""
     num_heads: int = 4
     num_kv_heads: int = 0
-    """Heads of keys and values, of which each serves several heads of queries; 0: num_heads."""
+    """Number of key/value heads; a divisor of num_heads (grouped-query attention). 0: num_heads."""
     mlp_width: int = 0
-    """Width of the hidden layer of a block; 0: 4 times the width."""
+    """Hidden width of the MLPs; 0: 4 times the width."""
     positions: Literal["learned", "rotary"] = "learned"
     norm: Literal["layer", "rms"] = "layer"
     activation: Literal["gelu", "swiglu"] = "gelu"
     tied_embeddings: bool = True
-    """Use the embedding of tokens as the last layer too."""
+    """Share the token embedding with the output layer."""
     critic: Literal["none", "shared", "separate"] = "separate"
-    """Where values come from: nowhere (they are 0), the same decoder, or a second one."""
+    """Source of the values: none (they are 0), the policy's decoder, or a second decoder."""
 
     def __post_init__(self) -> None:
         if self.width % self.num_heads:
@@ -53,7 +53,7 @@ class Architecture:
 
     @property
     def kv_heads(self) -> int:
-        """Heads of keys and values (K)."""
+        """Number of key/value heads (K)."""
         return self.num_kv_heads or self.num_heads
 
     @property

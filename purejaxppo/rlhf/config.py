@@ -4,23 +4,37 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from purejaxppo.checks import FLOAT_MAX, ConfigError, EnvParams, check_fields, is_traced
-from purejaxppo.config import AUTO, HParams, Scalar, UpdateConfig, Words, bounded, fill_auto
+from purejaxppo.config import (
+    AUTO,
+    MAX_WIDTH,
+    HParams,
+    Scalar,
+    UpdateConfig,
+    Words,
+    bounded,
+    fill_auto,
+)
 from purejaxppo.rlhf.architecture import Architecture
 from purejaxppo.rlhf.table import TOKEN_OBJECTIVES, TokenObjective
 
 _DEFAULTS: dict[str, Any] = {"oversampling": 1, "advantage_normalization": "none"}
 OVERLONG_SHARE = 5
-"""The last fifth of a response is DAPO's buffer, as in its paper (section 3.4)."""
+"""By default, DAPO's buffer is the last fifth of the maximum length (paper, section 4.1)."""
 _ONLY_WITH_CRITIC = (
     "gamma", "gae_lambda", "vf_coef", "vf_clip_eps", "critic_learning_rate"
 )  # fmt: skip
-_NEVER = ("kl_beta", "trpo_delta", "cg_damping")
+NEVER_READ = ("kl_beta", "trpo_delta", "cg_damping")
+"""Hyperparameters that no objective for tokens reads."""
+TASKS = ("sort", "reverse", "sum", "arithmetic", "countdown")
+"""The names in `rlhf.PROBLEMS`."""
 
 
 @dataclass(frozen=True)
 class RLHFConfig(UpdateConfig):
-    """The settings that fix the shapes and code paths of a run with tokens as actions.
+    """The settings that fix the shapes and code paths of a language model run.
 
     Raises `ConfigError` on construction if a value has the wrong type, is out of range, or
     contradicts another setting.
@@ -29,82 +43,89 @@ class RLHFConfig(UpdateConfig):
     objective: Literal[
         "ppo_clip", "reinforce_pp", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "gspo_token"
     ] = "ppo_clip"  # fmt: skip
-    """Policy objective. ppo_clip: clipped surrogate with a critic. reinforce_pp: without, with
-    advantages normalised over the batch. rloo, grpo, dr_grpo, dapo, gspo, gspo_token: the baseline
-    comes from the other responses to the same prompt."""
+    """Policy objective. ppo_clip: clipped surrogate with a critic. reinforce_pp: no critic,
+    advantages normalised over the batch. rloo, grpo, dr_grpo, dapo, gspo, gspo_token: no critic,
+    baseline from the responses to the same prompt."""
     task: str = "sort"
-    """Prompts and score: sort, reverse, sum, arithmetic or countdown, or package.module:name of
-    your own `Problem`, or of a function that makes one. Only a label if a problem is passed."""
+    """Task (prompts and score): sort, reverse, sum, arithmetic, countdown, or package.module:name
+    of your own `Problem` or of a function that makes one. If a problem is passed from Python, only
+    a label."""
     task_params: EnvParams = EnvParams()
-    """Arguments of the task by name, such as length; the others keep their defaults."""
+    """Arguments of the task by name, such as longest; the others keep their defaults."""
     total_timesteps: int = bounded(400 * 16 * 16 * 8, 1)
     """Tokens to generate, counting every response at its maximum length; rounded up to whole
     updates."""
     num_prompts: int = bounded(16, 1)
     """Prompts per update."""
     group_size: int = bounded(16, 1)
-    """Responses to each prompt (K)."""
+    """Responses per prompt (K)."""
     response_length: int = bounded(8, 1)
     """Maximum number of tokens of a response (R)."""
     oversampling: int = bounded(AUTO, 1, 64)
-    """Generate this many times num_prompts prompts, and learn from the first num_prompts of which
-    the responses differ in score (dynamic sampling). auto: 2 with dapo, else 1, which keeps all."""
+    """Dynamic sampling: generate responses to oversampling * num_prompts prompts, and learn from
+    the first num_prompts whose responses differ in score; 1 keeps all. auto: 2 with dapo, else
+    1."""
     overlong_buffer: int = bounded(AUTO, 0)
-    """Lower the score of responses that enter the last tokens of the maximum length: by 1 at the
-    end of this buffer, in proportion within it; 0 does not. auto: a fifth with dapo, else 0."""
+    """Size in tokens of a buffer at the end of response_length. Responses that reach into it lose
+    score, linearly up to 1 at its end; 0 disables this. auto: a fifth of response_length with dapo,
+    else 0."""
     averaging: Literal["auto", "tokens", "sequences", "constant"] = AUTO
-    """Average losses over all tokens of a minibatch, over the tokens of each response and then over
-    responses, or divide the sum by the maximum number of tokens. auto: what the objective's paper
-    does."""
+    """Average losses over all tokens of a minibatch (tokens), over the tokens of each response and
+    then over responses (sequences), or divide their sum by the maximum number of tokens (constant).
+    auto: as in the objective's paper."""
     kl_in: Literal["reward", "loss"] = "reward"
-    """Where the penalty on the KL divergence from the reference is: in the reward of each token, or
-    in the loss."""
-    kl_estimator: Literal["auto", "k1", "k2", "k3", "k2_sequence"] = AUTO
-    """Estimator of the divergence: log ratio, half its square, exp(-log ratio) - 1 + log ratio, or
-    (only in the loss) half the square of the response's log ratio. auto: k1 in the reward, k3 in
+    """Apply the penalty on the KL divergence from the reference in the reward of each token, or in
     the loss."""
+    kl_estimator: Literal["auto", "k1", "k2", "k3", "k2_sequence"] = AUTO
+    """Estimator of the KL divergence. k1: log ratio; k2: half its square; k3: exp(-log ratio) - 1 +
+    log ratio; k2_sequence (only in the loss): half the square of the whole response's log ratio.
+    auto: k1 in the reward, k3 in the loss."""
     kl_control: Literal["fixed", "proportional", "halving"] = "fixed"
-    """Keep kl_coef, or adapt it from update to update so that the divergence stays near kl_target:
+    """Keep kl_coef fixed, or adapt it after each update to keep the KL divergence near kl_target:
     in proportion to the error, or by halving and doubling."""
     whiten_rewards: bool = False
-    """Divide the rewards of tokens by their standard deviation over the batch. Near the optimum
-    rewards are almost constant, and this then amplifies noise."""
+    """Divide the token rewards by their standard deviation over the batch. Near the optimum,
+    rewards are almost constant and this amplifies noise."""
     update_epochs: int = bounded(1, 1)
     """Epochs over each batch of responses."""
     num_minibatches: int = bounded(2, 1)
     """Gradient steps per epoch; must divide num_prompts * group_size."""
-    num_layers: int = bounded(2, 1)
-    """Blocks of the decoder."""
-    width: int = bounded(64, 1)
+    num_layers: int = bounded(2, 1, 1024)
+    """Number of transformer blocks."""
+    width: int = bounded(64, 1, MAX_WIDTH)
     """Width of the residual stream; a multiple of num_heads."""
     num_heads: int = bounded(4, 1)
-    """Heads of queries."""
+    """Number of attention heads."""
     num_kv_heads: int = bounded(0, 0)
-    """Heads of keys and values, of which each serves several heads of queries; 0: num_heads."""
-    mlp_width: int = bounded(0, 0)
-    """Width of the hidden layer of a block; 0: 4 times the width."""
+    """Number of key/value heads; a divisor of num_heads (grouped-query attention). 0: num_heads."""
+    mlp_width: int = bounded(0, 0, MAX_WIDTH)
+    """Hidden width of the MLPs; 0: 4 times the width."""
     positions: Literal["learned", "rotary"] = "learned"
     """Position embeddings."""
     norm: Literal["layer", "rms"] = "layer"
-    """LayerNorm or RMSNorm."""
+    """Normalisation layers: LayerNorm or RMSNorm."""
     activation: Literal["gelu", "swiglu"] = "gelu"
-    """Activation of the hidden layers."""
+    """Activation of the MLPs."""
     tied_embeddings: bool = True
-    """Use the embedding of tokens as the last layer too."""
+    """Share the token embedding with the output layer."""
     context: int = bounded(0, 0)
-    """Maximum number of tokens of prompt and response; 0: as many as the task needs."""
+    """Maximum number of tokens of prompt plus response; 0: as long as the task needs."""
     critic: Literal["auto", "shared", "separate"] = "auto"
-    """With ppo_clip: values from the policy's decoder or from a second one (auto)."""
+    """With ppo_clip: compute values with the policy's decoder (shared) or a second one (separate).
+    auto: separate."""
     advantage_normalization: Literal["auto", "minibatch", "batch", "none"] = AUTO
-    """Normalise advantages over the tokens of a minibatch, of a batch, or not at all. auto: batch
-    with reinforce_pp, else none."""
+    """Normalise advantages over the tokens of each minibatch, over those of the batch, or not at
+    all. auto: batch with reinforce_pp, else none."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Learning-rate schedule over the run: decay to 0 (linear, cosine) or constant."""
     clip_schedule: Literal["linear", "cosine", "constant"] = "constant"
     """Schedule of clip_eps, clip_higher and vf_clip_eps: decay to 0, or constant."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "task_params", EnvParams(self.task_params))
+        try:
+            object.__setattr__(self, "task_params", EnvParams(self.task_params))
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("env_params", "task_params")) from error
         self._choose()
         check_fields(self)
         self._check_sizes()
@@ -112,8 +133,9 @@ class RLHFConfig(UpdateConfig):
         self._check_kl()
 
     def _choose(self) -> None:
-        """Set what is left at auto to the objective's defaults."""
-        chosen = TOKEN_OBJECTIVES.get(self.objective, TOKEN_OBJECTIVES["ppo_clip"])
+        """Set the settings left at auto to the objective's defaults."""
+        known = isinstance(self.objective, str) and self.objective in TOKEN_OBJECTIVES
+        chosen = TOKEN_OBJECTIVES[self.objective if known else "ppo_clip"]  # check_fields raises
         overlong = chosen.overlong and isinstance(self.response_length, int)
         values = {
             **_DEFAULTS,
@@ -180,15 +202,22 @@ class RLHFConfig(UpdateConfig):
             raise ConfigError(
                 f"hparams is of type {type(hparams).__name__}: must be an RLHFHParams"
             )
-        if self.kl_control != "fixed" and not is_traced(beta) and not _all_positive(beta):
+        for f in dataclasses.fields(HParams):
+            value = getattr(hparams, f.name)
+            if f.name in NEVER_READ and not is_traced(value) and np.any(value != f.default):
+                raise ConfigError(
+                    f"{f.name} = {value}: has no effect on a language model; leave it out (the "
+                    "weight of the KL penalty is kl_coef)"
+                )
+        if self.kl_control != "fixed" and not is_traced(beta) and not np.all(beta > 0):
             raise ConfigError(
                 f"kl_coef = {beta} with kl_control = {self.kl_control}: a weight of 0 stays 0; use "
                 "a positive one, or kl_control = fixed"
             )
 
     def why_unread(self, name: str) -> str | None:
-        """Return why a hyperparameter has no effect; None if it has one."""
-        if name in _NEVER or (name in _ONLY_WITH_CRITIC and not self.has_critic):
+        """Return why a hyperparameter has no effect, or None if it has an effect."""
+        if name in NEVER_READ or (name in _ONLY_WITH_CRITIC and not self.has_critic):
             return f"objective = {self.objective}"
         if name == "kl_target" and self.kl_control == "fixed":
             return "kl_control = fixed"
@@ -202,7 +231,7 @@ class RLHFConfig(UpdateConfig):
         return frozenset() if self.kl_control == "fixed" else frozenset({"kl_coef"})
 
     def make_task(self, **given: Any) -> Any:
-        """The task of tuning a decoder, see `rlhf.make_rlhf_task`."""
+        """Make the task that trains a decoder; see `rlhf.make_rlhf_task`."""
         from purejaxppo.rlhf.task import make_rlhf_task  # imports JAX
 
         given.pop("hparams", None)
@@ -214,7 +243,7 @@ class RLHFConfig(UpdateConfig):
         return make_rlhf_task(self)
 
     def architecture(self, vocab_size: int, context: int) -> Architecture:
-        """The decoder for a vocabulary and a maximum length of sequences."""
+        """The decoder's architecture for a vocabulary size and a context length."""
         critic = "separate" if self.critic == "auto" else self.critic
         return Architecture(
             vocab_size, context, self.num_layers, self.width, self.num_heads, self.num_kv_heads,
@@ -261,59 +290,56 @@ class RLHFConfig(UpdateConfig):
 
     @property
     def words(self) -> Words:
-        """What samples and results are called."""
-        return Words("tokens", "tokens", "score", "responses")
-
-
-def _all_positive(value: Any) -> bool:
-    import numpy as np
-
-    return bool(np.all(np.asarray(value) > 0))
+        """Names of samples and results, for progress and reports."""
+        return Words(
+            "tokens", "tokens", "score", "responses",
+            "have a score that is not finite; check the task's score function",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class RLHFHParams(HParams):
-    """`HParams` with defaults for language models, and what only they have."""
+    """`HParams` for language models: with other defaults and further hyperparameters."""
 
     learning_rate: Scalar = bounded(3e-3, 0, FLOAT_MAX)
     """Initial learning rate (Adam)."""
     gamma: Scalar = bounded(1.0, 0, 1)
     """With ppo_clip: discount factor per token."""
     clip_eps: Scalar | None = bounded(None, 0, open_low=True)  # pyright: ignore
-    """Clip the probability ratio to [1 - clip_eps, 1 + clip_eps]. None uses the objective's own:
-    0.2; for gspo, whose ratios are those of whole responses, 3e-4."""
+    """Clip the probability ratio to [1 - clip_eps, 1 + clip_eps]. None uses the objective's
+    default: 0.2, or 3e-4 for gspo and gspo_token, which use the ratio of the whole response."""
     clip_higher: Scalar | None = bounded(None, 0, open_low=True)
-    """Clip ratios above 1 + clip_higher instead; None uses clip_eps, or if that is None too, the
-    objective's own: 0.28 for dapo, 4e-4 for gspo."""
+    """Clip ratios above 1 + clip_higher instead. None uses clip_eps, with dapo 1.4 times clip_eps;
+    if clip_eps is None too, 4e-4 with gspo and gspo_token."""
     ent_coef: Scalar = bounded(0.0, 0, FLOAT_MAX)
     """Weight of the entropy bonus."""
     max_grad_norm: Scalar = bounded(1.0, 0, open_low=True)
     """Clip gradients to this global norm; inf disables clipping."""
     target_kl: Scalar | None = bounded(None, 0, open_low=True)
-    """Skip the remaining epochs of an update once the mean approximate KL of an epoch from the
-    policy that generated exceeds this; None never stops."""
+    """Skip the remaining epochs of an update once the mean approximate KL divergence of an epoch
+    from the policy that generated the responses exceeds this; None never stops."""
     kl_coef: Scalar = bounded(0.05, 0, FLOAT_MAX)
     """Weight beta of the penalty on the KL divergence from the reference; the initial weight if
     kl_control adapts it."""
     kl_target: Scalar = bounded(6.0, 0, FLOAT_MAX, open_low=True)
-    """With kl_control: the divergence to aim for, in nats per response (the mean over responses of
-    the sum over tokens)."""
+    """With kl_control: target KL divergence, in nats per response (the mean over responses of the
+    sum over tokens)."""
     kl_horizon: Scalar = bounded(10_000.0, 0, FLOAT_MAX, open_low=True)
     """With kl_control = proportional: horizon of the adaptation, in responses."""
     temperature: Scalar = bounded(1.0, 0, FLOAT_MAX, open_low=True)
-    """Logits are divided by it when responses are sampled for training, and in every
-    log-probability. Evaluations sample at temperature 1."""
+    """Sampling temperature of training, also used for all log-probabilities. Evaluations sample at
+    temperature 1."""
     score_clip: Scalar | None = bounded(None, 0, open_low=True)
-    """Clip scores to [-score_clip, score_clip]; None does not."""
+    """Clip scores to [-score_clip, score_clip]; None disables clipping."""
     missing_stop_penalty: Scalar = bounded(0.0, 0, FLOAT_MAX)
     """Subtracted from the score of responses without a stop token."""
     missing_stop_score: Scalar | None = bounded(None, -FLOAT_MAX, FLOAT_MAX)
-    """Score of responses without a stop token, in place of their own; None keeps it."""
+    """Replaces the score of responses without a stop token; None keeps their own score."""
 
     def with_clip_of(self, objective: TokenObjective) -> "RLHFHParams":
-        """Fill in the objective's own clip range."""
-        if self.clip_eps is not None:
-            return self
+        """Fill in what is None of the clip range."""
         low, high = objective.clip
+        if self.clip_eps is not None:
+            low, high = self.clip_eps, objective.clip_higher * self.clip_eps
         higher = high if self.clip_higher is None else self.clip_higher
         return dataclasses.replace(self, clip_eps=low, clip_higher=higher)

@@ -17,11 +17,11 @@ from purejaxppo.rlhf.architecture import Architecture
 from purejaxppo.types import Network, PyTree
 
 _LOWEST = -1e30
-"""Attention score of a key that must not be read; finite, so that gradients stay finite."""
+"""Attention score of a masked key; finite, so that gradients stay finite."""
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens that were read, the carry of a decoder that generates.
+    """KV cache: keys and values of the tokens read so far. The carry of a decoder in generation.
 
     Heads come before tokens: reading `[B, K, C, D]` takes a third of the time of `[B, C, K, D]` on
     CPU.
@@ -39,10 +39,11 @@ class Cache(NamedTuple):
 def make_decoder(architecture: Architecture) -> Network:
     """Make the network `(params, carry, obs, start) -> (carry, logits[T, B, V], value[T, B])`.
 
-    `obs` has leaves `[T, B]`: `token`, and `temperature`, by which logits are divided. With the
-    carry `()` it reads whole sequences. Where `start` is set, a new sequence begins, which does not
-    read the tokens before it; so prompts are padded on the left. With caches as the carry
-    (`initial_carry(n)`), it continues the sequences that it has read.
+    `obs` has the leaves `token` and `temperature` `[T, B]`; the temperature divides the logits.
+    With the carry `()`, the network processes whole sequences. Where `start` is set, a new sequence
+    begins, whose tokens do not attend to earlier ones. This masks padding, which is therefore on
+    the left of prompts. With KV caches as the carry (`initial_carry(n)`), the network continues the
+    cached sequences.
     """
     module = _ActorCritic(architecture)
 
@@ -108,8 +109,8 @@ class _ActorCritic(nn.Module):
 
 
 class _Trunk(nn.Module):
-    """Embeddings, blocks and the last norm: tokens `[B, T]` to features `[B, T, W]`. Also returns
-    the embedding of tokens."""
+    """Embeddings, blocks and the final norm: tokens `[B, T]` to features `[B, T, W]`. Also returns
+    the token embedding."""
 
     architecture: Architecture
 
@@ -146,7 +147,7 @@ class _Trunk(nn.Module):
 
 
 class _Block(nn.Module):
-    """Attention and a hidden layer, each after a norm, added to the residual stream."""
+    """A pre-norm transformer block: attention and an MLP, each added to the residual stream."""
 
     architecture: Architecture
 
@@ -160,7 +161,7 @@ class _Block(nn.Module):
         length: Int[Array, ""],
     ) -> tuple[Float[Array, "B T W"], tuple[Array, Array]]:
         made = self.architecture
-        into = 0.02 / math.sqrt(2 * made.num_layers)  # GPT-2: the residual stream adds up
+        into = 0.02 / math.sqrt(2 * made.num_layers)  # as in GPT-2, scaled by depth
         y = _norm(made, "norm_attention")(x)
         heads = made.num_heads, made.kv_heads, made.kv_heads
         names = "query", "key", "value"
@@ -191,8 +192,8 @@ def _attend(
     v: Float[Array, "B K C D"],
     visible: Bool[Array, "B T C"],
 ) -> Float[Array, "B T W"]:
-    """Softmax attention (Vaswani et al. 2017, arXiv:1706.03762, eq. 1), with H / K heads of queries
-    per head of keys (Ainslie et al. 2023, arXiv:2305.13245)."""
+    """Softmax attention (Vaswani et al. 2017, arXiv:1706.03762, eq. 1), with H / K query heads per
+    key/value head (Ainslie et al. 2023, arXiv:2305.13245)."""
     rows, heads, steps, width = q.shape
     grouped = q.reshape(rows, k.shape[1], -1, steps, width)
     scores = jnp.einsum("bkgtd,bkcd->bkgtc", grouped, k) / math.sqrt(width)
@@ -206,8 +207,8 @@ def _split_heads(x: Float[Array, "B T F"], heads: int) -> Float[Array, "B heads 
 
 
 def _rotate(x: Float[Array, "B H T D"], position: Int[Array, "B T"]) -> Float[Array, "B H T D"]:
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864, eq. 34), pairing each of the first D / 2
-    numbers with the one D / 2 after it, as Llama does."""
+    """Rotary position embeddings (Su et al. 2021, arXiv:2104.09864, eq. 34). Entry i is paired with
+    entry i + D / 2, as in Llama."""
     half = x.shape[-1] // 2
     angle = position[:, None, :, None] * 10_000.0 ** (-jnp.arange(half) / half)
     cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)

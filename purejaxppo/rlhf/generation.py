@@ -1,4 +1,4 @@
-"""Generates responses to prompts, one token at a time with cached keys and values."""
+"""Generates responses to prompts, token by token with a KV cache."""
 
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from purejaxppo.types import Network, PyTree
 
 
 class Prompts(NamedTuple):
-    """Token sequences `[N, L]`, padded on the left."""
+    """Prompts as token sequences `[N, L]`, left-padded."""
 
     tokens: Int[Array, "N L"]
     lengths: Int[Array, " N"]
@@ -23,15 +23,15 @@ class Prompts(NamedTuple):
 
 
 class Responses(NamedTuple):
-    """What was generated: R is the maximum number of tokens."""
+    """Generated responses; R is the maximum number of tokens."""
 
     tokens: Int[Array, "N R"]
     lengths: Int[Array, " N"]
-    """Number of tokens up to and including the stop token, or R. Later tokens mean nothing."""
+    """Number of tokens up to and including the stop token, or R. Ignore later tokens."""
     stopped: Bool[Array, " N"]
     """Whether the stop token was generated."""
     log_prob: Float[Array, "N R"]
-    """Log-probability of each token, as computed while generating."""
+    """Log-probability of each token, as computed during generation."""
 
 
 class _Step(NamedTuple):
@@ -56,16 +56,16 @@ def generate(
 ) -> Responses:
     """Generate one response per prompt.
 
-    Noise is drawn in each step: drawn at once it would be `[R, N, V]`.
+    The sampling noise is drawn step by step; an array for all steps would be `[R, N, V]`.
 
     Args:
         keys: one per prompt; a response depends only on its own key.
-        temperature: logits are divided by it.
-        deterministic: take the most likely token. May be traced.
-        top_k: sample among the most likely tokens only, this many of them; 0 among all.
-        top_p: sample among the most likely tokens only, as many as together have this probability
-            (Holtzman et al. 2019, arXiv:1904.09751). Log-probabilities are those of the whole
-            distribution in any case, so samples of either kind must not be learned from.
+        temperature: divides the logits.
+        deterministic: take the most likely token (greedy decoding). May be traced.
+        top_k: sample only from the `top_k` most likely tokens; 0 samples from all.
+        top_p: sample only from the most likely tokens with this total probability (nucleus
+            sampling, Holtzman et al. 2019, arXiv:1904.09751). Log-probabilities are always those of
+            the full distribution, so do not train on responses sampled with `top_k` or `top_p`.
     """
     rows = prompts.lengths.shape[0]
     carry, logits = read_prompts(network, params, prompts, temperature)
@@ -97,7 +97,7 @@ def generate(
 
 
 def truncated(logits: Float[Array, "N V"], top_k: int, top_p: float) -> Float[Array, "N V"]:
-    """Set the logits of unlikely tokens to the lowest float; the most likely token is kept."""
+    """Set the logits outside top-k and top-p to the lowest float; keeps the most likely token."""
     if top_k < 1 and top_p >= 1.0:
         return logits
     ranked = jnp.sort(logits, axis=-1)[..., ::-1]
@@ -115,7 +115,7 @@ def truncated(logits: Float[Array, "N V"], top_k: int, top_p: float) -> Float[Ar
 def read_prompts(
     network: Network, params: PyTree, prompts: Prompts, temperature: Any
 ) -> tuple[PyTree, Float[Array, "N V"]]:
-    """Fill the caches with the prompts; also returns the logits of the first response token."""
+    """Fill the KV caches with the prompts; also returns the logits of the first response token."""
     length = prompts.tokens.shape[1]
     start = jnp.arange(length)[:, None] == length - prompts.lengths
     carry = network.initial_carry(prompts.lengths.shape[0])
@@ -125,7 +125,7 @@ def read_prompts(
 
 
 def observe(token: Int[Array, "T N"], temperature: Any) -> dict[str, Array]:
-    """The decoder's observation of tokens."""
+    """The decoder's observation: tokens and their temperature."""
     return {
         "token": token,
         "temperature": jnp.full(token.shape, 1.0, jnp.float32) * temperature,

@@ -1,4 +1,4 @@
-"""Controllers of the weight of the KL penalty, from the KL divergence of an update's responses."""
+"""Controllers that adapt the weight of the KL penalty to the KL divergence of each update."""
 
 import dataclasses
 from typing import Any
@@ -7,20 +7,20 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from purejaxppo.objectives.base import KLController
-from purejaxppo.objectives.kl import adapted_beta
+from purejaxppo.objectives.kl import BETA_RANGE, adapted_beta
 from purejaxppo.rlhf.config import RLHFConfig
 from purejaxppo.types import LearnerState
 
 _MAX_ERROR = 0.2
-"""Largest relative error that the proportional controller acts on."""
+"""The proportional controller clips the relative error to this magnitude."""
 
 
 def make_controller(config: RLHFConfig) -> KLController:
-    """The controller that `config.kl_control` names.
+    """Make the controller that `config.kl_control` names.
 
     The divergence is the mean over responses of the sum over tokens of log pi - log pi_ref, in
-    nats. The state is the weight; a fixed weight has none, so that it may change when a run is
-    resumed.
+    nats. The state is the weight. A fixed weight has no state, so that a resumed run can use a
+    different one.
     """
     if config.kl_control == "fixed":
         return KLController(
@@ -44,20 +44,24 @@ def make_controller(config: RLHFConfig) -> KLController:
 
 
 def proportional(beta: Array, kl: Array, hparams: Any, responses: int) -> Array:
-    """The next weight (Ziegler et al. 2019, arXiv:1909.08593, section 2.2):
+    """The next weight (Ziegler et al. 2019, arXiv:1909.08593, section 2.2, with the step of its
+    code):
 
         beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon)
 
-    with n the number of responses of an update, and `kl_horizon` in responses.
+    with n the number of responses of an update, and `kl_horizon` in responses. Unlike there, the
+    weight is at most halved in one update, since a short horizon would make it negative, and it is
+    clipped to `BETA_RANGE`.
     """
     error = jnp.clip(kl / hparams.kl_target - 1.0, -_MAX_ERROR, _MAX_ERROR)
-    return beta * (1.0 + error * responses / hparams.kl_horizon)
+    factor = jnp.maximum(1.0 + error * responses / hparams.kl_horizon, 0.5)
+    return jnp.clip(beta * factor, *BETA_RANGE)
 
 
 def current(
     config: RLHFConfig, controller: KLController, learner: LearnerState, hparams: Any
 ) -> Any:
-    """The hyperparameters of an update, with the current `kl_coef` and the objective's own clip
-    range."""
+    """The hyperparameters of an update, with the current `kl_coef` and, if no clip range is set,
+    the objective's default."""
     beta = controller.value(learner.objective_state, hparams)
     return dataclasses.replace(hparams.with_clip_of(config.token_objective), kl_coef=beta)

@@ -1,6 +1,6 @@
 """Policy losses of responses, and the KL penalty in the loss.
 
-Tokens of a response are axis 0 of the terms, so a loss can combine them.
+The tokens of a response lie along axis 0 of the terms, so a loss can combine them.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ def sequence_surrogate(terms: Terms, hparams: Any) -> Array:
 
 
 def token_sequence_surrogate(terms: Terms, hparams: Any) -> Array:
-    """GSPO-token: the value of `sequence_surrogate`, with the gradient of each token's own
+    """GSPO-token: the ratio of `sequence_surrogate`, with the gradient of each token's own
     log-probability, so that advantages may differ within a response (Zheng et al. 2025,
     arXiv:2507.18071, eq. 13 and 14):
 
@@ -43,14 +43,14 @@ def token_sequence_surrogate(terms: Terms, hparams: Any) -> Array:
 
 
 def _over_response(terms: Terms, values: Array) -> Array:
-    """Mean over the tokens of each response that count, `[1, B]`."""
+    """Mean over the unmasked tokens of each response, `[1, B]`."""
     mask = jnp.broadcast_to(terms.mask, jnp.shape(values))
     total = jnp.sum(jnp.where(mask > 0, values, 0.0), axis=0, keepdims=True)
     return total / jnp.maximum(jnp.sum(mask, axis=0, keepdims=True), 1.0)
 
 
 def kl_estimate(kind: str, log_ratio: Array) -> Array:
-    """Estimate of KL(pi, pi_ref) from tokens of pi, where `log_ratio` is log pi - log pi_ref
+    """Estimate KL(pi, pi_ref) from tokens sampled from pi, where `log_ratio` is log pi - log pi_ref
     (Schulman 2020, "Approximating KL divergence").
 
         k1 = log_ratio    k2 = log_ratio^2 / 2    k3 = exp(-log_ratio) - 1 + log_ratio
@@ -65,10 +65,10 @@ def kl_estimate(kind: str, log_ratio: Array) -> Array:
 def with_kl(kind: str, loss: PolicyLoss) -> PolicyLoss:
     """Add `kl_coef` times an estimate of KL(pi, pi_ref) to a policy loss.
 
-    k2 and k3 are summed per token: the expected gradient of k2 is that of the KL divergence of one
-    token, without its effect on later tokens; that of k3 is that of KL(pi_ref, pi). For
-    `k2_sequence`, half the square of the response's summed log ratio, the expected gradient is that
-    of the KL divergence of responses.
+    k2 and k3 are computed for each token. The expected gradient of k2 is that of the token's
+    KL(pi, pi_ref), without the effect of the token on later ones; that of k3 is the gradient of
+    KL(pi_ref, pi). `k2_sequence` is half the square of the response's summed log ratio. Its
+    expected gradient is that of the KL divergence of whole responses.
     """
 
     def penalized(terms: Terms, hparams: Any) -> Array:
@@ -85,7 +85,7 @@ def with_kl(kind: str, loss: PolicyLoss) -> PolicyLoss:
 
 
 def make_token_loss(config: RLHFConfig, network: Network, policy: Policy) -> tuple[Objective, Loss]:
-    """The objective with the KL penalty that the config asks for, and the loss of a minibatch."""
+    """The objective, with the KL penalty if `kl_in` is loss, and the loss of a minibatch."""
     objective = config.token_objective.objective
     if config.kl_in == "loss":
         own = with_kl(config.kl_estimator, objective.loss)
@@ -95,8 +95,8 @@ def make_token_loss(config: RLHFConfig, network: Network, policy: Policy) -> tup
 
 
 def by_a_constant(config: RLHFConfig, loss: Loss) -> Loss:
-    """Divide the sum over the tokens of a minibatch by the maximum number of tokens, instead of by
-    the actual number (Liu et al. 2025, arXiv:2503.20783). Metrics remain means over tokens."""
+    """Divide the summed loss of a minibatch by the maximum number of tokens instead of the actual
+    number (Liu et al. 2025, arXiv:2503.20783). Metrics are still means over tokens."""
     constant = config.num_sequences * config.response_length / config.num_minibatches
 
     def scaled(

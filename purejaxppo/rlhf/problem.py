@@ -1,4 +1,4 @@
-"""What a language model is tuned for: prompts, and a score of the responses."""
+"""Problems to train a language model on: prompts, and a score of the responses."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,43 +18,43 @@ from purejaxppo.types import PyTree
 
 
 class Sample(NamedTuple):
-    """What a score function receives, for N responses."""
+    """The argument of a score function: N responses and their prompts."""
 
     prompts: Prompts
     responses: Responses
     extras: PyTree
-    """The rows of `Problem.extras` that belong to the prompts."""
+    """The rows of `Problem.extras` for these prompts."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Prompts and a score."""
+    """Prompts, a score function and a reference, from which the policy starts."""
 
     name: str
     prompts: Prompts
     """Prompts to train on `[P, L]`."""
     score: Callable[[Sample], Float[Array, " N"]]
-    """Score of each response; runs inside the compiled program."""
+    """Scores the responses; runs inside the compiled program."""
     vocab_size: int
-    """Number of tokens (V)."""
+    """Number of tokens in the vocabulary (V)."""
     stop_token: int
     """The token that ends a response; -1 if responses always have the maximum length."""
     reference: Callable[[Architecture], PyTree]
-    """Parameters of the frozen reference, with which the policy starts."""
+    """Makes the parameters of the frozen reference; the policy starts with the same parameters."""
     extras: PyTree = ()
-    """Leaves `[P, ...]` that the score reads, such as the right answers."""
+    """A pytree with leaves `[P, ...]` that the score reads, such as the correct answers."""
     held_out: Prompts | None = None
-    """Prompts to evaluate on; None uses those of training."""
+    """Prompts to evaluate on; None uses the training prompts."""
     held_out_extras: PyTree = ()
     exact_score: float | None = None
-    """The score of an exact answer, if answers can be exact; `summary.json` then has their
-    share."""
+    """Score of an exact answer, if answers can be exact. `summary.json` then contains the share of
+    exact answers."""
     longest_answer: int = 0
     """Number of tokens of the longest exact answer, stop token included; 0 if unknown."""
     tokenizer: Tokenizer | None = None
-    """Text of prompts and responses; None writes token numbers."""
+    """Converts prompts and responses to and from text; None uses token numbers."""
     extras_of: Callable[[Sequence[str]], PyTree] | None = None
-    """Makes the extras of other prompts, so that responses to them can be scored."""
+    """Makes the extras of new prompts, so that responses to them can be scored."""
 
     @property
     def prompt_length(self) -> int:
@@ -69,7 +69,7 @@ class Problem:
 
 
 def pad_left(rows: Sequence[Sequence[int]], width: int = 0) -> Prompts:
-    """Prompts `[N, L]` from lists of tokens; L is `width`, or the longest."""
+    """Make prompts `[N, L]` from lists of tokens; L is `width`, or the longest length if larger."""
     lengths = [len(row) for row in rows]
     tokens = np.zeros((len(rows), max(width, *lengths)), np.int32)
     for row, values in zip(tokens, rows, strict=True):
@@ -78,7 +78,7 @@ def pad_left(rows: Sequence[Sequence[int]], width: int = 0) -> Prompts:
 
 
 def problem_of(config: RLHFConfig) -> Problem:
-    """The problem that `config.task` names, with the arguments `config.task_params`.
+    """Make the problem that `config.task` names, with the arguments `config.task_params`.
 
     Raises:
         ConfigError: if there is no such task, or it does not take these arguments.
@@ -101,7 +101,7 @@ def problem_of(config: RLHFConfig) -> Problem:
         raise ConfigError(f"task = {name!r}: no such task; {hint}, or package.module:name")
     if not isinstance(made, Problem):
         raise ConfigError(
-            f"task = {name!r}: gave a {type(made).__name__}; it must be an rlhf.Problem or a "
+            f"task = {name!r}: returned a {type(made).__name__}; name an rlhf.Problem or a "
             "function that makes one"
         )
     return made

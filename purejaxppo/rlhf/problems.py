@@ -1,4 +1,4 @@
-"""Problems whose answers can be checked: the tasks that `RLHFConfig.task` names."""
+"""The shipped tasks (`RLHFConfig.task`): problems whose answers can be checked."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -26,11 +26,16 @@ _HELD_OUT = 5
 
 def random_reference(architecture: Architecture, seed: int = 0) -> PyTree:
     """Parameters of an untrained decoder."""
-    return make_decoder(architecture).init(jax.random.key(seed))
+    try:  # on the CPU if there is one, for the same numbers on every machine
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        device = None
+    with jax.default_device(device):
+        return make_decoder(architecture).init(jax.random.key(seed))
 
 
 class Answers(NamedTuple):
-    """The right answers, stop token included."""
+    """The correct answers, stop token included."""
 
     tokens: Int[Array, "N M"]
     """Padded on the right."""
@@ -40,13 +45,14 @@ class Answers(NamedTuple):
 def checkable(
     name: str, prompts: Sequence[str], answer: Callable[[str], str], alphabet: str
 ) -> Problem:
-    """Make a problem of prompts that have one right answer each, such as `312=` and `123`.
+    """Make a problem from prompts with one correct answer each, such as `312=` and `123`.
 
-    A response is right if it is the answer and then the stop token, which is written `.`. Prompts
-    are shuffled, and a fifth of them is held out. The reference is an untrained decoder.
+    An exact response is the answer followed by the stop token, written `.`, and scores 1. Other
+    responses score the share of the answer's tokens that they have in the right place. Prompts are
+    shuffled, and a fifth of them is held out. The reference is an untrained decoder.
 
     Args:
-        prompts: distinct texts of characters of the alphabet.
+        prompts: distinct texts, made of characters of the alphabet.
         answer: `prompt -> answer`.
         alphabet: the characters of prompts and answers, without `.`; each is a token.
     """
@@ -95,8 +101,8 @@ def _problem(
 
 
 def share_of_right_tokens(sample: Sample) -> Float[Array, " N"]:
-    """The fraction of the answer's tokens, its stop token included, that the response has in their
-    places; 1 for an exact answer. `Sample.extras` are `Answers`."""
+    """The share of the answer's tokens, stop token included, that the response has in the right
+    place; 1 for an exact answer. `Sample.extras` are `Answers`."""
     answers: Answers = sample.extras
     width = min(answers.tokens.shape[1], sample.responses.tokens.shape[1])
     place = jnp.arange(width)
@@ -130,21 +136,23 @@ def sum_digits(shortest: int = 2, longest: int = 4, digits: int = 5) -> Problem:
 
 
 def arithmetic(largest: int = 20) -> Problem:
-    """Add or subtract two numbers: the answer to `7+5=` is `12`, and to `9-4=` it is `5`."""
+    """Add or subtract two numbers of two digits: the answer to `07+15=` is `22`, and to `19-04=` it
+    is `15`."""
+    if not 1 <= largest <= 49:
+        raise ConfigError(f"largest = {largest}: must be from 1 to 49, for sums of two digits")
     pairs = itertools.product(range(largest + 1), repeat=2)
-    prompts = [f"{a}{sign}{b}=" for a, b in pairs for sign in "+-" if sign == "+" or a >= b]
+    prompts = [f"{a:02d}{sign}{b:02d}=" for a, b in pairs for sign in "+-" if sign == "+" or a >= b]
 
     def answer(prompt: str) -> str:
-        sign = "+" if "+" in prompt else "-"
-        first, second = (int(x) for x in prompt.rstrip("=").split(sign))
-        return str(first + second if sign == "+" else first - second)
+        first, second = int(prompt[:2]), int(prompt[3:5])
+        return f"{first + second if prompt[2] == '+' else first - second:02d}"
 
     return checkable("arithmetic", prompts, answer, f"{_DIGITS}+-=")
 
 
 def _numbers(shortest: int, longest: int, digits: int, most: int = 4096) -> list[str]:
-    """All numbers of `shortest` to `longest` digits below `digits`, each followed by `=`; of each
-    length at most `most`, drawn at random."""
+    """All numbers of `shortest` to `longest` digits, each digit below `digits`, followed by `=`. Of
+    lengths with more than `most` numbers, at most `most` are drawn at random."""
     if not 1 <= shortest <= longest or not 2 <= digits <= len(_DIGITS):
         raise ConfigError(
             f"shortest, longest, digits = {shortest}, {longest}, {digits}: lengths must be at least"
@@ -167,18 +175,18 @@ _OPERATORS = "+-*"
 
 
 class Countdown(NamedTuple):
-    """What a countdown response must use and reach."""
+    """The digits that a countdown response must use, and the value that it must have."""
 
     numbers: Int[Array, "N K"]
     target: Int[Array, " N"]
 
 
 def countdown(numbers: int = 3, largest: int = 6) -> Problem:
-    """Combine digits, each used once, with + - * to a target: an answer to `352:16=` is `3*2+5`, or
+    """Combine digits, each used once, with + - * to a target: an answer to `352:11=` is `3*2+5`, or
     any other expression with that value.
 
-    An exact answer scores 1. Otherwise the score is at most 0.5: half of it for digits and
-    operators in their places, half for using the given digits.
+    An exact answer scores 1. Other responses score at most 0.5: half of that for digits, operators
+    and the stop token in the right places, half for using the given digits.
     """
     if numbers not in (2, 3) or not 1 <= largest <= 9:
         raise ConfigError(
@@ -205,7 +213,7 @@ def countdown(numbers: int = 3, largest: int = 6) -> Problem:
 
 
 def _value(numbers: list[int], operators: list[str]) -> int:
-    """The value of an expression of 2 or 3 numbers, products first."""
+    """The value of an expression of 2 or 3 numbers, multiplication first."""
     apply = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
     if len(numbers) == 3 and operators[1] == "*":
         return apply[operators[0]](numbers[0], numbers[1] * numbers[2])
@@ -216,7 +224,7 @@ def _value(numbers: list[int], operators: list[str]) -> int:
 
 
 def _countdown_score(count: int, sample: Sample) -> Float[Array, " N"]:
-    """The score of expressions of `count` digits."""
+    """Score responses, which should be expressions of `count` digits."""
     wanted: Countdown = sample.extras
     size = 2 * count
     room = max(0, size - sample.responses.tokens.shape[1])
@@ -240,14 +248,14 @@ def _countdown_score(count: int, sample: Sample) -> Float[Array, " N"]:
 
 
 def _times(found: Int[Array, "N K"], wanted: Int[Array, "N K"]) -> Int[Array, " N"]:
-    """How many of the wanted numbers are found, counting repeated ones."""
+    """Number of wanted numbers that were found; repeated numbers count each time."""
     each = jnp.arange(len(_DIGITS))
     counts = [jnp.sum(x[..., None] == each, axis=1) for x in (found, wanted)]
     return jnp.sum(jnp.minimum(*counts), axis=1)
 
 
 def _apply(numbers: Int[Array, "N K"], operators: Int[Array, "N K"]) -> Int[Array, " N"]:
-    """Values of expressions, products first; operators are indices of `+-*`."""
+    """Values of expressions, multiplication first; operators are indices into `+-*`."""
 
     def one(a: Array, operator: Array, b: Array) -> Array:
         return jnp.select([operator == 0, operator == 1], [a + b, a - b], a * b)

@@ -1,4 +1,4 @@
-"""Responses as text: samples of a run, and what went wrong in one."""
+"""Responses as text: the samples of a run, and responses that made a run fail."""
 
 from typing import Any, NamedTuple
 
@@ -13,9 +13,9 @@ from purejaxppo.rlhf.problem import Problem, Sample
 from purejaxppo.types import PyTree, TrainState
 
 SHOWN = 8
-"""Number of prompts of which a run shows responses."""
+"""Number of prompts whose responses a run shows."""
 _MAX_TEXT = 400
-"""Length of a text in an error message."""
+"""Maximum length of a text in an error message."""
 
 
 class Texts(NamedTuple):
@@ -35,9 +35,14 @@ def texts_of(problem: Problem, sample: Sample) -> Texts:
     return Texts(told, said)
 
 
+def finite(value: Any) -> float | None:
+    """A number for JSON, which has no NaN and no infinity."""
+    return float(value) if np.isfinite(value) else None
+
+
 class Samples:
-    """`state -> samples`: responses to the first held-out prompts, always with the same random
-    numbers, as rows of a table."""
+    """`state -> samples`: responses to the first held-out prompts, always with the same random key,
+    as rows of a table."""
 
     def __init__(self, parts: TokenParts, data: PyTree):
         config, problem, network = parts
@@ -61,23 +66,34 @@ class Samples:
         texts, stopped = texts_of(self._problem, sample), np.asarray(sample.responses.stopped)
         rows = zip(*texts, np.asarray(score), stopped, strict=True)
         return [
-            {"prompt": p, "response": r, "score": float(s), "stopped": bool(end)}
+            {"prompt": p, "response": r, "score": finite(s), "stopped": bool(end)}
             for p, r, s, end in rows
         ]
 
 
-def explain_failure(parts: TokenParts, data: PyTree, state: TrainState, hparams: Any) -> str | None:
-    """Name the first response of the next update whose score is not finite; None if all are."""
-    config, problem, _ = parts
-    hparams = current(config, make_controller(config), state.learner, hparams)
-    sample = jax.jit(TokenActor(*parts).sample)
-    _, found, score = sample(state.learner.params, state.actors, hparams, data)
-    bad = np.flatnonzero(~np.isfinite(np.asarray(score)))
-    if not bad.size:
-        return None
-    texts = texts_of(problem, jax.tree.map(lambda x: x[bad[:1]], found))
-    return (
-        f"the score of task {problem.name} is not finite for {bad.size} of {len(score)} responses, "
-        f"first for the prompt {texts.prompts[0][:_MAX_TEXT]!r} and the response "
-        f"{texts.responses[0][:_MAX_TEXT]!r}"
-    )
+class Failures:
+    """`(last good state of one seed, hparams) -> reason`: names the first response of the next
+    update whose score is not finite; None if all are finite."""
+
+    def __init__(self, parts: TokenParts, data: PyTree):
+        config, self._problem, _ = parts
+        self._data, actor = data, TokenActor(*parts)
+
+        def sample(state: TrainState, hparams: Any, data: PyTree) -> tuple[Sample, jax.Array]:
+            hparams = current(config, make_controller(config), state.learner, hparams)
+            _, found, score = actor.sample(state.learner.params, state.actors, hparams, data)
+            return found, score
+
+        self._sample = jax.jit(sample)
+
+    def __call__(self, state: TrainState, hparams: Any) -> str | None:
+        found, score = self._sample(state, hparams, self._data)
+        bad = np.flatnonzero(~np.isfinite(np.asarray(score)))
+        if not bad.size:
+            return None
+        texts = texts_of(self._problem, jax.tree.map(lambda x: x[bad[:1]], found))
+        return (
+            f"the score of task {self._problem.name} is not finite for {bad.size} of {len(score)} "
+            f"responses, first for the prompt {texts.prompts[0][:_MAX_TEXT]!r} and the response "
+            f"{texts.responses[0][:_MAX_TEXT]!r}"
+        )

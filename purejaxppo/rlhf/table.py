@@ -20,14 +20,16 @@ class TokenObjective:
     """`returns[G, K] -> (baseline[G, K], scale[G, K])`: the advantage is (return - baseline) *
     scale. None uses the critic, or no baseline if there is none."""
     per_token: bool = False
-    """Whether a token's advantage is computed from the rewards from that token on, rather than from
-    those of the whole response."""
+    """Whether a token's advantage is computed from its reward-to-go instead of the return of the
+    whole response."""
     averaging: str = "tokens"
     """The default of `RLHFConfig.averaging`."""
     clip: tuple[float, float] = (0.2, 0.2)
     """The defaults of `clip_eps` and `clip_higher`."""
+    clip_higher: float = 1.0
+    """The default of `clip_higher` as a multiple of `clip_eps`, if that is given."""
     overlong: bool = False
-    """Whether `overlong_buffer` is a fifth of the response by default."""
+    """Whether `overlong_buffer` is a fifth of `response_length` by default."""
     defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     """Values for other settings left at auto."""
 
@@ -37,7 +39,7 @@ class TokenObjective:
 
     @property
     def uses_groups(self) -> bool:
-        """Whether the other responses to a prompt are the baseline."""
+        """Whether the baseline is computed from the responses to the same prompt."""
         return self.baseline is not None
 
 
@@ -58,12 +60,12 @@ _ALL = (
         dataclasses.replace(_CLIP, maximises=f"{_PER_TOKEN}, A from a critic by GAE"),
     ),
     TokenObjective(
-        _without_critic("reinforce_pp", f"{_PER_TOKEN}, A = rewards from the token on, normalised"),
+        _without_critic("reinforce_pp", f"{_PER_TOKEN}, A = reward-to-go, normalised"),
         per_token=True,
         defaults=MappingProxyType({"advantage_normalization": "batch"}),
     ),
     TokenObjective(
-        _without_critic("rloo", f"{_PER_TOKEN}, A = return - mean of the others"),
+        _without_critic("rloo", f"{_PER_TOKEN}, A = return - mean return of the others"),
         _LEAVE_ONE_OUT,
         averaging="constant",
     ),
@@ -81,6 +83,7 @@ _ALL = (
         _without_critic("dapo", f"{_PER_TOKEN}, A as in grpo, groups with equal scores left out"),
         _STANDARDIZED,
         clip=(0.2, 0.28),
+        clip_higher=1.4,
         overlong=True,
         defaults=MappingProxyType({"oversampling": 2}),
     ),
@@ -96,8 +99,8 @@ _ALL = (
     TokenObjective(
         _without_critic(
             "gspo_token",
-            "min(s A, clip(s) A), s the response's ratio, A = rewards from the token on - mean "
-            "return of the others",
+            "min(s A, clip(s) A), s the response's ratio, A = reward-to-go - mean return of the "
+            "others",
             "token_sequence_surrogate",
         ),
         _LEAVE_ONE_OUT,

@@ -1,4 +1,4 @@
-"""A language model tuned against a score, as a `Task`."""
+"""The `Task` of training a language model to maximise a score."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,12 +12,14 @@ from jaxtyping import Array, Float, Key
 
 from purejaxppo.checks import ConfigError
 from purejaxppo.collectives import masked_mean
+from purejaxppo.config import Chosen
 from purejaxppo.distributions import categorical
 from purejaxppo.improve import make_improve
 from purejaxppo.inputs import check_fits
 from purejaxppo.learner import make_learner
 from purejaxppo.objectives.base import KLController
 from purejaxppo.optimizer import ADAM
+from purejaxppo.references import called
 from purejaxppo.rlhf.actor import TokenParts, make_token_actor
 from purejaxppo.rlhf.advantages import estimate
 from purejaxppo.rlhf.architecture import Architecture
@@ -27,7 +29,7 @@ from purejaxppo.rlhf.generation import Prompts, Responses, generate, observe
 from purejaxppo.rlhf.kl import current, make_controller
 from purejaxppo.rlhf.losses import make_token_loss
 from purejaxppo.rlhf.problem import Problem, Sample, problem_of
-from purejaxppo.rlhf.samples import Samples, explain_failure
+from purejaxppo.rlhf.samples import Failures, Samples
 from purejaxppo.task import Task
 from purejaxppo.types import (
     Batch,
@@ -43,16 +45,17 @@ from purejaxppo.types import (
 
 
 def make_rlhf_task(config: RLHFConfig, problem: Problem | None = None) -> Task:
-    """Make the task that tunes a decoder for a problem.
+    """Make the task that trains a decoder on a problem.
 
-    The learner is that of reinforcement learning: tokens are actions, and a rollout is generated
-    text. The prompts, the reference and what the score reads are the task's `data`.
+    The learner is the same as for environments: tokens are actions, and a rollout is a batch of
+    generated responses. The prompts, the extras of the score and the reference's parameters are the
+    task's `data`.
 
     Args:
         problem: None uses the one that `config.task` names.
 
     Raises:
-        ConfigError: if settings and problem do not fit each other.
+        ConfigError: if the config and the problem do not fit each other.
     """
     passed = () if problem is None else ("task",)
     with_config = make_rlhf_task if problem is None else partial(make_rlhf_task, problem=problem)
@@ -60,9 +63,11 @@ def make_rlhf_task(config: RLHFConfig, problem: Problem | None = None) -> Task:
         problem = problem_of(config)
     else:
         config = dataclasses.replace(config, task=problem.name)
+    config = _with_room_for_answers(config, problem)
     _check(config, problem)
     architecture = architecture_of(config, problem)
-    network, reference = make_decoder(architecture), problem.reference(architecture)
+    network = make_decoder(architecture)
+    reference = called(f"reference of {problem.name}", problem.reference, architecture)
     check_fits(f"reference of {problem.name}", reference, _shapes(network))
     held_out = problem.held_out
     data = {
@@ -88,7 +93,7 @@ def make_rlhf_task(config: RLHFConfig, problem: Problem | None = None) -> Task:
         costs=partial(_costs, parts),
         results=partial(_results, problem),
         samples=Samples(parts, data),
-        explain=partial(explain_failure, parts, data),
+        explain=Failures(parts, data),
     )
 
 
@@ -97,10 +102,31 @@ def _shapes(network: Network) -> PyTree:
 
 
 def architecture_of(config: RLHFConfig, problem: Problem) -> Architecture:
-    """The decoder of a problem: its context is `config.context`, or the longest prompt and
-    response."""
+    """The decoder's architecture for a problem. Its context is `config.context`, or the longest
+    prompt plus `response_length`."""
     needed = problem.prompt_length + config.response_length
     return config.architecture(problem.vocab_size, config.context or needed)
+
+
+def _with_room_for_answers(config: RLHFConfig, problem: Problem) -> RLHFConfig:
+    """Shorten the default of `overlong_buffer` so that exact answers lose nothing. Raises
+    `ConfigError` if they do not fit, or a buffer that was given takes up their room."""
+    longest, room = problem.longest_answer, config.response_length - config.overlong_buffer
+    if longest > config.response_length:
+        raise ConfigError(
+            f"response_length = {config.response_length}: the longest answer of {problem.name} has "
+            f"{longest} tokens; use at least {longest}"
+        )
+    if longest <= room or not config.overlong_buffer:
+        return config
+    shorter = config.response_length - longest
+    if not isinstance(config.overlong_buffer, Chosen):
+        raise ConfigError(
+            f"overlong_buffer = {config.overlong_buffer}: would lower the score of right answers, "
+            f"which have up to {longest} of response_length = {config.response_length} tokens; use "
+            f"at most {shorter}, or a larger response_length"
+        )
+    return dataclasses.replace(config, overlong_buffer=shorter)
 
 
 def _check(config: RLHFConfig, problem: Problem) -> None:
@@ -111,54 +137,60 @@ def _check(config: RLHFConfig, problem: Problem) -> None:
             f"{problem.prompt_length} tokens and response_length = {config.response_length}, "
             f"together {needed}; use at least {needed}, or shorter responses"
         )
-    if problem.longest_answer > config.response_length:
-        raise ConfigError(
-            f"response_length = {config.response_length}: the longest answer of {problem.name} has "
-            f"{problem.longest_answer} tokens; use at least {problem.longest_answer}"
-        )
     if not -1 <= problem.stop_token < problem.vocab_size:
         raise ConfigError(
             f"stop_token = {problem.stop_token}: must be a token below vocab_size = "
             f"{problem.vocab_size}, or -1 for none"
         )
-    sets = [("prompts", problem.prompts, problem.extras)]
+    _check_prompts("prompts", problem.prompts, problem.extras, problem.vocab_size)
+    _check_score(config, problem, problem.prompts, problem.extras)
     if problem.held_out is not None:
-        sets.append(("held_out", problem.held_out, problem.held_out_extras))
-    for name, prompts, extras in sets:
-        _check_prompts(name, prompts, extras, problem.vocab_size)
-    _check_score(config, problem)
+        _check_prompts("held_out", problem.held_out, problem.held_out_extras, problem.vocab_size)
+        _check_score(config, problem, problem.held_out, problem.held_out_extras)
+    for token in range(problem.vocab_size):
+        called("tokenizer", problem.text.decode, [token])
 
 
 def _check_prompts(name: str, prompts: Prompts, extras: PyTree, vocab_size: int) -> None:
-    """Raise `ConfigError` unless all tokens, padding included, and lengths are possible."""
+    """Raise `ConfigError` unless all tokens, padding included, and all lengths are valid."""
     tokens, lengths = np.asarray(prompts.tokens), np.asarray(prompts.lengths)
+    whole = all(np.issubdtype(x.dtype, np.integer) for x in (tokens, lengths))
+    if tokens.ndim != 2 or lengths.shape != tokens.shape[:1] or not whole or not lengths.size:
+        raise ConfigError(
+            f"{name}: tokens are {tokens.dtype}{list(tokens.shape)}, lengths "
+            f"{lengths.dtype}{list(lengths.shape)}; must be integers [P, L] and [P], with P at "
+            "least 1"
+        )
     if lengths.min() < 1:
         raise ConfigError(f"{name}: one is empty; each needs at least one token")
     if lengths.max() > tokens.shape[1]:
         raise ConfigError(
-            f"{name}: a length of {lengths.max()} for {tokens.shape[1]} tokens; lengths count the "
-            "tokens without padding"
+            f"{name}: has a length of {lengths.max()} in rows of {tokens.shape[1]} tokens; lengths "
+            "count the tokens without padding"
         )
     if tokens.min() < 0 or tokens.max() >= vocab_size:
         raise ConfigError(
             f"{name}: tokens from {tokens.min()} to {tokens.max()}, but vocab_size = {vocab_size}; "
             "all tokens, padding included, must be from 0 to vocab_size - 1"
         )
-    if any(len(x) != len(tokens) for x in jax.tree.leaves(extras)):
-        raise ConfigError(f"{name}: the extras need one row per prompt, {len(tokens)} rows")
+    if any(np.shape(x)[:1] != tokens.shape[:1] for x in jax.tree.leaves(extras)):
+        raise ConfigError(
+            f"{name}: the extras must be arrays with one row per prompt, {len(tokens)} rows"
+        )
 
 
-def _check_score(config: RLHFConfig, problem: Problem) -> None:
+def _check_score(config: RLHFConfig, problem: Problem, prompts: Prompts, extras: PyTree) -> None:
     """Raise `ConfigError` unless the score is one number per response."""
-    rows = min(2, problem.prompts.lengths.shape[0])
-    prompts = problem.prompts.take(jnp.arange(rows))
+    rows = min(2, prompts.lengths.shape[0])
     shape = rows, config.response_length
     responses = Responses(
         jnp.zeros(shape, jnp.int32), jnp.ones(rows, jnp.int32), jnp.zeros(rows, bool),
         jnp.zeros(shape),
     )  # fmt: skip
-    extras = jax.tree.map(lambda x: x[:rows], problem.extras)
-    found = jax.eval_shape(problem.score, Sample(prompts, responses, extras))
+    sample = Sample(
+        prompts.take(jnp.arange(rows)), responses, jax.tree.map(lambda x: x[:rows], extras)
+    )
+    found: Any = called(f"score of {problem.name}", jax.eval_shape, problem.score, sample)
     if getattr(found, "shape", None) != (rows,):
         raise ConfigError(
             f"score of {problem.name}: returned shape {getattr(found, 'shape', None)} for {rows} "
@@ -209,7 +241,7 @@ class _TokenLearner(NamedTuple):
     def update(
         self, state: TrainState, hparams: Any, data: PyTree = ()
     ) -> tuple[TrainState, Metrics]:
-        """One update, without metrics of episodes, which count prompts as steps."""
+        """One update. Drops the metrics of episodes, which would count prompts as steps."""
         hparams = current(self.config, self.controller, state.learner, hparams)
         state, metrics = self.learner.update(state, hparams, data)
         dropped = ("episodes", "episode_return", "episode_length")
@@ -218,7 +250,7 @@ class _TokenLearner(NamedTuple):
 
 
 def _and_adapt_kl(improve: Improve, controller: KLController, axis: str | None) -> Improve:
-    """Add the metrics of text, and update the weight of the KL penalty."""
+    """Add the metrics of responses, and update the weight of the KL penalty."""
 
     def improved(
         learner: LearnerState, batch: Batch, hparams: Any, data: PyTree = ()
@@ -233,7 +265,7 @@ def _and_adapt_kl(improve: Improve, controller: KLController, axis: str | None) 
 
 
 def token_metrics(batch: Batch, axis: str | None) -> Metrics:
-    """Metrics of generated text; means over responses, `decoding_gap` over tokens."""
+    """Metrics of responses: means over responses, except `decoding_gap`, a mean over tokens."""
     rollout = batch.rollout
     extras, mask = rollout.extras, rollout.mask
     ends = rollout.terminated.astype(jnp.float32)
@@ -260,7 +292,7 @@ def _evaluate(
     max_steps: int | None = None,
     data: PyTree,
 ) -> Float[Array, " num_episodes"]:
-    """Scores of responses to the held-out prompts, in turn, at temperature 1."""
+    """Scores of responses to the held-out prompts, used in turn, at temperature 1."""
     config, problem, network = parts
     if max_steps is not None:
         raise ConfigError(
@@ -275,12 +307,13 @@ def _evaluate(
         deterministic=deterministic,
     )  # fmt: skip
     extras = jax.tree.map(lambda x: x[rows], data["held_out_extras"])
-    return jnp.asarray(problem.score(Sample(prompts, responses, extras)), jnp.float32)
+    score = jnp.asarray(problem.score(Sample(prompts, responses, extras)), jnp.float32)
+    return jnp.where(jnp.isfinite(score), score, jnp.nan)
 
 
 def _results(problem: Problem, metrics: Mapping[str, Any], evaluated: Mapping[str, Any]) -> Any:
-    """What `summary.json` has besides scores: the share of exact answers to held-out prompts, by
-    the most likely tokens (`exact`) and sampled; score and divergence of the last update."""
+    """Further entries of `summary.json`: score and KL divergence of the last update, and the share
+    of exact answers to held-out prompts, greedy (`exact`) and sampled (`exact_sampled`)."""
     found = {}
     for name in ("score", "reference_kl"):
         last = metrics[name][:, -1]

@@ -1,4 +1,4 @@
-"""Text from a trained policy."""
+"""Generates text with a trained policy."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +10,14 @@ import numpy as np
 
 from purejaxppo.checks import ConfigError
 from purejaxppo.host.load import find_states, task_of
+from purejaxppo.host.rundir import SWEEP, holds
 from purejaxppo.inputs import whole_number
 from purejaxppo.references import called
 from purejaxppo.rlhf.config import RLHFConfig
 from purejaxppo.rlhf.decoder import make_decoder
 from purejaxppo.rlhf.generation import generate
 from purejaxppo.rlhf.problem import Problem, Sample, pad_left, problem_of
-from purejaxppo.rlhf.samples import texts_of
+from purejaxppo.rlhf.samples import finite, texts_of
 from purejaxppo.rlhf.task import architecture_of
 from purejaxppo.types import PyTree
 
@@ -27,11 +28,11 @@ class Completion(NamedTuple):
     text: str
     """Without the stop token."""
     stopped: bool
-    """Whether it ended with the stop token, not with the maximum length."""
+    """Whether it ended with the stop token, not at the maximum length."""
     score: float | None
     """The task's score; None if the task cannot score responses to this prompt."""
     log_prob: float
-    """Log-probability of the whole response under the policy, at the temperature of sampling."""
+    """Log-probability of the whole response under the policy, at the sampling temperature."""
 
 
 class Generator:
@@ -59,21 +60,21 @@ class Generator:
         best_of: int = 1,
         seed: int = 0,
     ) -> list[list[Completion]]:
-        """Respond to each prompt.
+        """Generate responses to each prompt.
 
         Args:
-            num_responses: responses to each prompt.
+            num_responses: responses per prompt.
             greedy: take the most likely token instead of sampling.
-            temperature: logits are divided by it.
-            top_k: sample among this many most likely tokens; 0 among all.
-            top_p: sample among the most likely tokens that together have this probability.
+            temperature: sampling temperature, which divides the logits.
+            top_k: sample only from the `top_k` most likely tokens; 0 samples from all.
+            top_p: sample only from the most likely tokens with this total probability.
             max_tokens: maximum length of a response; None uses the config's `response_length`.
             best_of: generate this many times as many responses, and keep those with the highest
                 scores.
             seed: base random seed.
 
         Returns:
-            for each prompt, its responses; with `best_of`, the best first.
+            the responses to each prompt; with `best_of`, in descending order of score.
 
         Raises:
             ConfigError: if a prompt is empty, too long or has unknown characters, an argument is
@@ -87,6 +88,8 @@ class Generator:
             raise ConfigError(
                 "greedy: all responses to a prompt are the same; use num_responses = best_of = 1"
             )
+        if whole_number("seed", seed, 0) >= 2**32:
+            raise ConfigError(f"seed = {seed}: must be below 2^32")
         if not prompts:
             raise ConfigError("prompts: is empty; give at least one")
         rows = pad_left([self._encode(text, length) for text in prompts for _ in range(tries)])
@@ -99,13 +102,13 @@ class Generator:
         )(self._params, jax.random.split(jax.random.key(seed), len(prompts) * tries))  # fmt: skip
         extras = self._extras(prompts, tries, best_of > 1)
         sample = Sample(rows, responses, extras)
-        scores = None if extras is None else np.asarray(self._problem.score(sample))
+        scores = self._scores(sample, length, best_of > 1)
         texts = texts_of(self._problem, sample._replace(extras=()))
         used = np.arange(length) < np.asarray(responses.lengths)[:, None]
         log_probs = np.sum(np.asarray(responses.log_prob) * used, axis=1)
         found = [
             Completion(
-                text, bool(responses.stopped[i]), None if scores is None else float(scores[i]),
+                text, bool(responses.stopped[i]), None if scores is None else finite(scores[i]),
                 float(log_probs[i]),
             )
             for i, text in enumerate(texts.responses)
@@ -114,6 +117,20 @@ class Generator:
         if best_of > 1:
             groups = [sorted(group, key=lambda x: -(x.score or 0.0))[:count] for group in groups]
         return groups
+
+    def _scores(self, sample: Sample, length: int, needed: bool) -> Any:
+        """The task's scores; None if it cannot score these responses."""
+        if sample.extras is None:
+            return None
+        if length == self._config.response_length:
+            score = called(f"score of {self._problem.name}", self._problem.score, sample)
+            return np.asarray(score)
+        if needed:
+            raise ConfigError(
+                f"best_of with max_tokens = {length}: the score is of responses of at most "
+                f"{self._config.response_length} tokens; leave max_tokens out"
+            )
+        return None
 
     def _length(self, max_tokens: int | None) -> int:
         if max_tokens is None:
@@ -134,15 +151,15 @@ class Generator:
         return tokens
 
     def _extras(self, prompts: Sequence[str], tries: int, needed: bool) -> Any:
-        """What the score reads for these prompts; None if it cannot be had."""
+        """The extras of the score for these prompts; None if they cannot be made."""
         problem = self._problem
         if not jax.tree.leaves(problem.extras):
             return problem.extras
         if problem.extras_of is None:
             if needed:
                 raise ConfigError(
-                    f"best_of: the score of task {problem.name} reads extras, and the problem has "
-                    "no extras_of to make them for other prompts"
+                    f"best_of: the score of task {problem.name} reads extras, but the problem has "
+                    "no extras_of to make them for new prompts; define it, or leave out best_of"
                 )
             return None
         try:
@@ -188,8 +205,13 @@ def load_generator(
             updates.
 
     Raises:
-        ConfigError: if there is no such checkpoint or seed, or it is not of a language model.
+        ConfigError: if the checkpoint or seed does not exist, or is not of a language model.
     """
+    if holds(Path(run_dir), SWEEP):
+        raise ConfigError(
+            f"{str(run_dir)!r}: is a sweep; make a run of its best trial with `purejaxppo resume "
+            f"{run_dir} --trial best`"
+        )
 
     def task(settings: Any) -> Any:
         if not isinstance(settings.config, RLHFConfig):

@@ -8,10 +8,10 @@ from purejaxppo.checks import ConfigError
 
 
 class Tokenizer(Protocol):
-    """What reads prompts and writes responses."""
+    """Converts prompts to tokens, and responses to text."""
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text. Raises `ConfigError` if it has none."""
+        """The tokens of a text. Raises `ConfigError` if it cannot be encoded."""
         ...
 
     def decode(self, tokens: Sequence[int]) -> str:

@@ -14,17 +14,17 @@ from purejaxppo.checks import nearest
 from purejaxppo.config import ConfigError, HParams, TaskConfig
 from purejaxppo.host.configfile import toml
 
-_NOT_SWEPT = ("env_id", "env_params")
+_NOT_SWEPT = ("env_id", "env_params", "task", "task_params")
 
 
 def _fields_of(kind: type) -> dict[str, Any]:
     """Names and types of the fields of a settings class and of all its subclasses."""
     found = {}
-    for sub in kind.__subclasses__():
-        found |= _fields_of(sub)
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         found |= {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+    for sub in kind.__subclasses__():
+        found |= _fields_of(sub)
     return {name: hint for name, hint in found.items() if name not in _NOT_SWEPT}
 
 
@@ -256,9 +256,10 @@ def _canonical(name: str) -> str:
     known = {"": _static() | _traced(), "hparams": _traced()}.get(table, {})
     if field in known:
         return field
-    if field == "env_id":
+    if field in ("env_id", "task"):
         raise ConfigError(
-            "env_id: returns of different environments do not compare; run one sweep for each"
+            f"{field}: returns of different environments or tasks do not compare; run one sweep "
+            "for each"
         )
     near = nearest(field, [*_static(), *_traced()], 0.5)
     hint = f"did you mean {near}?" if near else "`purejaxppo train --help` lists them"

@@ -9,6 +9,7 @@ import pytest
 
 import purejaxppo as ppo
 from purejaxppo.rlhf import PROBLEMS, Characters, Prompts, Responses, Sample, TokenIds
+from purejaxppo.rlhf.config import TASKS
 from purejaxppo.rlhf.problem import Problem, pad_left
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -43,7 +44,8 @@ def text(problem: Problem, prompts: Prompts) -> list[str]:
 def answer_of(name: str, prompt: str) -> str:
     given = prompt[:-1]
     if name == "arithmetic":
-        return str(eval(given))
+        first, second = int(given[:2]), int(given[3:])
+        return f"{first + second if given[2] == '+' else first - second:02d}"
     return {
         "sort": lambda: "".join(sorted(given)),
         "reverse": lambda: given[::-1],
@@ -123,11 +125,16 @@ def test_each_prompt_of_a_task_is_in_one_split_and_has_an_exact_answer(name: str
         ("sort", {"digits": 11}, "digits from 2 to 10"),
         ("countdown", {"numbers": 4}, "numbers must be 2 or 3"),
         ("sort", {"shortest": 1, "longest": 1, "digits": 1}, "digits from 2 to 10"),
+        ("arithmetic", {"largest": 50}, "must be from 1 to 49"),
     ],
 )
 def test_impossible_arguments_of_a_task(name: str, given: dict[str, Any], words: str):
     with pytest.raises(ppo.ConfigError, match=words):
         PROBLEMS[name](**given)
+
+
+def test_the_command_line_knows_the_names_of_the_tasks():
+    assert set(TASKS) == set(PROBLEMS)
 
 
 def test_tokenizers():

@@ -287,6 +287,17 @@ def test_controllers_of_the_penalty(kind: Any, kl: float, factor: float | None):
     assert float(controller.value(state, hparams)) == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_short_horizon_does_not_make_the_weight_negative():
+    config = config_of("rloo", num_prompts=64, kl_control="proportional")
+    controller = make_controller(config)
+    hparams = RLHFHParams(kl_coef=0.5, kl_horizon=10.0)
+    beta = controller.update(controller.init(hparams), jnp.asarray(0.0), hparams)
+    assert float(beta) == 0.25
+    for _ in range(100):
+        beta = controller.update(beta, jnp.asarray(1e9), hparams)
+    assert np.isfinite(beta)
+
+
 def test_the_weight_of_the_penalty_survives_a_resume(tmp_path: Any, fused: Any):
     config = config_of(
         "grpo", total_timesteps=6 * 16 * 3, num_prompts=4, group_size=4, kl_control="halving"

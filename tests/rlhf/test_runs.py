@@ -29,7 +29,8 @@ from purejaxppo.rlhf import (
 
 SMALL = (
     "--num-layers 1 --width 16 --num-heads 2 --num-prompts 4 --group-size 4 --num-minibatches 2 "
-    "--eval-episodes 8 --task-params.longest 2 --task-params.digits 3 --total-timesteps 640"
+    "--eval-episodes 8 --task-params.shortest 2 --task-params.longest 2 --task-params.digits 3 "
+    "--response-length 8 --total-timesteps 640"
 ).split()
 UPDATES = 640 // (16 * 8)
 
@@ -59,7 +60,7 @@ def test_a_run_from_the_command_line(trained: Path, capsys: Any):
     settings = load_settings(trained / "config.toml")
     assert (trained / "config.toml").read_text().startswith('kind = "rlhf"\nobjective = "grpo"\n')
     assert isinstance(settings.config, RLHFConfig)
-    assert dict(settings.config.task_params) == {"longest": 2, "digits": 3}
+    assert dict(settings.config.task_params) == {"shortest": 2, "longest": 2, "digits": 3}
     assert main(["eval", str(trained), "--episodes", "4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["env_id"] == "sort"
     assert main(["resume", str(trained)]) == 0
@@ -70,9 +71,9 @@ def test_a_run_from_the_command_line(trained: Path, capsys: Any):
 
 def test_samples_are_logged_and_shown(trained: Path):
     rows = [json.loads(x) for x in (trained / "samples.jsonl").read_text().splitlines()]
-    assert sorted({row["update"] for row in rows}) == [0, UPDATES]
+    assert sorted({row["update"] for row in rows}) == [0, UPDATES // 2, UPDATES]
     problem = make_rlhf_task(load_settings(trained / "config.toml").config).data["held_out"]
-    assert len(rows) == 2 * min(8, len(problem.lengths))
+    assert len(rows) == 3 * min(8, len(problem.lengths))
     for row in rows:
         assert row["prompt"].endswith("=")
         right = "".join(sorted(row["prompt"][:-1]))
@@ -94,22 +95,43 @@ def test_resume_from_the_command_line_equals_one_run(trained: Path, tmp_path: Pa
     for name in ("exact", "eval_return_per_seed", "score", "reference_kl"):
         assert one[name] == other[name]
     lines = (parts / "samples.jsonl").read_text().splitlines()
-    assert sorted({json.loads(x)["update"] for x in lines}) == [0, 3, UPDATES]
+    assert sorted({json.loads(x)["update"] for x in lines}) == [0, 1, 3, UPDATES]
     assert lines[-1:] == (whole / "samples.jsonl").read_text().splitlines()[-1:]
 
 
-def test_samples_cut_short_by_a_kill_are_dropped(tmp_path: Path):
+def test_samples_of_later_updates_are_dropped(tmp_path: Path):
     task = small_task()
     options: dict[str, Any] = {"eval_episodes": 4, "progress": False, "devices": 1}
     ppo.run(task, RLHFHParams(), run_dir=tmp_path / "r", callback=lambda *_: True, **options)
     path = tmp_path / "r/samples.jsonl"
-    path.write_text(path.read_text() + '{"update": 99, "prompt": "later"}\n{"update": 9')
+    path.write_text(path.read_text() + '{"update": 99, "prompt": "later"}\n')
     ppo.resume(tmp_path / "r", task, progress=False)
     rows = [json.loads(x) for x in path.read_text().splitlines()]
-    assert [row["update"] for row in rows] == [0, 1, 6]
-    path.write_text("{}\n")
-    with pytest.raises(ppo.ConfigError, match=r"samples.jsonl': was changed"):
-        ppo.resume(tmp_path / "r", task, total_timesteps=12 * 16 * LENGTH, progress=False)
+    assert [row["update"] for row in rows] == [0, 1, 3, 6]
+    for text in ("{}\n", '{"update": 1e999}\n', "[" * 100_000, '{"update": 1}\n{"up'):
+        path.write_text(text)
+        with pytest.raises(ppo.ConfigError, match=r"samples.jsonl': was changed"):
+            ppo.resume(tmp_path / "r", task, total_timesteps=12 * 16 * LENGTH, progress=False)
+
+
+def test_a_tokenizer_that_fails_later_does_not_end_a_run(tmp_path: Path):
+    class Fails:
+        calls = 0
+
+        def encode(self, text: str) -> list[int]:
+            return []
+
+        def decode(self, tokens: Any) -> str:
+            Fails.calls += 1
+            if Fails.calls > 4:
+                raise IndexError("no such token")
+            return ""
+
+    problem = dataclasses.replace(table_problem(0)[0], tokenizer=Fails())
+    task = make_rlhf_task(small_task().config, problem)
+    with pytest.warns(RuntimeWarning, match="no samples are logged: no such token"):
+        ppo.run(task, RLHFHParams(), run_dir=tmp_path / "r", eval_episodes=4, progress=False)
+    assert (tmp_path / "r/summary.json").exists()
 
 
 def test_a_sweep_from_the_command_line(tmp_path: Path, capsys: Any):
@@ -244,6 +266,8 @@ def test_generate_prints_responses(trained: Path, tmp_path: Path, capsys: Any):
         (["--prompt", "2=", "--top-p", "0"], "top_p = 0.0: must be above 0"),
         (["--prompt", "2=", "--greedy", "--top-k", "3"], "top_k and top_p have no effect"),
         (["--prompt", "2=", "--greedy", "--num-responses", "3"], "are the same"),
+        (["--prompt", "2=", "--max-tokens", "3", "--best-of", "2"], "of at most 8 tokens"),
+        (["--prompt", "2=", "--generation-seed", str(2**40)], "must be below"),
         (["--prompt", "2=", "--seed", "1"], "seed = 1: the run has seeds 0 to 0"),
         (["--prompt", "2=", "--checkpoint", "nope"], "must be newest, best"),
     ],
@@ -269,20 +293,24 @@ def test_impossible_generation(trained: Path, given: list[str], words: str, caps
         (["rlhf", "nomodule:f"], "module nomodule cannot be imported"),
         (["rlhf", "json:loads"], "task = json:loads: TypeError"),
         (["rlhf", "json:__version__"], "task = json:__version__|json has no __version__"),
-        (["rlhf", "sort", "--response-length", "3"], "longest answer of sort has 5 tokens"),
-        (["rlhf", "sort", "--context", "10"], "together 13; use at least 13"),
+        (["rlhf", "sort", "--response-length", "3"], "longest answer of sort has 4 tokens"),
+        (["rlhf", "sort", "--context", "9"], "together 10; use at least 10"),
         (["rlhf", "sort", "--num-minibatches", "3"], "not divisible by num_minibatches = 3"),
         (["rlhf", "sort", "--group-size", "1"], "the baseline is computed from the other"),
         (["rlhf", "sort", "--kl-in", "loss", "--kl-estimator", "k1"], "expected gradient"),
         (["rlhf", "sort", "--kl-estimator", "k2_sequence"], "works only in the loss"),
         (["rlhf", "sort", "--kl-control", "halving"], "a weight of 0 stays 0"),
         (["rlhf", "sort", "--task-params.length", "3"], "unexpected keyword argument 'length'"),
-        (["rlhf", "sort", "--overlong-buffer", "8"], "must be below response_length = 8"),
+        (["rlhf", "sort", "--overlong-buffer", "8"], "must be below response_length = 6"),
         (["rlhf", "sort", "--objective", "ppo_clip", "--oversampling", "2"], "has no effect"),
         (["train", "sort"], "'sort': is not for train; use `purejaxppo rlhf sort`"),
         (["rlhf", "cartpole"], "'cartpole': is not for rlhf; use `purejaxppo train cartpole`"),
         (["sweep", "--trials", "2", "sort"], "give it directly after sweep"),
         (["sweep", "sort", "--sample", "kl_target=uniform:1,2"], "no effect with kl_control"),
+        (["rlhf", "sort", "--kl-beta", "3"], "rlhf has no such option; did you mean --kl-coef"),
+        (["rlhf", "sort", "--objective", "dapo", "--overlong-buffer", "5"], "use at most 2"),
+        (["rlhf", "sort", "--task-params.longest", "five"], "must be a number, true or false"),
+        (["sweep", "sort", "--grid", "task=sort,reverse"], "task: returns of different"),
         (["sweep", "sort", "--sample", "vf_coef=uniform:1,2"], "no effect with objective = grpo"),
     ],
 )
@@ -334,6 +362,53 @@ def test_a_score_that_is_not_finite_is_named_and_keeps_the_state(tmp_path: Path,
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(learner.params))
     for seed, update in result.failed.items():
         assert int(learner.updates[seed]) == update - 1
+
+
+def test_faults_of_a_users_problem_are_one_message():
+    problem, _ = table_problem(0)
+
+    def fails(sample: Sample) -> Any:
+        return 1 if sample.responses.lengths[0] > 0 else 0
+
+    two = Prompts(jnp.zeros((2, 1), int), jnp.ones(2, int))
+    for changes, words in (
+        ({"score": fails}, "score of table: TracerBoolConversionError"),
+        ({"score": lambda sample: None}, "score of table: returned shape None"),
+        ({"reference": lambda made: 1 / 0}, "reference of table: ZeroDivisionError"),
+        ({"held_out": two}, "score of table: "),
+        ({"held_out": two, "held_out_extras": problem.extras}, "held_out: the extras must be"),
+        ({"prompts": Prompts(jnp.zeros((0, 1), int), jnp.zeros(0, int))}, "P at least 1"),
+        ({"prompts": Prompts(jnp.zeros((1, 1)), jnp.ones(1, int))}, "must be integers"),
+        ({"prompts": Prompts(jnp.zeros((2, 1), int), jnp.ones(1, int))}, r"lengths int32\[1\]"),
+        ({"extras": [0.1]}, "the extras must be arrays with one row per prompt"),
+    ):
+        with pytest.raises(ppo.ConfigError, match=words):
+            make_rlhf_task(config_of("rloo"), dataclasses.replace(problem, **changes))
+
+
+def test_settings_of_the_wrong_type_are_one_message(tmp_path: Path):
+    for text, words in (
+        ('kind = ["rlhf"]', "kind = .*must be rlhf"),
+        ('kind = "rlhf"\nobjective = ["grpo"]', "objective = .*must be one of"),
+    ):
+        (tmp_path / "c.toml").write_text(text)
+        with pytest.raises(ppo.ConfigError, match=words):
+            load_settings(tmp_path / "c.toml")
+
+
+def test_hyperparameters_of_other_learners_are_refused():
+    with pytest.raises(ppo.ConfigError, match=r"kl_beta = 3.0: has no effect on a language model"):
+        ppo.run(small_task(), RLHFHParams(kl_beta=3.0), progress=False)
+
+
+def test_the_default_buffer_of_dapo_leaves_room_for_right_answers():
+    config = RLHFConfig("dapo", "sort", response_length=5, total_timesteps=1024)
+    assert config.overlong_buffer == 1
+    assert make_rlhf_task(config).config.overlong_buffer == 0
+    assert RLHFHParams(clip_eps=0.1).with_clip_of(config.token_objective).clip_higher == (
+        pytest.approx(0.14)
+    )
+    assert RLHFHParams().with_clip_of(config.token_objective).clip_higher == 0.28
 
 
 def test_evaluate_takes_no_step_limit():
