@@ -14,6 +14,7 @@ from enumerable import LENGTH, config_of, random_params, table_problem
 from kept import keep_programs
 
 import purejaxppo as ppo
+from purejaxppo.checks import EnvParams
 from purejaxppo.cli import main
 from purejaxppo.host.checkpoint import data_digests
 from purejaxppo.host.configfile import load_settings
@@ -418,3 +419,30 @@ def test_evaluate_takes_no_step_limit():
     )
     with pytest.raises(ppo.ConfigError, match="max_steps = 3: responses end after response_length"):
         ppo.evaluate(task, state, jax.random.key(0), 2, max_steps=3)
+
+
+# Learning
+
+
+def learned(objective: Any, digits: int, tokens: int, num_seeds: int) -> Any:
+    config = RLHFConfig(
+        objective, "reverse", EnvParams({"shortest": 3, "longest": 3, "digits": digits}),
+        response_length=6, num_prompts=32, num_minibatches=8, total_timesteps=tokens,
+    )  # fmt: skip
+    hparams = RLHFHParams(learning_rate=1.4e-3, ent_coef=0.025, clip_eps=0.1, kl_coef=0.0)
+    return ppo.run(config, hparams, num_seeds=num_seeds, eval_episodes=128, progress=False)
+
+
+def test_reversing_digits_is_being_learned():
+    result = learned("grpo", digits=3, tokens=20 * 512 * 6, num_seeds=1)
+    assert result.metrics["score"][0, 0] < 0.3
+    assert result.metrics["score"][0, -1] > 0.6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["ppo_clip", "reinforce_pp", "rloo", "grpo", "gspo"])
+def test_reversing_digits_is_learned(objective: str):
+    """To at least 90% exact answers to held-out prompts."""
+    result = learned(objective, digits=8, tokens=300_000, num_seeds=2)
+    assert (result.metrics["score"][:, 0] < 0.2).all()
+    assert (np.mean(result.returns_deterministic == 1, axis=1) >= 0.9).all()
