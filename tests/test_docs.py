@@ -26,7 +26,7 @@ WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf
 STEPS = 1024
 """Environment steps of the runs on the pages, in place of those that they name."""
 
-SLOW = ("get-started", "sweeps", "docs/index")
+SLOW = ("get-started", "sweeps", "docs/index", "rlhf/index")
 """Pages whose code compiles much that the other pages compile too."""
 
 _slow = pytest.mark.slow

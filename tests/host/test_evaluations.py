@@ -177,7 +177,9 @@ class Endless(ConstantChain):
 
 def test_episodes_that_never_end_have_no_return(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("purejaxppo.evaluation.MAX_STEPS_WITHOUT_LIMIT", 20)
-    with pytest.warns(RunWarning, match="8 of 8 evaluation episodes did not end"):
+    with pytest.warns(
+        RunWarning, match="8 of 8 evaluation episodes are left out of the means: they did not end"
+    ):
         result = ppo.run(CONFIG, num_seeds=2, eval_episodes=4, env=Endless(), progress=False)
     assert np.isnan(result.returns).all()
     assert result.summary["eval_return_mean"] is None

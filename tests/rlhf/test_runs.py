@@ -168,7 +168,8 @@ def small_task(**changes: Any) -> ppo.Task:
     return make_rlhf_task(config_of("grpo", **(given | changes)), table_problem(0)[0])
 
 
-def test_a_run_resumes_bit_for_bit_and_uses_devices(tmp_path: Any, fused: Any):
+@pytest.mark.slow
+def test_a_run_that_was_stopped_resumes_bit_for_bit(tmp_path: Any, fused: Any):
     task, options = small_task(), {"eval_episodes": 8, "progress": False}
     hparams = RLHFHParams(clip_eps=0.2)
     whole = ppo.run(task, hparams, run_dir=tmp_path / "a", devices=1, **options)
@@ -185,7 +186,10 @@ def test_a_run_resumes_bit_for_bit_and_uses_devices(tmp_path: Any, fused: Any):
     np.testing.assert_array_equal(whole.returns, resumed.returns)
 
 
-@pytest.mark.parametrize("objective", ["ppo_clip", "grpo", "gspo"])
+@pytest.mark.parametrize(
+    "objective",
+    ["grpo", *(pytest.param(x, marks=pytest.mark.slow) for x in ("ppo_clip", "gspo"))],
+)
 def test_devices_learn_what_one_learns(objective: str):
     """With one minibatch, so that the order of shuffling does not matter."""
     config = config_of(

@@ -296,7 +296,7 @@ def test_optuna_searches_where_returns_are_high_and_can_be_resumed():
         ("--sample gae_lambda=uniform:0,1 --advantage td0", "has no effect with advantage = td0"),
         ("--grid gamma=0.9 --eta 2", "eta = 2: has no effect with strategy = random"),
         ("--grid gamma=0.9 --wave-gpus 1", "leave it out, or choose engine = ray"),
-        ("--grid env_id=A,B", "env_id: returns of different environments do not compare"),
+        ("--grid env_id=A,B", "env_id: returns of different environments or tasks do not compare"),
         ("", "nothing to sweep; add --grid or --sample"),
     ],
 )
