@@ -301,9 +301,8 @@ RLHF = _command(
     "RLHF",
     "Train a language model to maximise a score and write the results to a run directory.\n\n"
     "purejaxppo rlhf sort --objective grpo\n\n"
-    "Objectives: " + "; ".join(
-        f"{x.name} maximises {x.objective.maximises}" for x in TOKEN_OBJECTIVES.values()
-    ) + ".",
+    "Objectives, with the advantage A:\n\n"
+    + "\n".join(f"  {x.name}: {x.objective.maximises}" for x in TOKEN_OBJECTIVES.values()),
     RLHF_SETTINGS,
     _TASK_HELP,
 )  # fmt: skip
