@@ -3,8 +3,9 @@
 Public names are imported on first use, so that command-line help does not import JAX.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from purejaxppo.lazy import lazy_names
 
 if TYPE_CHECKING:
     from purejaxppo.agent import Agent
@@ -62,7 +63,7 @@ _NAMES = {
     "train": "train_chunk",
     "types": "Actor ActorState Batch Learner LearnerState Rollout TrainState",
 }
-_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
+__getattr__ = lazy_names(__name__, _NAMES)
 
 __all__ = [
     "OBJECTIVES",
@@ -112,15 +113,6 @@ __all__ = [
     "uniform",
     "vmap_axes",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    importlib.import_module("purejaxppo.types")  # makes HParams a pytree
-    value = getattr(importlib.import_module(f"purejaxppo.{_MODULE_OF[name]}"), name)
-    globals()[name] = value
-    return value
 
 
 def __dir__() -> list[str]:

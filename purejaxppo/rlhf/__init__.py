@@ -3,8 +3,9 @@
 Public names are imported on first use, so that settings can be checked without importing JAX.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from purejaxppo.lazy import lazy_names
 
 if TYPE_CHECKING:
     from purejaxppo.rlhf.architecture import Architecture
@@ -30,7 +31,7 @@ _NAMES = {
     "text": "Completion Generator load_generator",
     "tokenizer": "Characters TokenIds",
 }
-_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
+__getattr__ = lazy_names(__name__, _NAMES)
 
 __all__ = [
     "PROBLEMS",
@@ -53,15 +54,6 @@ __all__ = [
     "make_decoder",
     "make_rlhf_task",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    importlib.import_module("purejaxppo.types")  # makes HParams a pytree
-    value = getattr(importlib.import_module(f"purejaxppo.rlhf.{_MODULE_OF[name]}"), name)
-    globals()[name] = value
-    return value
 
 
 def __dir__() -> list[str]:

@@ -1,6 +1,7 @@
 """Generates text with a trained policy."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -93,30 +94,31 @@ class Generator:
         if not prompts:
             raise ConfigError("prompts: is empty; give at least one")
         rows = pad_left([self._encode(text, length) for text in prompts for _ in range(tries)])
-        responses = jax.jit(
-            lambda params, keys: generate(
-                self._network, params, keys, rows, max_tokens=length,
-                stop_token=self._problem.stop_token, temperature=temperature,
-                deterministic=greedy, top_k=top_k, top_p=top_p,
-            )
-        )(self._params, jax.random.split(jax.random.key(seed), len(prompts) * tries))  # fmt: skip
+        respond = partial(
+            generate, self._network, prompts=rows, max_tokens=length, temperature=temperature,
+            stop_token=self._problem.stop_token, deterministic=greedy, top_k=top_k, top_p=top_p,
+        )  # fmt: skip
+        keys = jax.random.split(jax.random.key(seed), len(prompts) * tries)
+        responses = jax.jit(respond)(self._params, keys)
         extras = self._extras(prompts, tries, best_of > 1)
-        sample = Sample(rows, responses, extras)
-        scores = self._scores(sample, length, best_of > 1)
-        texts = texts_of(self._problem, sample._replace(extras=()))
-        used = np.arange(length) < np.asarray(responses.lengths)[:, None]
-        log_probs = np.sum(np.asarray(responses.log_prob) * used, axis=1)
-        found = [
-            Completion(
-                text, bool(responses.stopped[i]), None if scores is None else finite(scores[i]),
-                float(log_probs[i]),
-            )
-            for i, text in enumerate(texts.responses)
-        ]  # fmt: skip
+        scores = self._scores(Sample(rows, responses, extras), length, best_of > 1)
+        found = self._completions(Sample(rows, responses, ()), scores)
         groups = [found[i : i + tries] for i in range(0, len(found), tries)]
         if best_of > 1:
             groups = [sorted(group, key=lambda x: -(x.score or 0.0))[:count] for group in groups]
         return groups
+
+    def _completions(self, sample: Sample, scores: Any) -> list[Completion]:
+        responses = jax.tree.map(np.asarray, sample.responses)
+        used = np.arange(responses.tokens.shape[1]) < responses.lengths[:, None]
+        log_probs = np.sum(responses.log_prob * used, axis=1)
+        return [
+            Completion(
+                text, bool(responses.stopped[i]), None if scores is None else finite(scores[i]),
+                float(log_probs[i]),
+            )
+            for i, text in enumerate(texts_of(self._problem, sample).responses)
+        ]  # fmt: skip
 
     def _scores(self, sample: Sample, length: int, needed: bool) -> Any:
         """The task's scores; None if it cannot score these responses."""
