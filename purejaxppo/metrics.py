@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from purejaxppo.collectives import all_sum, masked_mean
-from purejaxppo.config import UpdateConfig
+from purejaxppo.config import TaskConfig
 from purejaxppo.types import ActorState, Metrics
 
 
@@ -40,8 +40,8 @@ def count_episodes(
     }
 
 
-def env_steps(config: UpdateConfig, updates: Array) -> Array:
-    """Environment steps after `updates`: an int32, or a float32 if the run would overflow it."""
+def env_steps(config: TaskConfig, updates: Array) -> Array:
+    """Samples after `updates`: an int32, or a float32 if the run would overflow it."""
     fits = config.num_updates * config.batch_size < 2**31
     return updates.astype(jnp.int32 if fits else jnp.float32) * config.batch_size
 

@@ -37,6 +37,26 @@ def random_order(key: Key[Array, ""], n: int) -> Int[Array, " n"]:
     return order.astype(jnp.int32)
 
 
+def rows_without_replacement(
+    key: Key[Array, ""], number: Int[Array, " M"], count: int, size: int
+) -> Int[Array, " M"]:
+    """The rows of draws without replacement from `size` rows, in a new random order each epoch.
+
+    The key and the number of the epoch determine its order, so nothing else has to be saved.
+
+    Args:
+        number: the draws, counted from 0 over the whole run; at most `count` apart.
+    """
+    epoch, place = number // size, number % size
+    first = jnp.min(epoch)
+
+    def order(offset: Int[Array, ""]) -> Int[Array, " P"]:
+        return random_order(jax.random.fold_in(key, first + offset), size)
+
+    orders = jax.lax.map(order, jnp.arange(-(-count // size) + 1))
+    return orders[epoch - first, place]
+
+
 def _sides(n: int) -> tuple[int, int]:
     """The factors a <= b <= 2 a with the smallest product of at least n, the closest pair if there
     are several; powers of two for powers of two."""

@@ -146,9 +146,9 @@ class Task:
     choose the number of CPU cores of a single run. None uses one core."""
     warning: Callable[[Any], str | None] = _always_none
     """`metrics[u, S] -> warning`, or None if there is nothing to warn about."""
-    results: Callable[[Any, Any], dict[str, Any]] | None = None
-    """`(metrics[S, U], {"sampled": returns[S, E], "deterministic": ...}) -> further entries of
-    summary.json`, over the seeds that have not failed."""
+    results: Callable[[Any, Any, TrainState], dict[str, Any]] | None = None
+    """`(metrics[S, U], {"sampled": returns[S, E], "deterministic": ...}, states[S, ...]) -> further
+    entries of summary.json`, over the seeds that have not failed."""
     samples: Callable[[TrainState], list[dict[str, Any]]] | None = None
     """`state of one seed -> rows` for `samples.jsonl` and the report: outputs of the policy, as
     text."""

@@ -12,6 +12,7 @@ from purejaxppo.checks import choices_of, fits_choice, in_words, nearest
 from purejaxppo.config import Config, ConfigError
 from purejaxppo.host.configfile import KINDS
 from purejaxppo.rlhf.config import RLHFConfig
+from purejaxppo.rlhf.text_config import TextConfig
 
 _PREFIXES = ("--hparams.", "--run.", "--sweep.")
 _ALIASES = {
@@ -182,11 +183,11 @@ def kind_of_file(args: Sequence[str]) -> str | None:
     return kind if isinstance(kind, str) and kind in KINDS else None
 
 
-def find_config(text: str, default: type[Config] | type[RLHFConfig]) -> Any:
+def find_config(text: str, default: Any) -> Any:
     """Resolve the positional argument: a file, a shipped config, or an environment or task.
 
     Args:
-        default: the class of the config to make of an environment or task.
+        default: the class of the config to make of an environment, task or JSON Lines file.
 
     Raises:
         ConfigError: if it looks like a file and does not exist.
@@ -196,6 +197,9 @@ def find_config(text: str, default: type[Config] | type[RLHFConfig]) -> Any:
         exists = path.is_file()
     except OSError as error:
         raise ConfigError(f"config file {text!r}: {error.strerror}; check the path") from error
+    text_run = isinstance(default, type) and issubclass(default, TextConfig)
+    if text_run and (text.endswith(".jsonl") or text == "letters"):
+        return default(data=text)
     if exists or "/" in text or text.endswith(".toml"):
         return path
     shipped = shipped_configs()
@@ -206,6 +210,9 @@ def find_config(text: str, default: type[Config] | type[RLHFConfig]) -> Any:
         raise ConfigError(
             f"{text!r}: no such file, shipped config or environment; did you mean {near}?"
         )
+    if text_run:
+        raise ConfigError(f"{text!r}: no such file or shipped config; give a JSON Lines file "
+                          "(.jsonl) or a config file (.toml)")  # fmt: skip
     return RLHFConfig(task=text) if default is RLHFConfig else Config(env_id=text)
 
 

@@ -11,12 +11,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from purejaxppo.cli.options import Envs, Eval, Export, Generate, Plot, ProcessFlags, Resume, pick
-from purejaxppo.config import Config, ConfigError, HParams, Words
+from purejaxppo.cli.options import (
+    SETTINGS_OF,
+    Envs,
+    Eval,
+    Export,
+    Generate,
+    Plot,
+    ProcessFlags,
+    Resume,
+    pick,
+)
+from purejaxppo.config import Config, ConfigError, Words
 from purejaxppo.host.configfile import RunSettings, Settings, dump_settings
 from purejaxppo.host.rundir import SWEEP, RunWarning, StorageError, holds, write_whole
 from purejaxppo.host.signals import exit_at_second_signal
-from purejaxppo.rlhf.config import RLHFConfig, RLHFHParams
 from purejaxppo.sweeps.settings import Definition, dump_definition
 
 
@@ -44,14 +53,14 @@ def settings_from_values(values: Mapping[str, Any], base: Settings) -> Settings:
         ConfigError: if they are of a custom task, which only Python can build.
     """
     kind = type(base.config)
-    if kind not in (Config, RLHFConfig):
+    known = {config: hparams for config, hparams in SETTINGS_OF.values()}
+    if kind not in known:
         raise ConfigError(
             f"types.config = {kind.__name__}: belongs to a custom task; train it from Python"
         )
-    hparams = RLHFHParams if kind is RLHFConfig else HParams
     return Settings(
         kind(**pick(values, kind)),
-        dataclasses.replace(base.hparams, **pick(values, hparams)),
+        dataclasses.replace(base.hparams, **pick(values, known[kind])),
         RunSettings(**pick(values, RunSettings)),
     )
 

@@ -18,11 +18,19 @@ import tyro
 from purejaxppo.checks import nearest
 from purejaxppo.cli import commands, options
 from purejaxppo.cli.arguments import find_config, kind_of_file, read_arguments
-from purejaxppo.cli.options import COMMANDS, GENERATED, RLHF, RLHFSweep, Sweep
+from purejaxppo.cli.options import (
+    COMMANDS,
+    GENERATED,
+    SETTINGS_OF,
+    TEXT_COMMANDS,
+    TEXT_SWEEPS,
+    RLHFSweep,
+    Sweep,
+)
 from purejaxppo.config import AUTO, Chosen, ConfigError, TaskConfig
 from purejaxppo.host.configfile import Settings, load_settings, train_command
 from purejaxppo.host.rundir import LostError, RunWarning, StorageError
-from purejaxppo.rlhf.config import TASKS, RLHFConfig, RLHFHParams
+from purejaxppo.rlhf.config import TASKS
 from purejaxppo.sweeps.settings import RUN_ONLY, Definition, SweepSettings, load_definition
 from purejaxppo.sweeps.space import swept_setting
 
@@ -79,11 +87,13 @@ def _parse(args: Sequence[str]) -> Any:
     if wants_help:
         options.join_help_lines()
     name = args[0] if args else ""
+    if (two := " ".join(args[:2])) in TEXT_COMMANDS:
+        name, args = two, args[1:]
     if name not in COMMANDS:
         return _all_commands(args)
     kind = COMMANDS[name]
-    if kind is Sweep and ((args[1:2] and args[1] in TASKS) or kind_of_file(args[1:]) == "rlhf"):
-        kind = RLHFSweep
+    if kind is Sweep:
+        kind = _kind_of_sweep(args[1:])
     if wants_help:
         default = options.with_defaults(kind, {}) if kind in GENERATED else None
         return _tyro(kind, name, ["--help"], default)
@@ -92,6 +102,12 @@ def _parse(args: Sequence[str]) -> Any:
         _check_positional(name, given.positional)
         return _tyro(kind, name, [*given.positional, *given.options], None)
     return _with_settings(name, kind, given)
+
+
+def _kind_of_sweep(args: Sequence[str]) -> Any:
+    """The sweep of the kind of config that the first argument names."""
+    kind = "rlhf" if args and args[0] in TASKS else kind_of_file(args)
+    return {None: Sweep, "rlhf": RLHFSweep, **TEXT_SWEEPS}[kind]
 
 
 def _check_positional(name: str, given: Sequence[str]) -> None:
@@ -110,8 +126,8 @@ def _with_settings(name: str, kind: Any, given: Any) -> Any:
             f"{given.positional[1]!r}: {name} takes one config or environment, but "
             f"{given.positional[0]!r} is already given"
         )
-    text = kind in (RLHF, RLHFSweep)
-    settings = Settings(RLHFConfig(), RLHFHParams()) if text else Settings()
+    config_type, hparams_type = SETTINGS_OF[kind]
+    settings = Settings(config_type(), hparams_type())
     search, source = SweepSettings(), None
     if given.positional:
         source = find_config(given.positional[0], type(settings.config))
@@ -122,7 +138,7 @@ def _with_settings(name: str, kind: Any, given: Any) -> Any:
         settings, search = definition.settings, definition.sweep
     elif source is not None:
         settings = load_settings(source)
-    _check_kind(name, settings.config, text, given.positional)
+    _check_kind(name, settings.config, config_type, given.positional)
     defaults: dict[str, Any] = {}
     for part in (settings.config, settings.hparams, settings.run, search):
         defaults |= {k: AUTO if isinstance(v, Chosen) else v for k, v in vars(part).items()}
@@ -130,8 +146,9 @@ def _with_settings(name: str, kind: Any, given: Any) -> Any:
     values = options.values_of(parsed)
     if name == "sweep":
         values |= _merged(search, values)
-    table = "task_params" if text else "env_params"
-    values[table] = {**getattr(settings.config, table, {}), **given.params}
+    for table in ("task_params", "env_params"):
+        if hasattr(settings.config, table):
+            values[table] = {**getattr(settings.config, table), **given.params}
     values["passed"] = settings.run.passed
     if name != "sweep":
         return commands.TrainCommand(commands.settings_from_values(values, settings), values)
@@ -142,13 +159,13 @@ def _with_settings(name: str, kind: Any, given: Any) -> Any:
     return commands.SweepCommand(definition, values)
 
 
-def _check_kind(name: str, config: Any, text: bool, given: Sequence[str]) -> None:
+def _check_kind(name: str, config: Any, wanted: Any, given: Sequence[str]) -> None:
     """Raise `ConfigError` if the config file is not of the command's kind."""
-    if isinstance(config, RLHFConfig) == text:
+    if isinstance(config, wanted):
         return
     if name == "sweep":
         raise ConfigError(
-            f"{given[0]!r}: tunes a language model; give it directly after sweep, before all "
+            f"{given[0]!r}: trains a language model; give it directly after sweep, before all "
             "options"
         )
     raise ConfigError(f"{given[0]!r}: is not for {name}; use `{train_command(config)} {given[0]}`")

@@ -13,8 +13,15 @@ import tyro
 from purejaxppo.cli.arguments import Switch
 from purejaxppo.config import AUTO, Config, HParams
 from purejaxppo.host.configfile import RunSettings
-from purejaxppo.rlhf.config import NEVER_READ, RLHFConfig, RLHFHParams
+from purejaxppo.rlhf.config import NEVER_READ, DecoderConfig, RLHFConfig, RLHFHParams
 from purejaxppo.rlhf.table import TOKEN_OBJECTIVES
+from purejaxppo.rlhf.text_config import (
+    DPOConfig,
+    RewardConfig,
+    SFTConfig,
+    TextConfig,
+    TextHParams,
+)
 from purejaxppo.sweeps.settings import SweepSettings
 
 _Positional = tyro.conf.Positional
@@ -56,13 +63,17 @@ class SweepOutputs(Outputs):
 
 _RUN_OF_SWEEP = "seed num_seeds devices eval_episodes checkpoint_every"
 _FIRST = (
-    "task total_timesteps num_envs num_steps num_prompts group_size response_length objective "
+    "task data total_timesteps num_envs num_steps num_prompts group_size response_length objective "
     "learning_rate gamma ent_coef kl_coef num_seeds seed"
 )
 _GROUPS = {
     "common": f"{_FIRST} run_dir",
     "search": " ".join(f.name for f in dataclasses.fields(SweepSettings)),
     "environment": "env_id",
+    "text": (
+        "tokenizer init reward reward_combine held_out bad_lines loss loss_on batch_rows "
+        "row_length accumulation warmup"
+    ),
     "algorithm": (
         "oversampling overlong_buffer averaging kl_in kl_estimator kl_control whiten_rewards "
         "advantage bootstrap_steps bootstrap_time_limits baseline causality discount_weight "
@@ -72,10 +83,14 @@ _GROUPS = {
     "network": (
         "network encoder memory hidden_sizes memory_size activation shared_trunk "
         "action_distribution log_std_init num_layers width num_heads num_kv_heads mlp_width "
-        "positions norm tied_embeddings context critic"
+        "positions norm tied_embeddings context critic critic_init"
     ),
     "hyperparameter": " ".join(
-        dict.fromkeys(f.name for table in (HParams, RLHFHParams) for f in dataclasses.fields(table))
+        dict.fromkeys(
+            f.name
+            for table in (HParams, RLHFHParams, TextHParams)
+            for f in dataclasses.fields(table)
+        )
     ),
     "run": (
         "eval_episodes eval_every eval_unit checkpoint_every checkpoint_unit keep tensorboard "
@@ -273,6 +288,13 @@ def _read(settings: dict[str, Setting]) -> dict[str, Setting]:
     return {name: x for name, x in settings.items() if name not in NEVER_READ}
 
 
+def _text_settings(config: Any, *others: Any) -> dict[str, Setting]:
+    """The options of a run on texts, with only the hyperparameters that it reads."""
+    unread = {f.name for f in dataclasses.fields(TextHParams)} - {*config().reads}
+    found = _settings(config, TextHParams, *others)
+    return {name: x for name, x in found.items() if name not in unread}
+
+
 RLHF_SETTINGS = _read(_settings(RLHFConfig, RLHFHParams, RunSettings, Outputs, ProcessFlags))
 _OF_SWEEPS = {
     name: setting
@@ -313,12 +335,59 @@ RLHFSweep = _command(
     RLHF_SWEEP_SETTINGS,
     _TASK_HELP,
 )
-GENERATED = (Train, Sweep, RLHF, RLHFSweep)
+_TEXT_HELP = (
+    'A config file (TOML) with kind = "{kind}", the name of a shipped config, a JSON Lines file, or '
+    "letters for the example data. Options override it."
+)
+_TEXT_DOCS = {
+    "sft": (
+        SFTConfig,
+        "Fine-tune a language model on demonstrations: JSON Lines with prompt and completion.",
+    ),
+    "reward": (
+        RewardConfig,
+        "Train a reward model on preferences: JSON Lines with prompt, chosen and rejected. Several "
+        "seeds are an ensemble.",
+    ),
+    "dpo": (
+        DPOConfig,
+        "Train a policy on preferences by direct preference optimisation: JSON Lines with prompt, "
+        "chosen and rejected.",
+    ),
+}
+TEXT_COMMANDS = {
+    f"rlhf {kind}": _command(
+        f"{kind.upper()}Run",
+        f"{doc}\n\npurejaxppo rlhf {kind} letters --learning-rate 1e-3",
+        _text_settings(config, RunSettings, Outputs, ProcessFlags),
+        _TEXT_HELP.format(kind=kind),
+    )
+    for kind, (config, doc) in _TEXT_DOCS.items()
+}
+"""Commands of runs on texts, by their two words."""
+TEXT_SWEEPS = {
+    kind: _command(
+        f"{kind.upper()}Sweep",
+        f"{doc}\n\nTrains with many settings, several seeds each, and finds the best.",
+        _text_settings(config, SweepSettings, SweepOutputs) | _OF_SWEEPS,
+        _TEXT_HELP.format(kind=kind),
+    )
+    for kind, (config, doc) in _TEXT_DOCS.items()
+}
+SETTINGS_OF = {
+    Train: (Config, HParams), Sweep: (Config, HParams),
+    RLHF: (RLHFConfig, RLHFHParams), RLHFSweep: (RLHFConfig, RLHFHParams),
+    **{TEXT_COMMANDS[f"rlhf {k}"]: (config, TextHParams) for k, (config, _) in _TEXT_DOCS.items()},
+    **{TEXT_SWEEPS[k]: (config, TextHParams) for k, (config, _) in _TEXT_DOCS.items()},
+}  # fmt: skip
+"""The classes of the config and the hyperparameters of each command in `GENERATED`."""
+GENERATED = tuple(SETTINGS_OF)
 """Commands whose options are settings."""
 COMMANDS = {
     "train": Train,
     "sweep": Sweep,
     "rlhf": RLHF,
+    **TEXT_COMMANDS,
     "generate": Generate,
     "resume": Resume,
     "eval": Eval,
@@ -373,7 +442,8 @@ def join_help_lines() -> None:
     from docstring_parser import parse_from_object
 
     tables = (
-        Config, HParams, RLHFConfig, RLHFHParams, RunSettings, SweepSettings, ProcessFlags,
+        Config, HParams, DecoderConfig, RLHFConfig, RLHFHParams, TextConfig, SFTConfig,
+        RewardConfig, DPOConfig, TextHParams, RunSettings, SweepSettings, ProcessFlags,
         Outputs, SweepOutputs,
     )  # fmt: skip
     texts = {}

@@ -20,7 +20,13 @@ from purejaxppo.references import already_imported, name_of, resolve
 
 _T = TypeVar("_T")
 
-KINDS = {"rlhf": ("purejaxppo.rlhf.config:RLHFConfig", "purejaxppo.rlhf.config:RLHFHParams")}
+_TEXT = "purejaxppo.rlhf.text_config"
+KINDS = {
+    "rlhf": ("purejaxppo.rlhf.config:RLHFConfig", "purejaxppo.rlhf.config:RLHFHParams"),
+    "sft": (f"{_TEXT}:SFTConfig", f"{_TEXT}:TextHParams"),
+    "reward": (f"{_TEXT}:RewardConfig", f"{_TEXT}:TextHParams"),
+    "dpo": (f"{_TEXT}:DPOConfig", f"{_TEXT}:TextHParams"),
+}
 """The classes of the config and the hyperparameters of each `kind` of file; without one, `Config`
 and `HParams`."""
 
@@ -199,7 +205,8 @@ def kind_of(config: Any) -> str | None:
 
 def train_command(config: Any) -> str:
     """The command that trains config files of the kind of `config`."""
-    return f"purejaxppo {kind_of(config) or 'train'}"
+    kind = kind_of(config)
+    return f"purejaxppo {'train' if kind is None else 'rlhf' if kind == 'rlhf' else f'rlhf {kind}'}"
 
 
 def _types(table: Any, kind: Any, find: Find) -> tuple[Any, Any]:

@@ -234,10 +234,13 @@ class Progress:
                 f"{summary['eval_episodes']} {self._words.episodes} per seed"
             )
         if "exact" in summary:
-            self._console.print(
-                f"exact: {summary['exact']:.1%} deterministic, {summary['exact_sampled']:.1%} "
-                "sampled"
-            )
+            sampled = summary.get("exact_sampled")
+            also = "" if sampled is None else f" deterministic, {sampled:.1%} sampled"
+            self._console.print(f"exact: {summary['exact']:.1%}{also}")
+        if "accuracy" in summary:
+            best = summary.get("bayes_accuracy")
+            also = "" if best is None else f" (Bayes rate {best:.1%})"
+            self._console.print(f"accuracy: {summary['accuracy']:.1%}{also}")
 
     def _speed(self, rate: float) -> str:
         """Format samples per second over all seeds."""

@@ -51,7 +51,12 @@ def _facts(config: Any, summary: dict[str, Any]) -> str:
         if summary.get(f"{name}_mean") is not None:
             rows[f"evaluation {words.result}, {what}"] = f"{summary[f'{name}_mean']:.3f}"
     if "exact" in summary:
-        rows["exact answers"] = f"{summary['exact']:.1%}, sampled {summary['exact_sampled']:.1%}"
+        rows["exact answers"] = f"{summary['exact']:.1%}"
+        if "exact_sampled" in summary:
+            rows["exact answers"] += f", sampled {summary['exact_sampled']:.1%}"
+    for name in ("accuracy", "bayes_accuracy", "calibration_error", "held_out_loss", "padding"):
+        if summary.get(name) is not None:
+            rows[name.replace("_", " ")] = f"{summary[name]:.3f}"
     for name in ("score", "reference_kl"):
         if summary.get(name) is not None:
             rows[f"last update: {metric_label(name)}"] = f"{summary[name]:.3f}"

@@ -122,7 +122,9 @@ def _own_results(
         return {}
     kinds = {"sampled": final.sampled, "deterministic": final.deterministic}
     evaluated = {name: x[finished] for name, x in kinds.items() if x is not None}
-    return task.results({name: x[finished] for name, x in training.metrics.items()}, evaluated)
+    metrics = {name: x[finished] for name, x in training.metrics.items()}
+    states = jax.tree.map(lambda x: x[np.array(finished)], training.states)
+    return task.results(metrics, evaluated, states)
 
 
 def settings_digest(settings: Settings) -> str:

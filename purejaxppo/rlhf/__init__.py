@@ -12,24 +12,45 @@ if TYPE_CHECKING:
     from purejaxppo.rlhf.config import RLHFConfig, RLHFHParams
     from purejaxppo.rlhf.decoder import make_decoder
     from purejaxppo.rlhf.generation import Prompts, Responses, generate
+    from purejaxppo.rlhf.letters import write_letters
     from purejaxppo.rlhf.problem import Problem, Sample
     from purejaxppo.rlhf.problems import PROBLEMS, checkable
+    from purejaxppo.rlhf.records import (
+        Demonstration,
+        Preference,
+        Prompt,
+        read_demonstrations,
+        read_preferences,
+        read_prompts,
+        write_records,
+    )
+    from purejaxppo.rlhf.reward import RewardModel, load_reward
     from purejaxppo.rlhf.table import TOKEN_OBJECTIVES, TokenObjective
     from purejaxppo.rlhf.task import make_rlhf_task
     from purejaxppo.rlhf.text import Completion, Generator, load_generator
-    from purejaxppo.rlhf.tokenizer import Characters, TokenIds
+    from purejaxppo.rlhf.text_config import DPOConfig, RewardConfig, SFTConfig, TextHParams
+    from purejaxppo.rlhf.texts import make_text_task
+    from purejaxppo.rlhf.tokenizer import Bytes, Characters, TokenIds
 
 _NAMES = {
     "architecture": "Architecture",
     "config": "RLHFConfig RLHFHParams",
     "decoder": "make_decoder",
     "generation": "Prompts Responses generate",
+    "letters": "write_letters",
     "problem": "Problem Sample",
     "problems": "PROBLEMS checkable",
+    "records": (
+        "Demonstration Preference Prompt read_demonstrations read_preferences read_prompts "
+        "write_records"
+    ),
+    "reward": "RewardModel load_reward",
     "table": "TOKEN_OBJECTIVES TokenObjective",
     "task": "make_rlhf_task",
     "text": "Completion Generator load_generator",
-    "tokenizer": "Characters TokenIds",
+    "text_config": "DPOConfig RewardConfig SFTConfig TextHParams",
+    "texts": "make_text_task",
+    "tokenizer": "Bytes Characters TokenIds",
 }
 __getattr__ = lazy_names(__name__, _NAMES)
 
@@ -37,22 +58,38 @@ __all__ = [
     "PROBLEMS",
     "TOKEN_OBJECTIVES",
     "Architecture",
+    "Bytes",
     "Characters",
     "Completion",
+    "DPOConfig",
+    "Demonstration",
     "Generator",
+    "Preference",
     "Problem",
+    "Prompt",
     "Prompts",
     "RLHFConfig",
     "RLHFHParams",
     "Responses",
+    "RewardConfig",
+    "RewardModel",
+    "SFTConfig",
     "Sample",
+    "TextHParams",
     "TokenIds",
     "TokenObjective",
     "checkable",
     "generate",
     "load_generator",
+    "load_reward",
     "make_decoder",
     "make_rlhf_task",
+    "make_text_task",
+    "read_demonstrations",
+    "read_preferences",
+    "read_prompts",
+    "write_letters",
+    "write_records",
 ]
 
 

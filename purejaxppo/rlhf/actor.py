@@ -15,7 +15,7 @@ from purejaxppo.rlhf.config import RLHFConfig
 from purejaxppo.rlhf.generation import generate, observe
 from purejaxppo.rlhf.losses import kl_estimate
 from purejaxppo.rlhf.problem import Problem, Sample
-from purejaxppo.shuffle import random_order
+from purejaxppo.shuffle import rows_without_replacement
 from purejaxppo.types import Actor, ActorState, LearnerState, Network, PyTree, Rollout
 
 
@@ -105,11 +105,12 @@ class TokenActor(NamedTuple):
         actors, sample, score = self.sample(learner.params, actors, hparams, data)
         differ = groups_differ(score, self.config.group_size)
         rows, kept = self.choose(score, differ)
-        chosen = jax.tree.map(lambda x: x[rows], sample)
+        each = sample._replace(shared=())
+        chosen = jax.tree.map(lambda x: x[rows], each)
         rollout = self.rollout(learner.params, data["reference"], chosen, score[rows], hparams)
-        extras, each = rollout.extras, (self.config.oversampling, -1)
-        mean_score = jnp.mean(score.reshape(each), axis=0)
-        share = jnp.mean(jnp.repeat(differ, self.config.group_size).reshape(each) * 1.0, axis=0)
+        extras, shape = rollout.extras, (self.config.oversampling, -1)
+        mean_score = jnp.mean(score.reshape(shape), axis=0)
+        share = jnp.mean(jnp.repeat(differ, self.config.group_size).reshape(shape) * 1.0, axis=0)
         extras = extras._replace(
             score=jnp.where(rollout.terminated, mean_score, 0.0),
             differ=jnp.where(rollout.terminated, share, 0.0),
@@ -130,7 +131,7 @@ class TokenActor(NamedTuple):
             stop_token=self.problem.stop_token, temperature=hparams.temperature,
         )  # fmt: skip
         extras = jax.tree.map(lambda x: x[chosen], data["extras"])
-        sample = Sample(prompts, responses, extras)
+        sample = Sample(prompts, responses, extras, data["shared"])
         score = jnp.asarray(self.problem.score(sample), jnp.float32)
         score = jnp.where(jnp.isfinite(score), score, jnp.nan)
         return actors._replace(keys=keys, env_state=draws), sample, score
@@ -160,7 +161,7 @@ class TokenActor(NamedTuple):
         hparams: Any,
     ) -> Rollout:
         """Evaluate whole sequences under the policy and the reference, and compute rewards."""
-        prompts, responses, _ = sample
+        prompts, responses = sample.prompts, sample.responses
         width = prompts.tokens.shape[1]
         tokens = jnp.concatenate([prompts.tokens, responses.tokens], axis=1).T
         step = jnp.arange(len(tokens) - 1)[:, None] - (width - 1)
@@ -251,19 +252,9 @@ def _standard_deviation(values: Array, mask: Array, axis: str | None) -> Array:
 def draw_prompts(
     config: RLHFConfig, draws: Draws, num_prompts: int
 ) -> tuple[Int[Array, " M"], Draws]:
-    """Draw the next prompt of each row, without replacement within an epoch over the prompts.
-
-    The rows of a group share their prompt. The key and the number of the epoch determine its
-    permutation, so nothing else has to be saved.
-    """
+    """Draw the next prompt of each row, without replacement within an epoch over the prompts. The
+    rows of a group share their prompt."""
     per_update = config.num_prompts * config.oversampling
     number = draws.drawn[0] + draws.row // config.group_size
-    epoch, place = number // num_prompts, number % num_prompts
-    first = draws.drawn[0] // num_prompts
-    epochs = -(-per_update // num_prompts) + 1
-
-    def order(offset: Int[Array, ""]) -> Int[Array, " P"]:
-        return random_order(jax.random.fold_in(draws.order_key[0], first + offset), num_prompts)
-
-    orders = jax.lax.map(order, jnp.arange(epochs))
-    return orders[epoch - first, place], draws._replace(drawn=draws.drawn + per_update)
+    chosen = rows_without_replacement(draws.order_key[0], number, per_update, num_prompts)
+    return chosen, draws._replace(drawn=draws.drawn + per_update)

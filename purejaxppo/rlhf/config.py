@@ -1,6 +1,7 @@
 """Settings of a run that tunes a language model. Does not import JAX."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,12 +29,60 @@ _ONLY_WITH_CRITIC = (
 )  # fmt: skip
 NEVER_READ = ("kl_beta", "trpo_delta", "cg_damping")
 """Hyperparameters that no objective for tokens reads."""
-TASKS = ("sort", "reverse", "sum", "arithmetic", "countdown")
+TASKS = ("sort", "reverse", "sum", "arithmetic", "countdown", "letters")
 """The names in `rlhf.PROBLEMS`."""
 
 
+def weighted(text: str) -> tuple[float, str]:
+    """Weight and directory of `RUN_DIR` or `WEIGHT*RUN_DIR`. Raises `ConfigError` if the weight is
+    not a finite number."""
+    weight, star, run_dir = text.partition("*")
+    if not star:
+        return 1.0, text
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or not run_dir:
+        raise ConfigError(f"reward = {text!r}: must be RUN_DIR or WEIGHT*RUN_DIR, such as "
+                          "0.5*runs/reward")  # fmt: skip
+    return value, run_dir
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The settings of a decoder."""
+
+    num_layers: int = bounded(2, 1, 1024)
+    """Number of transformer blocks."""
+    width: int = bounded(64, 1, MAX_WIDTH)
+    """Width of the residual stream; a multiple of num_heads."""
+    num_heads: int = bounded(4, 1)
+    """Number of attention heads."""
+    num_kv_heads: int = bounded(0, 0)
+    """Number of key/value heads; a divisor of num_heads (grouped-query attention). 0: num_heads."""
+    mlp_width: int = bounded(0, 0, MAX_WIDTH)
+    """Hidden width of the MLPs; 0: 4 times the width."""
+    positions: Literal["learned", "rotary"] = "learned"
+    """Position embeddings."""
+    norm: Literal["layer", "rms"] = "layer"
+    """Normalisation layers: LayerNorm or RMSNorm."""
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    """Activation of the MLPs."""
+    tied_embeddings: bool = True
+    """Share the token embedding with the output layer."""
+
+    def decoder(self, vocab_size: int, context: int, critic: Any = "none") -> Architecture:
+        """The decoder's architecture for a vocabulary size and a context length."""
+        return Architecture(
+            vocab_size, context, self.num_layers, self.width, self.num_heads, self.num_kv_heads,
+            self.mlp_width, self.positions, self.norm, self.activation, self.tied_embeddings,
+            critic,
+        )  # fmt: skip
+
+
 @dataclass(frozen=True)
-class RLHFConfig(UpdateConfig):
+class RLHFConfig(DecoderConfig, UpdateConfig):
     """The settings that fix the shapes and code paths of a language model run.
 
     Raises `ConfigError` on construction if a value has the wrong type, is out of range, or
@@ -47,9 +96,17 @@ class RLHFConfig(UpdateConfig):
     advantages normalised over the batch. rloo, grpo, dr_grpo, dapo, gspo, gspo_token: no critic,
     baseline from the responses to the same prompt."""
     task: str = "sort"
-    """Task (prompts and score): sort, reverse, sum, arithmetic, countdown, or package.module:name
-    of your own `Problem` or of a function that makes one. If a problem is passed from Python, only
-    a label."""
+    """Task (prompts and score): sort, reverse, sum, arithmetic, countdown, letters, or
+    package.module:name of your own `Problem` or of a function that makes one. If a problem is
+    passed from Python, only a label."""
+    init: str = ""
+    """Directory of a language model run whose decoder is the reference and the start of the policy;
+    its architecture replaces the decoder settings. Empty: the task's reference."""
+    reward: tuple[str, ...] = ()
+    """Directories of reward models whose scores replace the task's score, which is then used for
+    evaluations only. Write 0.5*runs/reward to weight one; several are added."""
+    reward_combine: Literal["mean", "min", "mean_minus_variance"] = "mean"
+    """How the members of an ensemble (the seeds of a reward model run) are combined."""
     task_params: EnvParams = EnvParams()
     """Arguments of the task by name, such as longest; the others keep their defaults."""
     total_timesteps: int = bounded(400 * 16 * 16 * 8, 1)
@@ -90,29 +147,14 @@ class RLHFConfig(UpdateConfig):
     """Epochs over each batch of responses."""
     num_minibatches: int = bounded(2, 1)
     """Gradient steps per epoch; must divide num_prompts * group_size."""
-    num_layers: int = bounded(2, 1, 1024)
-    """Number of transformer blocks."""
-    width: int = bounded(64, 1, MAX_WIDTH)
-    """Width of the residual stream; a multiple of num_heads."""
-    num_heads: int = bounded(4, 1)
-    """Number of attention heads."""
-    num_kv_heads: int = bounded(0, 0)
-    """Number of key/value heads; a divisor of num_heads (grouped-query attention). 0: num_heads."""
-    mlp_width: int = bounded(0, 0, MAX_WIDTH)
-    """Hidden width of the MLPs; 0: 4 times the width."""
-    positions: Literal["learned", "rotary"] = "learned"
-    """Position embeddings."""
-    norm: Literal["layer", "rms"] = "layer"
-    """Normalisation layers: LayerNorm or RMSNorm."""
-    activation: Literal["gelu", "swiglu"] = "gelu"
-    """Activation of the MLPs."""
-    tied_embeddings: bool = True
-    """Share the token embedding with the output layer."""
     context: int = bounded(0, 0)
     """Maximum number of tokens of prompt plus response; 0: as long as the task needs."""
     critic: Literal["auto", "shared", "separate"] = "auto"
     """With ppo_clip: compute values with the policy's decoder (shared) or a second one (separate).
     auto: separate."""
+    critic_init: Literal["random", "reference", "reward"] = "random"
+    """With a separate critic: start it from random weights, from the reference (with a new output
+    layer), or from the first reward model."""
     advantage_normalization: Literal["auto", "minibatch", "batch", "none"] = AUTO
     """Normalise advantages over the tokens of each minibatch, over those of the batch, or not at
     all. auto: batch with reinforce_pp, else none."""
@@ -130,6 +172,7 @@ class RLHFConfig(UpdateConfig):
         check_fields(self)
         self._check_sizes()
         self._check_objective()
+        self._check_starts()
         self._check_kl()
 
     def _choose(self) -> None:
@@ -181,6 +224,23 @@ class RLHFConfig(UpdateConfig):
                 f"critic = {self.critic}: has no effect with {name}; leave it out, or choose "
                 "objective = ppo_clip"
             )
+
+    def _check_starts(self) -> None:
+        for text in self.reward:
+            weighted(text)
+        if self.reward_combine != "mean" and not self.reward:
+            raise ConfigError(
+                f"reward_combine = {self.reward_combine}: has no effect without reward; leave it "
+                "out"
+            )
+        separate = self.has_critic and self.critic != "shared"
+        if self.critic_init != "random" and not separate:
+            raise ConfigError(
+                f"critic_init = {self.critic_init}: has no effect without a separate critic; leave "
+                "it out, or choose objective = ppo_clip with critic = separate"
+            )
+        if self.critic_init == "reward" and not self.reward:
+            raise ConfigError("critic_init = reward: needs reward, the directory of a reward model")
 
     def _check_kl(self) -> None:
         if self.kl_in == "loss" and self.kl_estimator == "k1":
@@ -245,11 +305,7 @@ class RLHFConfig(UpdateConfig):
     def architecture(self, vocab_size: int, context: int) -> Architecture:
         """The decoder's architecture for a vocabulary size and a context length."""
         critic = "separate" if self.critic == "auto" else self.critic
-        return Architecture(
-            vocab_size, context, self.num_layers, self.width, self.num_heads, self.num_kv_heads,
-            self.mlp_width, self.positions, self.norm, self.activation, self.tied_embeddings,
-            critic if self.has_critic else "none",
-        )  # fmt: skip
+        return self.decoder(vocab_size, context, critic if self.has_critic else "none")
 
     @property
     def token_objective(self) -> TokenObjective:
@@ -301,7 +357,7 @@ class RLHFConfig(UpdateConfig):
 class RLHFHParams(HParams):
     """`HParams` for language models: with other defaults and further hyperparameters."""
 
-    learning_rate: Scalar = bounded(3e-3, 0, FLOAT_MAX)
+    learning_rate: Scalar = bounded(1e-3, 0, FLOAT_MAX)
     """Initial learning rate (Adam)."""
     gamma: Scalar = bounded(1.0, 0, 1)
     """With ppo_clip: discount factor per token."""

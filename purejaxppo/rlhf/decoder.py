@@ -98,7 +98,7 @@ class _ActorCritic(nn.Module):
         if made.tied_embeddings:
             logits = embedding.attend(x)
         else:
-            logits = _dense(made.vocab_size, 0.02, bias=False, name="actor_head")(x)
+            logits = _dense(made.vocab_size, 0.16, bias=False, name="actor_head")(x)
         logits = logits / obs["temperature"].T[..., None]
         value = jnp.zeros(token.shape, jnp.float32)
         if made.critic == "separate":
@@ -161,12 +161,12 @@ class _Block(nn.Module):
         length: Int[Array, ""],
     ) -> tuple[Float[Array, "B T W"], tuple[Array, Array]]:
         made = self.architecture
-        into = 0.02 / math.sqrt(2 * made.num_layers)  # as in GPT-2, scaled by depth
+        residual = 1 / math.sqrt(2 * made.num_layers)  # scaled by depth, as in GPT-2
         y = _norm(made, "norm_attention")(x)
         heads = made.num_heads, made.kv_heads, made.kv_heads
         names = "query", "key", "value"
         q, k, v = (
-            _split_heads(_dense(n * made.head_width, 0.02, name=name)(y), n)
+            _split_heads(_dense(n * made.head_width, name=name)(y), n)
             for n, name in zip(heads, names, strict=True)
         )
         if made.positions == "rotary":
@@ -176,14 +176,14 @@ class _Block(nn.Module):
                 jax.lax.dynamic_update_slice_in_dim(old, new, length, axis=2)
                 for old, new in zip(held, (k, v), strict=True)
             )
-        x += _dense(made.width, into, name="out")(_attend(q, k, v, visible))
+        x += _dense(made.width, residual, name="out")(_attend(q, k, v, visible))
         y = _norm(made, "norm_mlp")(x)
-        hidden = _dense(_mlp_width(made), 0.02, name="up")(y)
+        hidden = _dense(_mlp_width(made), name="up")(y)
         if made.activation == "swiglu":
-            hidden = hidden * nn.silu(_dense(_mlp_width(made), 0.02, name="gate")(y))
+            hidden = hidden * nn.silu(_dense(_mlp_width(made), name="gate")(y))
         else:
             hidden = nn.gelu(hidden)
-        return x + _dense(made.width, into, name="down")(hidden), (k, v)
+        return x + _dense(made.width, residual, name="down")(hidden), (k, v)
 
 
 def _attend(
@@ -221,6 +221,8 @@ def _norm(architecture: Architecture, name: str) -> nn.Module:
     return kind(name=name)
 
 
-def _dense(features: int, std: float, *, bias: bool = True, name: str) -> nn.Dense:
-    init = nn.initializers.normal(std) if std else nn.initializers.zeros
+def _dense(features: int, scale: float = 1.0, *, bias: bool = True, name: str) -> nn.Dense:
+    """A dense layer whose weights have the standard deviation scale / sqrt(inputs)."""
+    scaled = nn.initializers.variance_scaling(scale**2, "fan_in", "normal") if scale else None
+    init = scaled or nn.initializers.zeros
     return nn.Dense(features, use_bias=bias, kernel_init=init, name=name)

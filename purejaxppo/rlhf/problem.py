@@ -24,6 +24,8 @@ class Sample(NamedTuple):
     responses: Responses
     extras: PyTree
     """The rows of `Problem.extras` for these prompts."""
+    shared: PyTree = ()
+    """`Problem.shared`."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,10 @@ class Problem:
     """Makes the parameters of the frozen reference; the policy starts with the same parameters."""
     extras: PyTree = ()
     """A pytree with leaves `[P, ...]` that the score reads, such as the correct answers."""
+    shared: PyTree = ()
+    """Arrays that the score reads for every response, such as the parameters of a reward model."""
+    gold: Callable[[Sample], Float[Array, " N"]] | None = None
+    """Scores the responses of evaluations, if that is not the score to train on."""
     held_out: Prompts | None = None
     """Prompts to evaluate on; None uses the training prompts."""
     held_out_extras: PyTree = ()
@@ -55,6 +61,11 @@ class Problem:
     """Converts prompts and responses to and from text; None uses token numbers."""
     extras_of: Callable[[Sequence[str]], PyTree] | None = None
     """Makes the extras of new prompts, so that responses to them can be scored."""
+
+    @property
+    def judge(self) -> Callable[[Sample], Float[Array, " N"]]:
+        """The score of evaluations: `gold`, or `score`."""
+        return self.gold or self.score
 
     @property
     def prompt_length(self) -> int:

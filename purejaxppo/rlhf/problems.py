@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from purejaxppo.checks import ConfigError
+from purejaxppo.rlhf import letters
 from purejaxppo.rlhf.architecture import Architecture
 from purejaxppo.rlhf.decoder import make_decoder
 from purejaxppo.rlhf.problem import Problem, Sample, pad_left
@@ -135,19 +136,28 @@ def sum_digits(shortest: int = 2, longest: int = 4, digits: int = 5) -> Problem:
     )  # fmt: skip
 
 
-def arithmetic(largest: int = 20) -> Problem:
-    """Add or subtract two numbers of two digits: the answer to `07+15=` is `22`, and to `19-04=` it
-    is `15`."""
-    if not 1 <= largest <= 49:
-        raise ConfigError(f"largest = {largest}: must be from 1 to 49, for sums of two digits")
-    pairs = itertools.product(range(largest + 1), repeat=2)
-    prompts = [f"{a:02d}{sign}{b:02d}=" for a, b in pairs for sign in "+-" if sign == "+" or a >= b]
+def arithmetic(digits: int = 5, carries: bool = False) -> Problem:
+    """Add or subtract two numbers of two digits: the answer to `12+31=` is `43`, and to `43-12=` it
+    is `31`.
 
-    def answer(prompt: str) -> str:
-        first, second = int(prompt[:2]), int(prompt[3:5])
-        return f"{first + second if prompt[2] == '+' else first - second:02d}"
+    Args:
+        digits: the digits of both numbers are below this number, from 2 to 10.
+        carries: include additions with a carry, such as `17+15=`, and subtractions with a borrow.
+            Without them, the columns are independent, and the task is much easier.
+    """
+    numbers = [int(text[:-1]) for text in _numbers(2, 2, digits)]
+    answers = {
+        f"{a:02d}{sign}{b:02d}=": f"{result:02d}"
+        for a, b in itertools.product(numbers, repeat=2)
+        for sign, result in (("+", a + b), ("-", a - b))
+        if 0 <= result < 100 and (carries or not _carries(a, b, sign))
+    }
+    return checkable("arithmetic", list(answers), answers.__getitem__, f"{_DIGITS}+-=")
 
-    return checkable("arithmetic", prompts, answer, f"{_DIGITS}+-=")
+
+def _carries(a: int, b: int, sign: str) -> bool:
+    """Whether the ones produce a carry or a borrow."""
+    return a % 10 + b % 10 > 9 if sign == "+" else a % 10 < b % 10
 
 
 def _numbers(shortest: int, longest: int, digits: int, most: int = 4096) -> list[str]:
@@ -181,23 +191,34 @@ class Countdown(NamedTuple):
     target: Int[Array, " N"]
 
 
-def countdown(numbers: int = 3, largest: int = 6) -> Problem:
+def countdown(
+    numbers: int = 3, largest: int = 6, products: bool = True, reorder: bool = True
+) -> Problem:
     """Combine digits, each used once, with + - * to a target: an answer to `352:11=` is `3*2+5`, or
     any other expression with that value.
 
     An exact answer scores 1. Other responses score at most 0.5: half of that for digits, operators
     and the stop token in the right places, half for using the given digits.
+
+    Args:
+        numbers: number of digits, 2 or 3.
+        largest: the largest digit, from 1 to 9; the smallest is 1.
+        products: include targets that need a product.
+        reorder: include targets that need the digits in another order than the prompt's. They are
+            much harder: before a policy has found such an order, it has learned to copy the order
+            of the prompt.
     """
     if numbers not in (2, 3) or not 1 <= largest <= 9:
         raise ConfigError(
             f"numbers, largest = {numbers}, {largest}: numbers must be 2 or 3, largest 1 to 9"
         )
+    operators = _OPERATORS if products else _OPERATORS.replace("*", "")
     tokenizer = Characters(f"{_DIGITS}{_OPERATORS}:={STOP}")
     prompts = set()
     for digits in itertools.product(range(1, largest + 1), repeat=numbers):
-        for order in itertools.permutations(digits):
-            for operators in itertools.product(_OPERATORS, repeat=numbers - 1):
-                target = _value(list(order), list(operators))
+        for order in itertools.permutations(digits) if reorder else [digits]:
+            for chosen in itertools.product(operators, repeat=numbers - 1):
+                target = _value(list(order), list(chosen))
                 if 0 <= target < 100:
                     prompts.add(f"{''.join(map(str, digits))}:{target}=")
 
@@ -268,6 +289,40 @@ def _apply(numbers: Int[Array, "N K"], operators: Int[Array, "N K"]) -> Int[Arra
     return jnp.where(operators[:, 1] == 2, right, one(first, operators[:, 1], numbers[:, 2]))
 
 
+# Letters
+
+
+def letters_problem() -> Problem:
+    """Complete two letters with up to six: `ab:` with `cdefgh`. The score is a hidden one, the gold
+    score, of which the shipped preferences are noisy labels (see `rlhf.write_letters`)."""
+    tokenizer = Characters(letters.ALPHABET)
+    prompts = np.random.default_rng(0).permutation(letters.all_prompts()).tolist()
+    count = len(prompts) // _HELD_OUT
+
+    def encoded(texts: Sequence[str]) -> list[list[int]]:
+        return [tokenizer.encode(text) for text in texts]
+
+    return Problem(
+        name="letters", prompts=pad_left(encoded(prompts[count:])), score=_gold,
+        vocab_size=len(letters.ALPHABET), stop_token=letters.ALPHABET.index(STOP),
+        reference=random_reference, held_out=pad_left(encoded(prompts[:count])),
+        tokenizer=tokenizer,
+    )  # fmt: skip
+
+
+def _gold(sample: Sample) -> Float[Array, " N"]:
+    """`letters.gold` of each response."""
+    given = letters.weights()
+    single, pair, triple = (jnp.asarray(x, jnp.float32) for x in given[:3])
+    responses, stop = sample.responses, letters.ALPHABET.index(STOP)
+    told = sample.prompts.tokens[:, -3:-1]
+    tokens = jnp.concatenate([told, responses.tokens[:, : letters.LENGTH]], axis=1)
+    before, last, now = tokens[:, :-2], tokens[:, 1:-1], tokens[:, 2:]
+    each = single[now] + pair[last, now] + triple[before, last, now]
+    used = (jnp.arange(now.shape[1]) < responses.lengths[:, None]) & (now != stop)
+    return (jnp.sum(jnp.where(used, each, 0.0), axis=1) - given.mean) * given.scale
+
+
 PROBLEMS: Mapping[str, Callable[..., Problem]] = MappingProxyType(
     {
         "sort": sort_digits,
@@ -275,6 +330,7 @@ PROBLEMS: Mapping[str, Callable[..., Problem]] = MappingProxyType(
         "sum": sum_digits,
         "arithmetic": arithmetic,
         "countdown": countdown,
+        "letters": letters_problem,
     }
 )
 """The shipped tasks by name (`RLHFConfig.task`): functions that make a `Problem`."""

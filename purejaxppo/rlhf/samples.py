@@ -26,7 +26,7 @@ class Texts(NamedTuple):
 
 def texts_of(problem: Problem, sample: Sample) -> Texts:
     """The prompts and responses of a sample as text."""
-    prompts, responses, _ = jax.tree.map(np.asarray, sample)
+    prompts, responses = jax.tree.map(np.asarray, (sample.prompts, sample.responses))
     told, said = [], []
     for row, stopped in enumerate(responses.stopped):
         told.append(problem.text.decode(prompts.tokens[row][-int(prompts.lengths[row]) :]))
@@ -56,8 +56,8 @@ class Samples:
                 max_tokens=config.response_length, stop_token=problem.stop_token,
             )  # fmt: skip
             extras = jax.tree.map(lambda x: x[rows], data["held_out_extras"])
-            found = Sample(prompts, responses, extras)
-            return found, problem.score(found)
+            found = Sample(prompts, responses, extras, data["shared"])
+            return found._replace(shared=()), problem.judge(found)
 
         self._sample = jax.jit(sample)
 
@@ -82,7 +82,7 @@ class Failures:
         def sample(state: TrainState, hparams: Any, data: PyTree) -> tuple[Sample, jax.Array]:
             hparams = current(config, make_controller(config), state.learner, hparams)
             _, found, score = actor.sample(state.learner.params, state.actors, hparams, data)
-            return found, score
+            return found._replace(shared=()), score
 
         self._sample = jax.jit(sample)
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,8 @@ from purejaxppo.checks import ConfigError
 from purejaxppo.collectives import masked_mean
 from purejaxppo.config import Chosen
 from purejaxppo.distributions import categorical
+from purejaxppo.host.configfile import load_settings
+from purejaxppo.host.rundir import CONFIG
 from purejaxppo.improve import make_improve
 from purejaxppo.inputs import check_fits
 from purejaxppo.learner import make_learner
@@ -28,8 +31,10 @@ from purejaxppo.rlhf.decoder import make_decoder
 from purejaxppo.rlhf.generation import Prompts, Responses, generate, observe
 from purejaxppo.rlhf.kl import current, make_controller
 from purejaxppo.rlhf.losses import make_token_loss
+from purejaxppo.rlhf.prepare import prepared
 from purejaxppo.rlhf.problem import Problem, Sample, problem_of
 from purejaxppo.rlhf.samples import Failures, Samples
+from purejaxppo.rlhf.starts import decoder_of
 from purejaxppo.task import Task
 from purejaxppo.types import (
     Batch,
@@ -63,6 +68,7 @@ def make_rlhf_task(config: RLHFConfig, problem: Problem | None = None) -> Task:
         problem = problem_of(config)
     else:
         config = dataclasses.replace(config, task=problem.name)
+    problem = prepared(config, problem)
     config = _with_room_for_answers(config, problem)
     _check(config, problem)
     architecture = architecture_of(config, problem)
@@ -73,6 +79,7 @@ def make_rlhf_task(config: RLHFConfig, problem: Problem | None = None) -> Task:
     data = {
         "prompts": problem.prompts,
         "extras": problem.extras,
+        "shared": problem.shared,
         "reference": reference,
         "held_out": problem.prompts if held_out is None else held_out,
         "held_out_extras": problem.extras if held_out is None else problem.held_out_extras,
@@ -103,9 +110,20 @@ def _shapes(network: Network) -> PyTree:
 
 def architecture_of(config: RLHFConfig, problem: Problem) -> Architecture:
     """The decoder's architecture for a problem. Its context is `config.context`, or the longest
-    prompt plus `response_length`."""
+    prompt plus `response_length`. With `config.init`, the architecture of that run, with the critic
+    that the objective needs."""
     needed = problem.prompt_length + config.response_length
-    return config.architecture(problem.vocab_size, config.context or needed)
+    own = config.architecture(problem.vocab_size, config.context or needed)
+    if not config.init:
+        return own
+    first, _ = decoder_of(load_settings(Path(config.init) / CONFIG), config.init)
+    if first.context < needed:
+        raise ConfigError(
+            f"init = {config.init}: its decoder has a context of {first.context} tokens, but "
+            f"prompt and response have up to {needed}; use shorter responses, or train it with a "
+            "larger context"
+        )
+    return dataclasses.replace(first, critic=own.critic)
 
 
 def _with_room_for_answers(config: RLHFConfig, problem: Problem) -> RLHFConfig:
@@ -188,7 +206,10 @@ def _check_score(config: RLHFConfig, problem: Problem, prompts: Prompts, extras:
         jnp.zeros(shape),
     )  # fmt: skip
     sample = Sample(
-        prompts.take(jnp.arange(rows)), responses, jax.tree.map(lambda x: x[:rows], extras)
+        prompts.take(jnp.arange(rows)),
+        responses,
+        jax.tree.map(lambda x: x[:rows], extras),
+        problem.shared,
     )
     found: Any = called(f"score of {problem.name}", jax.eval_shape, problem.score, sample)
     if getattr(found, "shape", None) != (rows,):
@@ -307,14 +328,17 @@ def _evaluate(
         deterministic=deterministic,
     )  # fmt: skip
     extras = jax.tree.map(lambda x: x[rows], data["held_out_extras"])
-    score = jnp.asarray(problem.score(Sample(prompts, responses, extras)), jnp.float32)
+    sample = Sample(prompts, responses, extras, data["shared"])
+    score = jnp.asarray(problem.judge(sample), jnp.float32)
     return jnp.where(jnp.isfinite(score), score, jnp.nan)
 
 
-def _results(problem: Problem, metrics: Mapping[str, Any], evaluated: Mapping[str, Any]) -> Any:
+def _results(
+    problem: Problem, metrics: Mapping[str, Any], evaluated: Mapping[str, Any], states: TrainState
+) -> dict[str, Any]:
     """Further entries of `summary.json`: score and KL divergence of the last update, and the share
     of exact answers to held-out prompts, greedy (`exact`) and sampled (`exact_sampled`)."""
-    found = {}
+    found: dict[str, Any] = {}
     for name in ("score", "reference_kl"):
         last = metrics[name][:, -1]
         found[name] = float(np.mean(last[np.isfinite(last)])) if np.isfinite(last).any() else None

@@ -17,6 +17,7 @@ from purejaxppo.references import called
 from purejaxppo.rlhf.config import RLHFConfig
 from purejaxppo.rlhf.decoder import make_decoder
 from purejaxppo.rlhf.generation import generate
+from purejaxppo.rlhf.prepare import prepared
 from purejaxppo.rlhf.problem import Problem, Sample, pad_left, problem_of
 from purejaxppo.rlhf.samples import finite, texts_of
 from purejaxppo.rlhf.task import architecture_of
@@ -101,7 +102,8 @@ class Generator:
         keys = jax.random.split(jax.random.key(seed), len(prompts) * tries)
         responses = jax.jit(respond)(self._params, keys)
         extras = self._extras(prompts, tries, best_of > 1)
-        scores = self._scores(Sample(rows, responses, extras), length, best_of > 1)
+        sample = Sample(rows, responses, extras, self._problem.shared)
+        scores = self._scores(sample, length, best_of > 1)
         found = self._completions(Sample(rows, responses, ()), scores)
         groups = [found[i : i + tries] for i in range(0, len(found), tries)]
         if best_of > 1:
@@ -232,4 +234,4 @@ def load_generator(
         raise ConfigError(f"seed = {seed}: the run has seeds 0 to {found.settings.num_runs - 1}")
     params = jax.tree.map(lambda x: x[seed], states.learner.params)
     config = found.settings.config
-    return Generator(config, problem_of(config) if problem is None else problem, params)
+    return Generator(config, prepared(config, problem or problem_of(config)), params)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,10 @@ PIXELS = (
     "--env-id=Catch-bsuite --hidden-sizes=32 --total-timesteps=200000 --memory=lstm "
     "--checkpoint-every=5 --checkpoint-unit=updates --eval-episodes=8"
 ).split()
+LANGUAGE = (
+    "rlhf sort --num-layers=1 --width=16 --num-heads=2 --num-prompts=8 --group-size=8 "
+    "--total-timesteps=61440 --checkpoint-every=10 --checkpoint-unit=updates --eval-episodes=8"
+).split()
 LONG = ["--total-timesteps=1000000000", "--eval-episodes=8"]
 
 
@@ -43,6 +47,12 @@ def handle_sigint() -> None:
 POWERLESS = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all")
 
 
+def command(run: Path, arguments: Sequence[str]) -> list[Any]:
+    """The command line of a run: of `train` if the arguments begin with an option."""
+    name = ["train"] if arguments[0].startswith("-") else []
+    return [*name, *arguments, "--run-dir", run]
+
+
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return a function from arguments to the directory of an undisturbed run. It trains in a
@@ -53,7 +63,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         if arguments not in done:
             folder = tmp_path_factory.mktemp("alone")
             done[arguments] = folder / "run"
-            process = Process(folder, "train", "--run-dir", done[arguments], *arguments)
+            process = Process(folder, *command(done[arguments], arguments))
             assert process.end() == 0, process.text()
         return done[arguments]
 
@@ -87,10 +97,10 @@ def kill_and_resume(
         how often it resumed from a checkpoint.
     """
     moments = random.Random(seed)
-    command: list[Any] = ["train", "--run-dir", killed, *arguments]
+    given = command(killed, arguments)
     done = resumed = 0
     while done < kills:
-        process, before = start(*command), rows(killed)
+        process, before = start(*given), rows(killed)
         if moments.random() < 0.2:  # during the start
             time.sleep(moments.uniform(0.0, 5.0))
         else:
@@ -101,35 +111,43 @@ def kill_and_resume(
         finished = process.end() == 0
         done += not finished
         resumed += "resuming from update" in process.text()
-        command = ["resume", killed]
+        given = ["resume", killed]
         if finished or not (killed / "config.toml").exists():
-            command = ["train", "--run-dir", killed, *arguments]
+            given = command(killed, arguments)
         if finished:
             assert_same_end(alone, killed)
             killed.rename(killed.with_name(f"killed {done}"))
-    process = start(*command)
+    process = start(*given)
     assert process.end() == 0, process.text()
     return resumed + ("resuming from update" in process.text())
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize(
-    "settings",
+    "arguments",
     [
-        (
-            "--num-envs=8 --hidden-sizes=16 --normalize-obs --eval-episodes=8 --num-seeds=2 "
-            "--total-timesteps=153600 --checkpoint-every=15"
-        ).split(),
-        [*STATEFUL, "--total-timesteps=10240", "--checkpoint-every=4"],
+        pytest.param(
+            (
+                "--num-envs=8 --hidden-sizes=16 --normalize-obs --eval-episodes=8 --num-seeds=2 "
+                "--total-timesteps=153600 --checkpoint-every=15 --checkpoint-unit=updates"
+            ).split(),
+            marks=pytest.mark.faults,
+        ),
+        pytest.param(
+            [
+                *STATEFUL, "--total-timesteps=10240", "--checkpoint-every=4",
+                "--checkpoint-unit=updates",
+            ],
+            marks=pytest.mark.faults,
+        ),
+        LANGUAGE,
     ],
-    ids=["plain", "stateful"],
-)
+    ids=["plain", "stateful", "language"],
+)  # fmt: skip
 def test_killed_after_a_checkpoint(
-    start: Any, undisturbed: Any, tmp_path: Path, settings: list[str]
+    start: Any, undisturbed: Any, tmp_path: Path, arguments: list[str]
 ):
-    arguments = [*settings, "--checkpoint-unit=updates"]
     alone, run = undisturbed(*arguments), tmp_path / "r"
-    process = start("train", "--run-dir", run, *arguments)
+    process = start(*command(run, arguments))
     process.until(lambda: checkpoints.has_any(run))
     process.popen.send_signal(signal.SIGKILL)
     assert process.end() == -signal.SIGKILL
@@ -140,7 +158,7 @@ def test_killed_after_a_checkpoint(
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("arguments", [SIMPLE, STATEFUL, PIXELS], ids=["plain", "stateful", "lstm"])
+@pytest.mark.parametrize("arguments", [SIMPLE, STATEFUL, PIXELS, LANGUAGE], ids=["plain", "stateful", "lstm", "language"])
 def test_killed_20_times(
     start: Any,
     undisturbed: Any,
@@ -165,11 +183,13 @@ MOMENTS: dict[str, Callable[[Path, Process], Any]] = {
 }
 
 
-def stop_and_resume(start: Any, folder: Path, moment: str, signum: int) -> Path:
+def stop_and_resume(
+    start: Any, folder: Path, moment: str, signum: int, arguments: list[str] = STOPPED
+) -> Path:
     """Stop a run with a signal, resume it to its end, and return its directory."""
     run = folder / "ru n é"
-    arguments = STOPPED + (["--checkpoint-every=1e-9"] if moment == "saving" else [])
-    process = start("train", "--run-dir", run, *arguments)
+    often = ["--checkpoint-every=1e-9"] if moment == "saving" else []
+    process = start(*command(run, [*arguments, *often]))
     process.until(lambda: MOMENTS[moment](run, process))
     process.popen.send_signal(signum)
     assert process.end() == 128 + signum, process.text()
@@ -197,6 +217,12 @@ def test_sigterm_saves_and_exits_with_143(
 def test_sigint_saves_and_exits_with_130(start: Any, undisturbed: Any, tmp_path: Path, moment: str):
     run = stop_and_resume(start, tmp_path, moment, signal.SIGINT)
     assert_same_end(undisturbed(*STOPPED), run)
+
+
+@pytest.mark.faults
+def test_a_language_model_run_saves_on_sigterm(start: Any, undisturbed: Any, tmp_path: Path):
+    run = stop_and_resume(start, tmp_path, "chunk", signal.SIGTERM, LANGUAGE)
+    assert_same_end(undisturbed(*LANGUAGE), run)
 
 
 EVALUATED = "--num-envs=64 --eval-episodes=1000000 --env-id=Pendulum-v1 --hidden-sizes=256".split()

@@ -16,7 +16,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "sort": {"longest": 3, "digits": 4},
     "reverse": {"longest": 3, "digits": 4},
     "sum": {"longest": 3, "digits": 4},
-    "arithmetic": {"largest": 6},
+    "arithmetic": {"digits": 4},
     "countdown": {"largest": 3},
 }
 
@@ -118,6 +118,42 @@ def test_each_prompt_of_a_task_is_in_one_split_and_has_an_exact_answer(name: str
     assert (np.asarray(problem.score(own)) == 1).all()
 
 
+def prompts_of(name: str, **given: Any) -> set[str]:
+    problem = PROBLEMS[name](**given)
+    assert problem.held_out is not None
+    return {*text(problem, problem.prompts), *text(problem, problem.held_out)}
+
+
+def test_arithmetic_has_carries_on_request():
+    every = {f"{a:02d}{x}{b:02d}=" for a, x, b in itertools.product(range(100), "+-", range(100))}
+
+    def result(prompt: str) -> int:
+        return int(prompt[:2]) + int(prompt[2:5])
+
+    def has_carry(prompt: str) -> bool:
+        ones = int(prompt[1]) + int(prompt[2] + prompt[4])
+        return not 0 <= ones <= 9
+
+    possible = {x for x in every if 0 <= result(x) <= 99}
+    assert prompts_of("arithmetic", digits=10, carries=True) == possible
+    assert prompts_of("arithmetic", digits=10) == {x for x in possible if not has_carry(x)}
+    assert all(set(x) <= set("012+-=") for x in prompts_of("arithmetic", digits=3))
+
+
+@pytest.mark.parametrize("products", [True, False])
+@pytest.mark.parametrize("reorder", [True, False])
+def test_countdown_has_the_targets_that_its_arguments_allow(products: bool, reorder: bool):
+    expected = set()
+    for digits in itertools.product("123", repeat=3):
+        for order in itertools.permutations(digits) if reorder else [digits]:
+            for first, second in itertools.product("+-*" if products else "+-", repeat=2):
+                target = eval(f"{order[0]}{first}{order[1]}{second}{order[2]}")
+                if 0 <= target < 100:
+                    expected.add(f"{''.join(digits)}:{target}=")
+    found = prompts_of("countdown", numbers=3, largest=3, products=products, reorder=reorder)
+    assert found == expected
+
+
 @pytest.mark.parametrize(
     ("name", "given", "words"),
     [
@@ -125,7 +161,7 @@ def test_each_prompt_of_a_task_is_in_one_split_and_has_an_exact_answer(name: str
         ("sort", {"digits": 11}, "digits from 2 to 10"),
         ("countdown", {"numbers": 4}, "numbers must be 2 or 3"),
         ("sort", {"shortest": 1, "longest": 1, "digits": 1}, "digits from 2 to 10"),
-        ("arithmetic", {"largest": 50}, "must be from 1 to 49"),
+        ("arithmetic", {"digits": 11}, "digits from 2 to 10"),
     ],
 )
 def test_impossible_arguments_of_a_task(name: str, given: dict[str, Any], words: str):

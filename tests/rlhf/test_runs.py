@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,36 @@ def test_resume_from_the_command_line_equals_one_run(trained: Path, tmp_path: Pa
     lines = (parts / "samples.jsonl").read_text().splitlines()
     assert sorted({json.loads(x)["update"] for x in lines}) == [0, 1, 3, UPDATES]
     assert lines[-1:] == (whole / "samples.jsonl").read_text().splitlines()[-1:]
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[str]]:
+    """The programs that XLA compiles during the test."""
+    found: list[str] = []
+
+    def listen(event: str, _: float, **about: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(str(about.get("fun_name")))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_more_chunks_compile_no_more_programs(
+    tmp_path: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.undo()  # programs are compiled as usual
+    task, counts = small_task(), []
+    for name, every in (("first", 6), ("whole", 6), ("chunks", 1)):
+        compilations.clear()
+        options: dict[str, Any] = {
+            "run_dir": tmp_path / name, "checkpoint_every": every, "checkpoint_unit": "updates",
+            "eval_episodes": 8, "progress": False, "devices": 1,
+        }  # fmt: skip
+        ppo.run(task, RLHFHParams(clip_eps=0.2), **options)
+        counts.append(len(compilations))
+    assert counts[1] == counts[2] > 0, counts
 
 
 def test_samples_of_later_updates_are_dropped(tmp_path: Path):

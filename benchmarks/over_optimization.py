@@ -1,0 +1,247 @@
+"""Over-optimise a learned reward, exactly: optima, best of n responses, and trained policies.
+
+    taskset -c 0 python benchmarks/over_optimization.py [--table-only]
+
+The problem is that of `tests/rlhf/overoptimized.py`. Results go to
+`benchmarks/results/over_optimization.json`, a figure and a table into the documentation.
+"""
+
+import argparse
+import importlib
+import itertools
+import json
+import os
+import platform
+import sys
+import time
+from typing import Any
+
+import jax
+import matplotlib as mpl
+import numpy as np
+from tables import IMAGES, ROOT, write_table
+
+import purejaxppo as ppo
+from purejaxppo.host.stats import mean_interval
+
+sys.path.insert(0, str(ROOT / "tests/rlhf"))
+exact: Any = importlib.import_module("overoptimized")
+
+RESULTS, PICTURE = ROOT / "benchmarks/results/over_optimization.json", "over-optimization.png"
+PROBLEMS, SEEDS, UPDATES = 10, 3, 200
+OBJECTIVES = ("ppo_clip", "rloo")
+PENALTIES = (1.0, 0.3, 0.1)
+TRAINED = (100, 1600)
+"""Numbers of pairs of the proxies that policies are trained on."""
+
+
+def as_lists(points: Any) -> dict[str, Any]:
+    return {name: np.asarray(x).round(5).tolist() for name, x in points._asdict().items()}
+
+
+def curves(setting: Any, proxy: Any) -> dict[str, Any]:
+    scores = proxy.scores()
+    optima, best_of = exact.curve_of(setting, scores), exact.best_of_curve(setting, scores)
+    return {
+        "optima": as_lists(optima),
+        "best_of": as_lists(best_of),
+        "law": as_lists(exact.fit_law(optima)),
+        "correlation": float(np.exp(setting.log_ref) @ (scores * setting.gold)),
+    }
+
+
+def over_problems() -> dict[str, Any]:
+    """Curves of several random problems, for each number of pairs."""
+    found: dict[str, Any] = {str(n): [] for n in exact.PAIRS}
+    for seed in range(PROBLEMS):
+        setting = exact.setting_of(seed)
+        for n in exact.PAIRS:
+            found[str(n)].append(curves(setting, exact.fit_proxy(setting, n, seed)))
+    return found
+
+
+def with_decoders() -> dict[str, Any]:
+    """Curves of one problem whose reference is a decoder, and policies trained on it."""
+    fitted = exact.fit_decoder(0)
+    setting = exact.decoder_setting(fitted, 0)
+    proxies = {n: exact.fit_proxy(setting, n, 0) for n in exact.PAIRS}
+    found: dict[str, Any] = {
+        "curves": {str(n): curves(setting, proxy) for n, proxy in proxies.items()}, "points": [],
+    }  # fmt: skip
+    for objective in OBJECTIVES:
+        train = exact.trainer(exact.config_of(objective, UPDATES), fitted)
+        for n, beta, seed in itertools.product(TRAINED, PENALTIES, range(SEEDS)):
+            log_pi = train(seed, beta, proxies[n])
+            names = {"objective": objective, "pairs": n, "kl_coef": beta, "seed": seed}
+            found["points"].append(names | measured(setting, proxies[n].scores(), log_pi))
+            print(found["points"][-1], flush=True)
+    return found
+
+
+def measured(setting: Any, scores: Any, log_pi: Any) -> dict[str, Any]:
+    """A policy's point, and the optimum with the same divergence."""
+    point = exact.point_of(setting, scores, log_pi)
+    curve = exact.at_divergence(setting, scores, point.divergence)
+    return as_lists(point) | {"on_curve": as_lists(curve)}
+
+
+# Tables and plots
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = [
+        "| pairs | correlation of proxy and gold | highest gold | at KL | gold at beta = 0.02 | "
+        "gold falls in | best of 1,024 | R^2 |",
+        "|---|" + "---|" * 7,
+    ]
+    for n, rows in results["problems"].items():
+        gold = np.array([row["optima"]["gold"] for row in rows])
+        kl = np.array([row["optima"]["divergence"] for row in rows])
+        peak = gold.argmax(axis=1)[:, None]
+        best = [row["best_of"]["gold"][-1] for row in rows]
+        r2 = [row["law"]["explained"] for row in rows]
+        fallen = gold.max(axis=1) - gold[:, -1]
+        cells = [
+            f"{int(n):,}", f"{np.mean([row['correlation'] for row in rows]):.2f}",
+            _interval(gold.max(axis=1)), f"{np.take_along_axis(kl, peak, 1).mean():.1f}",
+            _interval(gold[:, -1]), f"{np.sum(fallen > 0.01)} of {len(rows)}",
+            f"{np.mean(best):.2f}", f"{np.mean(r2):.2f} ({min(r2):.2f})",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"Means over {PROBLEMS} random problems, with 95% intervals in square brackets and the "
+        "lowest value in round ones. Gold falls in a problem if it ends more than 0.01 below its "
+        "highest value. R^2 is that of the fit d (alpha - beta log d).",
+        "",
+        *_distances(results),
+    ]
+    return "\n".join(lines)
+
+
+def _distances(results: dict[str, Any]) -> list[str]:
+    """Trained policies: their divergence, and the distance from the curve."""
+    lines = [
+        "| pairs | `kl_coef` | objective | KL (optimum) | proxy | gold | proxy minus curve | "
+        "gold minus curve |",
+        "|---|" + "---|" * 7,
+    ]
+    decoder = results["decoder"]
+    for key, points in _groups(decoder["points"]).items():
+        n, beta, objective = key
+        mean = {k: np.mean([p[k] for p in points]) for k in ("divergence", "proxy", "gold")}
+        optimum = _optimum_kl(decoder["curves"][str(n)]["optima"], beta)
+        cells = [
+            f"{n:,}", f"{beta:g}", f"`{objective}`", f"{mean['divergence']:.2f} ({optimum:.2f})",
+            f"{mean['proxy']:.2f}", f"{mean['gold']:.2f}",
+        ]  # fmt: skip
+        for name in ("proxy", "gold"):
+            gap = [p[name] - p["on_curve"][name] for p in points]
+            largest = max(gap, key=abs)
+            cells.append(f"{np.mean(gap):+.3f} ({largest:+.3f})")
+        lines.append("| " + " | ".join(cells) + " |")
+    return [
+        *lines,
+        "",
+        f"Means over {SEEDS} seeds, with the largest difference in brackets. The curve is that of "
+        f"the optima, at the divergence that the policy reached. {UPDATES} updates of 256 "
+        "responses, a decoder of one layer of width 32. The whole benchmark takes "
+        f"{results['seconds'] / 60:.0f} minutes; {results['machine']}. "
+        "`python benchmarks/over_optimization.py` reproduces it.",
+    ]
+
+
+def _optimum_kl(optima: dict[str, Any], beta: float) -> float:
+    """Interpolated between logarithms."""
+    log_kl = np.log(optima["divergence"][::-1])
+    return float(np.exp(np.interp(np.log(beta), np.log(exact.BETAS[::-1]), log_kl)))
+
+
+def _groups(points: list[Any]) -> dict[tuple[int, float, str], list[Any]]:
+    """Points of the seeds of each run."""
+    keys = sorted({(p["pairs"], -p["kl_coef"], p["objective"]) for p in points})
+    return {
+        (n, -beta, name): [
+            p for p in points if (p["pairs"], p["kl_coef"], p["objective"]) == (n, -beta, name)
+        ]
+        for n, beta, name in keys
+    }
+
+
+def _interval(values: Any) -> str:
+    mean, low, high = mean_interval(np.asarray(values))
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def draw(results: dict[str, Any]) -> None:
+    mpl.use("Agg")
+    from matplotlib.figure import Figure
+
+    decoder, colors = results["decoder"], {"proxy": "C7", "gold": "C1"}
+    figure = Figure(figsize=(9, 6.6), layout="constrained")
+    every = figure.subplots(2, 2, sharex=True, sharey=True).flat
+    for axes, (n, rows) in zip(every, decoder["curves"].items(), strict=True):
+        for name, color in colors.items():
+            for kind, style in (("optima", "-"), ("best_of", "--")):
+                d = np.sqrt(np.maximum(rows[kind]["divergence"], 0.0))
+                axes.plot(d, rows[kind][name], style, color=color, lw=1.6)
+        for (pairs, _, objective), points in _groups(decoder["points"]).items():
+            if str(pairs) == n:
+                for name, color in colors.items():
+                    _mark(axes, points, name, objective, color)
+        axes.set_title(f"proxy fitted to {int(n):,} pairs", fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("distance from the reference: square root of KL (nats)", fontsize=10)
+    figure.supylabel("score (standard deviations of the reference)", fontsize=10)
+    figure.legend(
+        handles=_legend(colors), ncols=6, loc="outside upper center", frameon=False, fontsize=9
+    )
+    figure.savefig(IMAGES / PICTURE, dpi=110)
+
+
+SHAPES = {"ppo_clip": "o", "rloo": "^"}
+
+
+def _mark(axes: Any, points: list[Any], name: str, objective: str, color: str) -> None:
+    """One point: mean over seeds with 95% intervals."""
+    x, low_x, high_x = mean_interval(np.sqrt([p["divergence"] for p in points]))
+    y, low, high = mean_interval(np.array([p[name] for p in points]))
+    axes.errorbar(
+        x, y, xerr=[[x - low_x], [high_x - x]], yerr=[[y - low], [high - y]],
+        fmt=SHAPES[objective], ms=6, color=color, mec="black", mew=0.7, lw=1, zorder=3,
+    )  # fmt: skip
+
+
+def _legend(colors: dict[str, str]) -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    lines = [Line2D([], [], color=color, lw=3, label=name) for name, color in colors.items()]
+    for label, style in (("optimum, KL penalty", "-"), ("best of n", "--")):
+        lines.append(Line2D([], [], color="black", ls=style, lw=1.4, label=label))
+    for objective, shape in SHAPES.items():
+        mark = {"color": "white", "mec": "black", "marker": shape, "ls": "", "ms": 6}
+        lines.append(Line2D([], [], label=objective, **mark))
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--table-only", action="store_true")
+    if parser.parse_args().table_only:
+        results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    else:
+        began = time.perf_counter()
+        ppo.enable_compilation_cache()
+        results: dict[str, Any] = {"problems": over_problems(), "decoder": with_decoders()}
+        results["seconds"] = time.perf_counter() - began
+        cores = len(os.sched_getaffinity(0))
+        words = f"{cores} CPU core{'s' * (cores > 1)}"
+        results["machine"] = f"{words}, jax {jax.__version__}, Python {platform.python_version()}"
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    draw(results)
+    write_table("over-optimization", table(results), "over_optimization")
+
+
+if __name__ == "__main__":
+    main()
