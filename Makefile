@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install train test lint docs docs-serve test-slow test-faults bench bench-full bench-checkpoints bench-search bench-family bench-rlhf results parity lock clean
+.PHONY: help install train test lint docs docs-serve test-slow test-faults bench bench-full bench-checkpoints bench-search bench-family bench-rlhf bench-over-optimization results parity lock clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -60,6 +60,9 @@ bench-family: $(INSTALLED) ## tune and compare all objectives on four environmen
 
 bench-rlhf: $(INSTALLED) ## tune and compare the objectives for language models; update the tables (half an hour)
 	$(BIN)/python benchmarks/rlhf.py
+
+bench-over-optimization: $(INSTALLED) ## policies against a learned reward and the exact optimum; update the page (ten minutes)
+	$(BIN)/python benchmarks/over_optimization.py
 
 results: $(INSTALLED) ## train each config with 10 seeds; update the table (half an hour)
 	$(BIN)/python benchmarks/results.py

@@ -147,7 +147,7 @@ def _distances(results: dict[str, Any]) -> list[str]:
         f"the optima, at the divergence that the policy reached. {UPDATES} updates of 256 "
         "responses, a decoder of one layer of width 32. The whole benchmark takes "
         f"{results['seconds'] / 60:.0f} minutes; {results['machine']}. "
-        "`python benchmarks/over_optimization.py` reproduces it.",
+        "`make bench-over-optimization` reproduces it.",
     ]
 
 

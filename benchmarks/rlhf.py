@@ -34,7 +34,7 @@ TASKS: dict[str, dict[str, Any]] = {
                 "tokens": 250_000, "of": MAIN},
     "sum": {"params": {"shortest": 3, "longest": 4, "digits": 4}, "length": 3, "tokens": 500_000,
             "of": MAIN},
-    "arithmetic": {"params": {"digits": 5, "carries": False}, "length": 3, "tokens": 400_000,
+    "arithmetic": {"params": {"digits": 5, "carries": False}, "length": 3, "tokens": 600_000,
                    "of": MAIN},
     "countdown": {"params": {"numbers": 2, "largest": 9, "products": False, "reorder": False},
                   "length": 4, "tokens": 500_000, "of": MAIN},

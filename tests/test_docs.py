@@ -26,7 +26,7 @@ WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf
 STEPS = 1024
 """Environment steps of the runs on the pages, in place of those that they name."""
 
-SLOW = ("get-started", "sweeps", "docs/index", "rlhf/index")
+SLOW = ("get-started", "sweeps", "docs/index", "rlhf/index", "rlhf/preferences")
 """Pages whose code compiles much that the other pages compile too."""
 
 _slow = pytest.mark.slow
@@ -92,7 +92,8 @@ def commands(block: str) -> list[list[str]]:
 def shortened(arguments: list[str], every: bool) -> list[str]:
     if arguments[0] == "resume":
         return [str(2 * STEPS) if word == "600_000" else word for word in arguments]
-    if arguments[0] not in ("train", "sweep", "rlhf") or "--help" in arguments:
+    trains = arguments[0] in ("train", "sweep", "rlhf") and arguments[:2] != ["rlhf", "score"]
+    if not trains or "--help" in arguments:
         return arguments
     short = [*arguments, "--total-timesteps", str(STEPS), "--eval-episodes", "4"]
     if every or "--run-dir" in arguments or "--print-config" in arguments:

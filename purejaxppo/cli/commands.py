@@ -20,6 +20,7 @@ from purejaxppo.cli.options import (
     Plot,
     ProcessFlags,
     Resume,
+    Score,
     pick,
 )
 from purejaxppo.config import Config, ConfigError, Words
@@ -76,8 +77,8 @@ def run_command(command: Any) -> int:
         return _eval(command)
     if isinstance(command, Plot):
         return _plot(command)
-    if isinstance(command, Generate):
-        return _generate(command)
+    if isinstance(command, Generate | Score):
+        return _generate(command) if isinstance(command, Generate) else _score(command)
     assert isinstance(command, Export | Envs)
     return _export(command) if isinstance(command, Export) else _envs()
 
@@ -195,6 +196,28 @@ def _resume_sweep(command: Resume) -> int:
         raise ConfigError("coordinator: a sweep runs in one process; leave it out")
     found = resume_sweep(command.run_dir, compilation_cache=command.compilation_cache)
     return 0 if found.best else 1
+
+
+def _score(command: Score) -> int:
+    one = (command.prompt is not None, command.response is not None)
+    if any(one) == (command.data is not None) or one[0] != one[1]:
+        raise ConfigError("score: give either --prompt and --response, or --data FILE")
+    from purejaxppo.rlhf.records import Demonstration, read_demonstrations
+    from purejaxppo.rlhf.reward import load_reward
+
+    if command.data is not None:
+        texts = read_demonstrations(command.data)
+    else:
+        texts = [Demonstration(command.prompt or "", command.response or "")]
+    found = load_reward(command.run_dir, command.combine).score(
+        [x.prompt for x in texts], [x.completion for x in texts]
+    )
+    for text, score in zip(texts, found, strict=True):
+        if command.json:
+            say(json.dumps({**text._asdict(), "score": float(score)}))
+        else:
+            say(f"{float(score):8.4f}  {text.prompt}{text.completion}")
+    return 0
 
 
 def _generate(command: Generate) -> int:

@@ -22,7 +22,6 @@ from purejaxppo.cli.options import (
     COMMANDS,
     GENERATED,
     SETTINGS_OF,
-    TEXT_COMMANDS,
     TEXT_SWEEPS,
     RLHFSweep,
     Sweep,
@@ -87,7 +86,7 @@ def _parse(args: Sequence[str]) -> Any:
     if wants_help:
         options.join_help_lines()
     name = args[0] if args else ""
-    if (two := " ".join(args[:2])) in TEXT_COMMANDS:
+    if " " in (two := " ".join(args[:2])) and two in COMMANDS:
         name, args = two, args[1:]
     if name not in COMMANDS:
         return _all_commands(args)
@@ -146,9 +145,11 @@ def _with_settings(name: str, kind: Any, given: Any) -> Any:
     values = options.values_of(parsed)
     if name == "sweep":
         values |= _merged(search, values)
-    for table in ("task_params", "env_params"):
-        if hasattr(settings.config, table):
-            values[table] = {**getattr(settings.config, table), **given.params}
+    values |= {
+        table: {**getattr(settings.config, table), **given.params}
+        for table in ("task_params", "env_params")
+        if hasattr(settings.config, table)
+    }
     values["passed"] = settings.run.passed
     if name != "sweep":
         return commands.TrainCommand(commands.settings_from_values(values, settings), values)

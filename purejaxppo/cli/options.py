@@ -217,6 +217,24 @@ class Generate:
     """Keep compiled programs in the user's cache folder."""
 
 
+@dataclass
+class Score:
+    """Score texts with a reward model that `rlhf reward` trained."""
+
+    run_dir: _Positional[Path]
+    """A directory that `rlhf reward` wrote."""
+    prompt: str | None = None
+    """One prompt; needs --response."""
+    response: str | None = None
+    """The response to score."""
+    data: Path | None = None
+    """A JSON Lines file with prompt and completion on each line."""
+    combine: Literal["mean", "min", "mean_minus_variance"] = "mean"
+    """How the scores of several seeds (an ensemble) are combined."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print one JSON object per text."""
+
+
 class Setting(typing.NamedTuple):
     """An option generated from a field of a settings class."""
 
@@ -336,8 +354,8 @@ RLHFSweep = _command(
     _TASK_HELP,
 )
 _TEXT_HELP = (
-    'A config file (TOML) with kind = "{kind}", the name of a shipped config, a JSON Lines file, or '
-    "letters for the example data. Options override it."
+    'A config file (TOML) with kind = "{kind}", the name of a shipped config, a JSON Lines file, '
+    "or letters for the example data. Options override it."
 )
 _TEXT_DOCS = {
     "sft": (
@@ -388,6 +406,7 @@ COMMANDS = {
     "sweep": Sweep,
     "rlhf": RLHF,
     **TEXT_COMMANDS,
+    "rlhf score": Score,
     "generate": Generate,
     "resume": Resume,
     "eval": Eval,
@@ -447,7 +466,7 @@ def join_help_lines() -> None:
         Outputs, SweepOutputs,
     )  # fmt: skip
     texts = {}
-    for table in (*tables, Resume, Eval, Export, Plot, Generate):
+    for table in (*tables, Resume, Eval, Export, Plot, Generate, Score):
         own = {p.arg_name: p.description for p in parse_from_object(table).params}
         for f in dataclasses.fields(table):
             if f.name in own:

@@ -99,14 +99,6 @@ class RLHFConfig(DecoderConfig, UpdateConfig):
     """Task (prompts and score): sort, reverse, sum, arithmetic, countdown, letters, or
     package.module:name of your own `Problem` or of a function that makes one. If a problem is
     passed from Python, only a label."""
-    init: str = ""
-    """Directory of a language model run whose decoder is the reference and the start of the policy;
-    its architecture replaces the decoder settings. Empty: the task's reference."""
-    reward: tuple[str, ...] = ()
-    """Directories of reward models whose scores replace the task's score, which is then used for
-    evaluations only. Write 0.5*runs/reward to weight one; several are added."""
-    reward_combine: Literal["mean", "min", "mean_minus_variance"] = "mean"
-    """How the members of an ensemble (the seeds of a reward model run) are combined."""
     task_params: EnvParams = EnvParams()
     """Arguments of the task by name, such as longest; the others keep their defaults."""
     total_timesteps: int = bounded(400 * 16 * 16 * 8, 1)
@@ -152,6 +144,14 @@ class RLHFConfig(DecoderConfig, UpdateConfig):
     critic: Literal["auto", "shared", "separate"] = "auto"
     """With ppo_clip: compute values with the policy's decoder (shared) or a second one (separate).
     auto: separate."""
+    init: str = ""
+    """Directory of a language model run whose decoder is the reference and the start of the policy;
+    its architecture replaces the decoder settings. Empty: the task's reference."""
+    reward: tuple[str, ...] = ()
+    """Directories of reward models whose scores replace the task's score, which is then used for
+    evaluations only. Write 0.5*runs/reward to weight one; several are added."""
+    reward_combine: Literal["mean", "min", "mean_minus_variance"] = "mean"
+    """How the members of an ensemble (the seeds of a reward model run) are combined."""
     critic_init: Literal["random", "reference", "reward"] = "random"
     """With a separate critic: start it from random weights, from the reference (with a new output
     layer), or from the first reward model."""

@@ -43,7 +43,7 @@ def weights() -> Weights:
     size = len(ALPHABET)
     single, pair, triple = (rng.normal(size=(size,) * n) for n in (1, 2, 3))
     single[len(LETTERS) :] = -3.0
-    made = Weights(single, pair, 0.5 * triple, 0.0, 1.0)
+    made = Weights(single, pair, 0.35 * triple, 0.0, 1.0)
     texts = rng.integers(len(LETTERS), size=(_SAMPLE, 2 + LENGTH))
     sums = weighted_sum(made, texts)
     return made._replace(mean=float(sums.mean()), scale=_SHARPNESS / float(sums.std()))
@@ -92,7 +92,7 @@ def demonstrations(count: int = 2000, seed: int = 0) -> list[Demonstration]:
     ]
 
 
-def preferences(count: int = 4000, seed: int = 0) -> list[Preference]:
+def preferences(count: int = 8000, seed: int = 0) -> list[Preference]:
     """Pairs of random completions. The first is preferred with the probability
     sigmoid(gold(first) - gold(second)) (Bradley and Terry 1952); the column `probability` is that
     of the label given."""

@@ -54,7 +54,8 @@ def start_of(run_dir: str, seed: int | None = 0) -> Start:
     """
     found, states = find_states(Path(run_dir), "newest", lambda x: task_of(x, None, {}))
     architecture, vocabulary = decoder_of(found.settings, run_dir)
-    params = states.learner.params
+    # Arrays of a checkpoint are committed to a device, but other seeds may be on other devices.
+    params = jax.device_get(states.learner.params)
     if seed is not None:
         params = jax.tree.map(lambda x: x[seed], params)
     return Start(run_dir, architecture, vocabulary, params, found.settings.num_runs)

@@ -1,5 +1,6 @@
 """Generates text with a trained policy."""
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,17 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from purejaxppo.checks import ConfigError
+from purejaxppo.host.configfile import Settings
 from purejaxppo.host.load import find_states, task_of
 from purejaxppo.host.rundir import SWEEP, holds
 from purejaxppo.inputs import whole_number
 from purejaxppo.references import called
-from purejaxppo.rlhf.config import RLHFConfig
+from purejaxppo.rlhf.config import DecoderConfig, RLHFConfig
 from purejaxppo.rlhf.decoder import make_decoder
 from purejaxppo.rlhf.generation import generate
 from purejaxppo.rlhf.prepare import prepared
 from purejaxppo.rlhf.problem import Problem, Sample, pad_left, problem_of
+from purejaxppo.rlhf.problems import PROBLEMS, random_reference
 from purejaxppo.rlhf.samples import finite, texts_of
+from purejaxppo.rlhf.starts import decoder_of
 from purejaxppo.rlhf.task import architecture_of
+from purejaxppo.rlhf.text_config import DPOConfig, SFTConfig, TextConfig
 from purejaxppo.types import PyTree
 
 
@@ -218,12 +223,12 @@ def load_generator(
         )
 
     def task(settings: Any) -> Any:
-        if not isinstance(settings.config, RLHFConfig):
+        if not isinstance(settings.config, RLHFConfig | SFTConfig | DPOConfig):
             raise ConfigError(
-                f"{str(run_dir)!r}: is a run of {settings.config.label}, not of a language model"
+                f"{str(run_dir)!r}: is a run of {settings.config.label}, not of a policy for text"
             )
         given = None
-        if problem is not None:
+        if problem is not None and isinstance(settings.config, RLHFConfig):
             from purejaxppo.rlhf.task import make_rlhf_task
 
             given = make_rlhf_task(settings.config, problem)
@@ -234,4 +239,30 @@ def load_generator(
         raise ConfigError(f"seed = {seed}: the run has seeds 0 to {found.settings.num_runs - 1}")
     params = jax.tree.map(lambda x: x[seed], states.learner.params)
     config = found.settings.config
+    if isinstance(config, TextConfig):
+        config, problem = _as_policy(found.settings, str(run_dir))
     return Generator(config, prepared(config, problem or problem_of(config)), params)
+
+
+def _as_policy(settings: Settings, run_dir: str) -> tuple[RLHFConfig, Problem]:
+    """A config and a problem with which a `Generator` can use the decoder of a run on texts. The
+    problem is the task that the run's tokenizer names, or has no score."""
+    architecture, vocabulary = decoder_of(settings, run_dir)
+    name = settings.config.tokenizer
+    if name in PROBLEMS:
+        problem = PROBLEMS[name]()
+    else:
+        problem = Problem(
+            name, pad_left([[0]]), _no_score, vocabulary.size, vocabulary.stop_token,
+            random_reference, extras=None, tokenizer=vocabulary.tokenizer,
+        )  # fmt: skip
+    shape = {name: x for name, x in vars(architecture).items() if name in _SHAPE}
+    room = max(1, architecture.context - problem.prompt_length)
+    return RLHFConfig("rloo", name, response_length=min(64, room), **shape), problem
+
+
+_SHAPE = {f.name for f in dataclasses.fields(DecoderConfig)} | {"context"}
+
+
+def _no_score(sample: Sample) -> Any:
+    raise ConfigError("the responses of this run have no score")

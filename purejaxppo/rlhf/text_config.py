@@ -3,6 +3,7 @@ optimisation. Does not import JAX."""
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, Literal
 
 import numpy as np
@@ -104,7 +105,7 @@ class TextConfig(DecoderConfig, TaskConfig):
     @property
     def label(self) -> str:
         """Name of the data."""
-        return self.data.replace("/", "-").removesuffix(".jsonl")
+        return PurePath(self.data).stem or "texts"
 
     @property
     def title(self) -> str:

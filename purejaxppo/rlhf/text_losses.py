@@ -86,13 +86,13 @@ def _bradley_terry(network: Network) -> TextLoss:
 
 def _direct_preference(config: DPOConfig, network: Network) -> TextLoss:
     """With h = log ratio of the chosen completion - log ratio of the rejected one, per pair:
-    -log sigmoid(beta h) (Rafailov et al. 2023, arXiv:2305.18290, eq. 7), or (h - 1 / (2 beta))^2
-    for ipo (Azar et al. 2023, arXiv:2310.12036, eq. 17)."""
+    -log sigmoid(beta h - margin) (Rafailov et al. 2023, arXiv:2305.18290, eq. 7, without a margin),
+    or (h - 1 / (2 beta))^2 for ipo (Azar et al. 2023, arXiv:2310.12036, eq. 17)."""
 
     def loss(params: PyTree, texts: Texts, hparams: Any) -> Totals:
         gap = implicit_margin(network, params, texts)
         each = preference_loss(config, gap, hparams.kl_coef, texts.margin)
-        return _over_pairs(texts.rows, each, hparams.kl_coef * gap)
+        return _over_pairs(texts.rows, each, gap)
 
     return loss
 
@@ -116,8 +116,13 @@ def _over_pairs(rows: Rows, each: Float[Array, "B M"], margin: Float[Array, "B M
     def total(x: Array) -> Array:
         return jnp.sum(jnp.where(real > 0, x, 0.0))
 
-    metrics = {"accuracy": total((margin > 0) * 1.0), "margin": total(margin)}
+    metrics = {"accuracy": total(preferred(margin)), "margin": total(margin)}
     return Totals(total(each), jnp.sum(real), metrics)
+
+
+def preferred(margin: Float[Array, " *N"]) -> Float[Array, " *N"]:
+    """1 where the chosen text is ahead, 0.5 for ties, 0 elsewhere."""
+    return (margin > 0) + 0.5 * (margin == 0)
 
 
 def log_probs_of_tokens(

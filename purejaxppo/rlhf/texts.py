@@ -29,6 +29,7 @@ from purejaxppo.rlhf.text_losses import (
     implicit_margin,
     log_probs_of_tokens,
     make_text_loss,
+    preferred,
     scores,
 )
 from purejaxppo.rlhf.tokenizer import Vocabulary, vocabulary_of
@@ -70,7 +71,7 @@ def make_text_task(config: TextConfig) -> Task:
     )
     parts = _parts(config, vocabulary)
     for items in (train, held_out):
-        _check_lengths(config, parts.architecture, items)
+        _check_items(config, parts.architecture, items)
     rows = pack(train.tokens, config.row_length)
     data = {
         "train": _texts(parts, rows, train),
@@ -82,7 +83,7 @@ def make_text_task(config: TextConfig) -> Task:
     others = ("token_accuracy",) if isinstance(config, SFTConfig) else ("accuracy", "margin")
     return Task(
         config=config,
-        learner=partial(make_text_learner, config, loss, partial(init_params, parts)),
+        learner=partial(make_text_learner, config, loss, partial(_first_params, parts)),
         evaluate=partial(_evaluate, parts),
         with_config=make_text_task,
         hparams=TextHParams(),
@@ -126,12 +127,19 @@ def _parts(config: TextConfig, vocabulary: Vocabulary) -> TextParts:
     return TextParts(config, vocabulary, architecture, make_decoder(architecture), start)
 
 
-def _check_lengths(config: TextConfig, architecture: Architecture, items: Items) -> None:
+def _check_items(config: TextConfig, architecture: Architecture, items: Items) -> None:
     longest = max(len(x.all) for item in items.tokens for x in item)
     if longest > architecture.context:
         raise ConfigError(
             f"data = {config.data}: the longest sequence has {longest} tokens, but the decoder's "
-            f"context is {architecture.context}; use a larger row_length"
+            f"context is {architecture.context}; "
+            + ("leave init out or shorten them" if config.init else "use a larger row_length")
+        )
+    margins = [x.margin for x in items.records if isinstance(x, records.Preference)]
+    if isinstance(config, DPOConfig) and config.loss == "ipo" and any(margins):
+        raise ConfigError(
+            f"data = {config.data}: has margins, which loss = ipo ignores; leave them out, or use "
+            "loss = sigmoid"
         )
 
 
@@ -167,6 +175,10 @@ def init_params(parts: TextParts, key: Key[Array, ""], start: PyTree) -> PyTree:
         kernel = jax.random.normal(jax.random.fold_in(key, 1), (width, 1)) / np.sqrt(width + 1)
         params["critic_head"] = params["critic_head"] | {"kernel": kernel}
     return params
+
+
+def _first_params(parts: TextParts, key: Key[Array, ""], data: PyTree) -> PyTree:
+    return init_params(parts, key, data["init"])
 
 
 def _why_not_divided(config: TextConfig, devices: int) -> str | None:
@@ -215,7 +227,7 @@ def judged(
         margin = score[:, CHOSEN] - score[:, REJECTED]
         return jax.nn.log_sigmoid(margin - texts.margin[:, 0]), margin
     gap = implicit_margin(network, params, texts)[:, 0]
-    return (gap > 0) * 1.0, gap
+    return preferred(gap), gap
 
 
 class _Results(NamedTuple):

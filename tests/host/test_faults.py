@@ -158,7 +158,9 @@ def test_killed_after_a_checkpoint(
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("arguments", [SIMPLE, STATEFUL, PIXELS, LANGUAGE], ids=["plain", "stateful", "lstm", "language"])
+@pytest.mark.parametrize(
+    "arguments", [SIMPLE, STATEFUL, PIXELS, LANGUAGE], ids=["plain", "stateful", "lstm", "language"]
+)
 def test_killed_20_times(
     start: Any,
     undisturbed: Any,

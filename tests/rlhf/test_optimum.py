@@ -58,10 +58,9 @@ def test_the_policy_approaches_the_exact_optimum(objective: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", TOKEN_OBJECTIVES)
 def test_the_policy_approaches_the_exact_optimum_for_any_penalty(objective: str):
-    found = fractions_of_the_optimum(objective, [2.0, 1.0, 0.5], 5, updates=400).mean(axis=0)
+    found = fractions_of_the_optimum(objective, [2.0, 1.0, 0.5], 5, updates=600).mean(axis=0)
     print(objective, found.round(4))
-    # Without a group's standard deviation, GSPO's clipped steps are smaller near the optimum.
-    assert (found > (0.9 if objective == "gspo_token" else 0.95)).all()
+    assert (found > (0.9 if objective == "dapo" else 0.95)).all()
 
 
 @pytest.mark.slow

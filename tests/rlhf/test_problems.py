@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import purejaxppo as ppo
-from purejaxppo.rlhf import PROBLEMS, Characters, Prompts, Responses, Sample, TokenIds
+from purejaxppo.rlhf import PROBLEMS, Characters, Prompts, Responses, Sample, TokenIds, letters
 from purejaxppo.rlhf.config import TASKS
 from purejaxppo.rlhf.problem import Problem, pad_left
 
@@ -18,6 +18,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "sum": {"longest": 3, "digits": 4},
     "arithmetic": {"digits": 4},
     "countdown": {"largest": 3},
+    "letters": {},
 }
 
 
@@ -27,12 +28,11 @@ def sample_of(problem: Problem, texts: list[tuple[str, str]], width: int) -> Sam
     lengths = np.array([len(x) for x in encoded])
     tokens = np.array([[*x, *[0] * (width - len(x))] for x in encoded])
     stopped = np.array([response.endswith(".") for _, response in texts])
-    assert problem.extras_of is not None
     prompts = [prompt for prompt, _ in texts]
     return Sample(
         pad_left([problem.text.encode(x) for x in prompts]),
         Responses(*(jnp.asarray(x) for x in (tokens, lengths, stopped, tokens * 0.0))),
-        problem.extras_of(prompts),
+        problem.extras_of(prompts) if problem.extras_of else (),
     )
 
 
@@ -106,7 +106,7 @@ def test_each_prompt_of_a_task_is_in_one_split_and_has_an_exact_answer(name: str
     train, held_out = text(problem, problem.prompts), text(problem, problem.held_out)
     assert len({*train, *held_out}) == len(train) + len(held_out)
     assert len(train) == pytest.approx(4 * len(held_out), abs=4)
-    if name == "countdown":
+    if name in ("countdown", "letters"):
         return
     pairs = [(x, answer_of(name, x) + ".") for x in train + held_out]
     assert max(len(response) for _, response in pairs) == problem.longest_answer
@@ -116,6 +116,35 @@ def test_each_prompt_of_a_task_is_in_one_split_and_has_an_exact_answer(name: str
         responses=Responses(*(x[: len(train)] for x in sample.responses)), extras=problem.extras
     )
     assert (np.asarray(problem.score(own)) == 1).all()
+
+
+def test_letters_score_equals_a_loop_over_letters():
+    problem, given = PROBLEMS["letters"](), letters.weights()
+    rng = np.random.default_rng(0)
+    pairs = []
+    for prompt in text(problem, problem.prompts):
+        response = "".join(rng.choice(list(letters.ALPHABET[:9]), rng.integers(0, 7)))
+        pairs.append((prompt, f"{response}." if len(response) < 6 else response))
+    found = problem.score(sample_of(problem, pairs, 6))
+    for (prompt, response), score in zip(pairs, found, strict=True):
+        told, expected = [letters.ALPHABET.index(x) for x in prompt[:2]], -given.mean
+        for token in (letters.ALPHABET.index(x) for x in response.rstrip(".")):
+            expected += given.single[token] + given.pair[told[-1], token]
+            expected += given.triple[told[-2], told[-1], token]
+            told.append(token)
+        assert score == pytest.approx(expected * given.scale, abs=1e-4)
+        assert letters.gold(prompt, response) == pytest.approx(float(score), abs=1e-4)
+
+
+def test_labels_of_letters_have_the_stated_probabilities():
+    pairs = letters.preferences(3000, seed=1)
+    better = np.array([
+        letters.gold(x.prompt, x.chosen) > letters.gold(x.prompt, x.rejected) for x in pairs
+    ])  # fmt: skip
+    chance = np.array([x.columns["probability"] for x in pairs])
+    likely = np.maximum(chance, 1 - chance)
+    assert ((chance > 0.5) == better).all()
+    assert better.mean() == pytest.approx(likely.mean(), abs=3 * 0.5 / 3000**0.5)
 
 
 def prompts_of(name: str, **given: Any) -> set[str]:
