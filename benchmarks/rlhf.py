@@ -113,10 +113,12 @@ def fill(results: dict[str, Any]) -> None:
         for objective in about["of"]:
             if (name := f"{task} {objective}") not in results["rows"]:
                 values = search(task, objective)
-                row = measure(task, objective, values) | {"settings": values}
+                row: dict[str, Any] = {**measure(task, objective, values), "settings": values}
                 results["rows"][name] = row
                 save()
-                print(name, np.round(row["exact"], 3), values, f"{row['seconds']:.0f} s", flush=True)
+                print(
+                    name, np.round(row["exact"], 3), values, f"{row['seconds']:.0f} s", flush=True
+                )
 
 
 # Speed
