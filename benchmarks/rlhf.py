@@ -208,9 +208,9 @@ def exact_table(results: dict[str, Any]) -> str:
         "",
         f"Share of held-out prompts answered exactly (greedy): mean of {NUM_SEEDS} seeds, with the "
         f"lowest seed in brackets. All objectives generate the same number of tokens: {sizes}. "
-        f"Learning rate, entropy bonus and clip range of each objective are the best of {TRIALS} "
-        f"random samples on `sort`, and are used for the other tasks too. The decoders have 2 "
-        f"layers of width 64 and start from random weights; there is no KL penalty. One run of "
+        "Learning rate, entropy bonus and clip range of each objective and task are the best of "
+        f"{TRIALS} random samples. The decoders have one layer of width 64 and start from random "
+        f"weights; there is no KL penalty. One run of "
         f"{NUM_SEEDS} seeds takes {_range(results)}. {results['machine']}. `make bench-rlhf` "
         "reproduces the table.",
     ]
