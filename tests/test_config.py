@@ -306,5 +306,8 @@ def test_shipped_configs_load_and_fit_their_environment(path: Path):
     settings = load_settings(path)
     learner = ppo.make_learner(settings.config)
     state = jax.eval_shape(learner.init, jax.random.key(0), settings.hparams)
+    if path.stem in ("sft", "reward", "dpo"):
+        assert state.actors == ()
+        return
     rows = "num_sequences" if path.parent.name == "rlhf" else "num_envs"
     assert len(state.actors.obs) == getattr(settings.config, rows)

@@ -139,7 +139,7 @@ def kill_and_resume(
             ],
             marks=pytest.mark.faults,
         ),
-        LANGUAGE,
+        pytest.param(LANGUAGE, marks=pytest.mark.faults),
     ],
     ids=["plain", "stateful", "language"],
 )  # fmt: skip

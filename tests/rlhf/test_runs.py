@@ -117,6 +117,7 @@ def compilations() -> Iterator[list[str]]:
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.slow
 def test_more_chunks_compile_no_more_programs(
     tmp_path: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
 ):

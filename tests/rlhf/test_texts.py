@@ -533,6 +533,7 @@ POLICY = (
 ).split()
 
 
+@pytest.mark.slow
 def test_a_policy_learns_from_a_reward_model(sft: Path, reward: Path, tmp_path: Path):
     run_dir = tmp_path / "policy"
     given = [
