@@ -74,6 +74,8 @@ class Words(NamedTuple):
     rate: str = "steps"
     """Name of the samples in a speed, as in steps/s."""
     result: str = "return"
+    evaluations: tuple[str, str] = ("return, sampled actions", "return, deterministic actions")
+    """What the two final evaluations measure."""
     episodes: str = "episodes"
     unfinished: str = (
         "did not end within the environment's time limit, or 10,000 steps if it states none; give "

@@ -222,15 +222,15 @@ class Progress:
         return True
 
     def _print_returns(self, summary: dict[str, Any]) -> None:
-        names = {"eval_return": "sampled", "eval_return_deterministic": "deterministic"}
-        for name, actions in names.items():
+        names = ("eval_return", "eval_return_deterministic")
+        for name, what in zip(names, self._words.evaluations, strict=True):
             mean, interval = summary.get(f"{name}_mean"), summary.get(f"{name}_interval_95")
             if mean is None:
                 continue
             seeds = self._num_runs - len(summary["failed_seeds"])
             described = describe_interval(interval, seeds)
             self._console.print(
-                f"evaluation {self._words.result}, {actions} actions: {mean:.2f}{described}, "
+                f"evaluation {what}: {mean:.2f}{described}, "
                 f"{summary['eval_episodes']} {self._words.episodes} per seed"
             )
         if "exact" in summary:

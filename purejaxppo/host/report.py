@@ -47,9 +47,10 @@ def write_run_report(
 def _facts(config: Any, summary: dict[str, Any]) -> str:
     words = config.words
     rows = {words.samples: f"{summary['env_steps']:,} per seed"}
-    for name, what in (("eval_return", "sampled"), ("eval_return_deterministic", "deterministic")):
+    names = ("eval_return", "eval_return_deterministic")
+    for name, what in zip(names, words.evaluations, strict=True):
         if summary.get(f"{name}_mean") is not None:
-            rows[f"evaluation {words.result}, {what}"] = f"{summary[f'{name}_mean']:.3f}"
+            rows[f"evaluation {what}"] = f"{summary[f'{name}_mean']:.3f}"
     if "exact" in summary:
         rows["exact answers"] = f"{summary['exact']:.1%}"
         if "exact_sampled" in summary:

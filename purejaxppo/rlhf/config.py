@@ -348,7 +348,7 @@ class RLHFConfig(DecoderConfig, UpdateConfig):
     def words(self) -> Words:
         """Names of samples and results, for progress and reports."""
         return Words(
-            "tokens", "tokens", "score", "responses",
+            "tokens", "tokens", "score", ("score, sampled", "score, greedy"), "responses",
             "have a score that is not finite; check the task's score function",
         )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Decoders of other runs, to start from or to score with."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +13,12 @@ from purejaxppo.host.load import find_states, task_of
 from purejaxppo.host.rundir import CONFIG
 from purejaxppo.rlhf.architecture import Architecture
 from purejaxppo.rlhf.config import RLHFConfig
+from purejaxppo.rlhf.decoder import make_decoder
 from purejaxppo.rlhf.text_config import RewardConfig, TextConfig
+from purejaxppo.rlhf.text_learner import make_text_learner
 from purejaxppo.rlhf.tokenizer import Tokenizer, Vocabulary, vocabulary_of
-from purejaxppo.types import PyTree
+from purejaxppo.task import Task
+from purejaxppo.types import Learner, PyTree
 
 
 class Start(NamedTuple):
@@ -52,13 +56,29 @@ def start_of(run_dir: str, seed: int | None = 0) -> Start:
     Raises:
         ConfigError: if the directory has no checkpoint of a language model.
     """
-    found, states = find_states(Path(run_dir), "newest", lambda x: task_of(x, None, {}))
+    found, states = find_states(Path(run_dir), "newest", partial(task_to_load, run_dir))
     architecture, vocabulary = decoder_of(found.settings, run_dir)
     # Arrays of a checkpoint are committed to a device, but other seeds may be on other devices.
     params = jax.device_get(states.learner.params)
     if seed is not None:
         params = jax.tree.map(lambda x: x[seed], params)
     return Start(run_dir, architecture, vocabulary, params, found.settings.num_runs)
+
+
+def task_to_load(run_dir: str, settings: Settings) -> Task:
+    """A task with the states of a run, to load them. Runs on texts need no data for this."""
+    config = settings.config
+    if not isinstance(config, TextConfig):
+        return task_of(settings, None, {})
+    network = make_decoder(decoder_of(settings, run_dir)[0])
+
+    def no_loss(*_: Any) -> Any:
+        raise NotImplementedError("a task to load states cannot train")
+
+    def learner(axis: str | None) -> Learner:
+        return make_text_learner(config, no_loss, lambda key, data: network.init(key), axis)
+
+    return Task(config, learner, evaluate=no_loss, with_config=no_loss)
 
 
 def decoder_of(settings: Settings, run_dir: str) -> tuple[Architecture, Vocabulary]:

@@ -23,8 +23,8 @@ from purejaxppo.rlhf.prepare import prepared
 from purejaxppo.rlhf.problem import Problem, Sample, pad_left, problem_of
 from purejaxppo.rlhf.problems import PROBLEMS, random_reference
 from purejaxppo.rlhf.samples import finite, texts_of
-from purejaxppo.rlhf.starts import decoder_of
-from purejaxppo.rlhf.task import architecture_of
+from purejaxppo.rlhf.starts import decoder_of, task_to_load
+from purejaxppo.rlhf.task import architecture_of, make_rlhf_task
 from purejaxppo.rlhf.text_config import DPOConfig, SFTConfig, TextConfig
 from purejaxppo.types import PyTree
 
@@ -227,12 +227,9 @@ def load_generator(
             raise ConfigError(
                 f"{str(run_dir)!r}: is a run of {settings.config.label}, not of a policy for text"
             )
-        given = None
-        if problem is not None and isinstance(settings.config, RLHFConfig):
-            from purejaxppo.rlhf.task import make_rlhf_task
-
-            given = make_rlhf_task(settings.config, problem)
-        return task_of(settings, given, {})
+        if problem is None or not isinstance(settings.config, RLHFConfig):
+            return task_to_load(str(run_dir), settings)
+        return task_of(settings, make_rlhf_task(settings.config, problem), {})
 
     found, states = find_states(Path(run_dir), which, task)
     if whole_number("seed", seed, 0) >= found.settings.num_runs:

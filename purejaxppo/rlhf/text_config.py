@@ -14,6 +14,7 @@ from purejaxppo.rlhf.config import DecoderConfig
 
 READ = ("learning_rate", "max_grad_norm", "adam_eps", "weight_decay")
 """Hyperparameters that all of these runs read."""
+_NOT_FINITE = "are not finite; use a lower learning_rate"
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,11 @@ class SFTConfig(TextConfig):
 
     @property
     def words(self) -> Words:
-        return Words("tokens", "tokens", "log-likelihood", "examples", "are not finite")
+        return Words(
+            "tokens", "tokens", "log-likelihood",
+            ("log-likelihood per token", "share of exact completions"), "examples",
+            _NOT_FINITE,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,10 @@ class RewardConfig(TextConfig):
 
     @property
     def words(self) -> Words:
-        return Words("tokens", "tokens", "log-likelihood", "pairs", "are not finite")
+        return Words(
+            "tokens", "tokens", "log-likelihood", ("log-likelihood of labels", "margin"), "pairs",
+            _NOT_FINITE,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -162,7 +170,7 @@ class DPOConfig(TextConfig):
 
     @property
     def words(self) -> Words:
-        return Words("tokens", "tokens", "accuracy", "pairs", "are not finite")
+        return Words("tokens", "tokens", "accuracy", ("accuracy", "margin"), "pairs", _NOT_FINITE)
 
 
 @dataclass(frozen=True)

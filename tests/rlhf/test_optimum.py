@@ -58,9 +58,10 @@ def test_the_policy_approaches_the_exact_optimum(objective: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", TOKEN_OBJECTIVES)
 def test_the_policy_approaches_the_exact_optimum_for_any_penalty(objective: str):
-    found = fractions_of_the_optimum(objective, [2.0, 1.0, 0.5], 5, updates=600).mean(axis=0)
+    updates = 1200 if objective == "dapo" else 600  # dapo leaves groups out
+    found = fractions_of_the_optimum(objective, [2.0, 1.0, 0.5], 5, updates).mean(axis=0)
     print(objective, found.round(4))
-    assert (found > (0.9 if objective == "dapo" else 0.95)).all()
+    assert (found > 0.95).all()
 
 
 @pytest.mark.slow
@@ -79,8 +80,7 @@ def test_the_policy_approaches_the_exact_optimum_of_a_larger_problem(objective: 
     larger = {"num_layers": 2, "width": 64, "num_heads": 4}
     found = fractions_of_the_optimum(objective, [2.0, 1.0, 0.5], 1, 1000, size=(6, 4), **larger)
     print(objective, found.round(4))
-    assert (found[:, :2] > 0.95).all()
-    assert (found[:, 2] > 0.9).all()
+    assert (found > 0.95).all()
 
 
 # The penalty in the loss

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import re
+import shutil
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from purejaxppo.rlhf import (
     SFTConfig,
     TextHParams,
     letters,
+    load_generator,
     load_reward,
     make_decoder,
     make_rlhf_task,
@@ -446,6 +448,21 @@ def members_of(run_dir: Path) -> list[RewardModel]:
     count = len(model.params["mean"])
     params = [jax.tree.map(lambda x, i=i: x[i : i + 1], model.params) for i in range(count)]
     return [model._replace(params=x) for x in params]
+
+
+def test_a_run_is_loaded_without_its_data(reward: Path, sft: Path, tmp_path: Path):
+    """A reward model and a fine-tuned policy work after their data files are gone."""
+    moved = {}
+    for run_dir in (reward, sft):
+        copy = moved[run_dir] = tmp_path / run_dir.name
+        shutil.copytree(run_dir, copy)
+        text = (copy / "config.toml").read_text()
+        (copy / "config.toml").write_text(re.sub(r'data = ".*"', 'data = "gone.jsonl"', text))
+    np.testing.assert_array_equal(
+        load_reward(moved[reward]).score(["ab:"], ["cd"]),
+        load_reward(reward).score(["ab:"], ["cd"]),
+    )
+    assert load_generator(moved[sft])(["ab:"])[0][0].text == load_generator(sft)(["ab:"])[0][0].text
 
 
 def test_scores_are_normalised_and_combined(reward: Path, folder: Path):
