@@ -13,6 +13,7 @@ from purejaxppo.config import (
     MAX_WIDTH,
     HParams,
     Scalar,
+    TaskConfig,
     UpdateConfig,
     Words,
     bounded,
@@ -31,6 +32,19 @@ NEVER_READ = ("kl_beta", "trpo_delta", "cg_damping")
 """Hyperparameters that no objective for tokens reads."""
 TASKS = ("sort", "reverse", "sum", "arithmetic", "countdown", "letters")
 """The names in `rlhf.PROBLEMS`."""
+
+
+def check_counts(config: TaskConfig, settings: str) -> None:
+    """Raise `ConfigError` if the tokens of an update or the updates overflow an int32.
+
+    Args:
+        settings: names of the settings to reduce.
+    """
+    if config.batch_size >= 2**31 or config.num_updates >= 2**31:
+        raise ConfigError(
+            f"{config.batch_size} tokens per update, {config.num_updates} updates: both must be "
+            f"below 2^31; reduce {settings}"
+        )
 
 
 def weighted(text: str) -> tuple[float, str]:
@@ -196,11 +210,7 @@ class RLHFConfig(DecoderConfig, UpdateConfig):
                 f"{self.num_sequences} is not divisible by num_minibatches = "
                 f"{self.num_minibatches}; use a divisor"
             )
-        if self.batch_size >= 2**31 or self.num_updates >= 2**31:
-            raise ConfigError(
-                f"{self.batch_size} tokens per update, {self.num_updates} updates: both must be "
-                "below 2^31; reduce num_prompts, group_size, response_length or total_timesteps"
-            )
+        check_counts(self, "num_prompts, group_size, response_length or total_timesteps")
         if self.overlong_buffer >= self.response_length:
             raise ConfigError(
                 f"overlong_buffer = {self.overlong_buffer}: must be below response_length = "

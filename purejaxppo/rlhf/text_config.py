@@ -10,7 +10,7 @@ import numpy as np
 
 from purejaxppo.checks import FLOAT_MAX, ConfigError, check_fields, is_traced
 from purejaxppo.config import HParams, Scalar, TaskConfig, Words, bounded
-from purejaxppo.rlhf.config import DecoderConfig
+from purejaxppo.rlhf.config import DecoderConfig, check_counts
 
 READ = ("learning_rate", "max_grad_norm", "adam_eps", "weight_decay")
 """Hyperparameters that all of these runs read."""
@@ -59,11 +59,7 @@ class TextConfig(DecoderConfig, TaskConfig):
                 f"batch_rows = {self.batch_rows} is not divisible by accumulation = "
                 f"{self.accumulation}; use a divisor"
             )
-        if self.batch_size >= 2**31 or self.num_updates >= 2**31:
-            raise ConfigError(
-                f"{self.batch_size} tokens per update, {self.num_updates} updates: both must be "
-                "below 2^31; reduce batch_rows, row_length or total_timesteps"
-            )
+        check_counts(self, "batch_rows, row_length or total_timesteps")
 
     @property
     def reads(self) -> tuple[str, ...]:

@@ -78,7 +78,8 @@ def test_a_smaller_penalty_moves_the_policy_further():
 def test_the_policy_approaches_the_exact_optimum_of_a_larger_problem(objective: str):
     """1,296 responses, which take a larger decoder; one seed."""
     larger = {"num_layers": 2, "width": 64, "num_heads": 4}
-    found = fractions_of_the_optimum(objective, [2.0, 1.0, 0.5], 1, 1000, size=(6, 4), **larger)
+    updates = 3000 if objective == "grpo" else 1500
+    found = fractions_of_the_optimum(objective, [2.0, 1.0, 0.5], 1, updates, size=(6, 4), **larger)
     print(objective, found.round(4))
     assert (found > 0.95).all()
 
