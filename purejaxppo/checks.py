@@ -36,6 +36,10 @@ class ConfigError(Exception):
         super().__init__(message)
 
 
+class HostCallError(Exception):
+    """A Python function that runs between compiled calls failed; the state before it is intact."""
+
+
 class EnvParams(Mapping[str, float | int | bool]):
     """An immutable, hashable mapping from names to numbers or booleans.
 

@@ -4,13 +4,14 @@ All parts are built here. The host, sweeps and checkpoints depend only on tasks.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Key
 
 from purejaxppo import part_checks
@@ -23,6 +24,7 @@ from purejaxppo.distributions import make_policy
 from purejaxppo.envs import make_environment
 from purejaxppo.envs.base import check_contract, is_box, obs_shapes
 from purejaxppo.evaluation import episode_returns
+from purejaxppo.hostcall import HostCall
 from purejaxppo.improve import make_improve, make_loss
 from purejaxppo.inputs import check_config
 from purejaxppo.learner import make_learner
@@ -107,6 +109,31 @@ def _always_none(_: Any) -> str | None:
     return None
 
 
+class FinishedRun(NamedTuple):
+    """What the plots of a run are made from: the S seeds that have not failed."""
+
+    hparams: Any
+    metrics: dict[str, np.ndarray]
+    """Arrays `[S, U]`."""
+    states: TrainState
+    """Leaves `[S, ...]`."""
+    evaluations: tuple[np.ndarray, np.ndarray]
+    """Updates `[P]` and mean return over seeds `[P]` of the evaluations with sampled actions; empty
+    if a seed failed."""
+
+
+class Plot(NamedTuple):
+    """A plot of a run for its report."""
+
+    name: str
+    """Identifier in the page."""
+    title: str
+    caption: str
+    """Plain text."""
+    draw: Callable[[Any], None]
+    """Draws into the given matplotlib axes."""
+
+
 @dataclass(frozen=True)
 class Task:
     """What is trained: a learner, an evaluation and, for policies, an agent.
@@ -152,6 +179,12 @@ class Task:
     samples: Callable[[TrainState], list[dict[str, Any]]] | None = None
     """`state of one seed -> rows` for `samples.jsonl` and the report: outputs of the policy, as
     text."""
+    plots: Callable[[FinishedRun], Sequence[Plot]] | None = None
+    """Further plots for the report, which only tasks with `samples` have."""
+    update_call: HostCall | None = None
+    """Python code between compiled calls that `learner.update` needs, if it does."""
+    evaluation_call: HostCall | None = None
+    """The same for `evaluate`."""
     explain: Callable[[TrainState, Any], str | None] | None = None
     """`(last good state of one seed, hparams) -> reason` why its next update fails, or None if it
     is not known."""

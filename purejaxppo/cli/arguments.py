@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 from purejaxppo.checks import choices_of, fits_choice, in_words, nearest
 from purejaxppo.config import Config, ConfigError
 from purejaxppo.host.configfile import KINDS
-from purejaxppo.rlhf.config import RLHFConfig
+from purejaxppo.rlhf.config import RLHFConfig, is_prompts_file
 from purejaxppo.rlhf.text_config import TextConfig
 
 _PREFIXES = ("--hparams.", "--run.", "--sweep.")
@@ -200,6 +200,8 @@ def find_config(text: str, default: Any) -> Any:
     text_run = isinstance(default, type) and issubclass(default, TextConfig)
     if text_run and (text.endswith(".jsonl") or text == "letters"):
         return default(data=text)
+    if default is RLHFConfig and is_prompts_file(text):
+        return RLHFConfig(task=text)
     if exists or "/" in text or text.endswith(".toml"):
         return path
     shipped = shipped_configs()

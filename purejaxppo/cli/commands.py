@@ -367,10 +367,10 @@ def _eval(command: Eval) -> int:
     if command.episodes < 1:
         raise ConfigError(f"episodes = {command.episodes}: must be at least 1")
     RunSettings(seed=command.eval_seed)
-    import jax
     import numpy as np
 
     from purejaxppo.evaluation import LATER_EVALUATION, evaluation_keys
+    from purejaxppo.host.hostcalls import Returns
     from purejaxppo.host.program import enable_compilation_cache
 
     if command.compilation_cache:
@@ -378,17 +378,9 @@ def _eval(command: Eval) -> int:
     trained = _load_trained(command, "evaluated")
     keys = evaluation_keys(command.eval_seed, max(trained.seeds) + 1, LATER_EVALUATION)
 
-    data = trained.task.data
-    more = {"data": data} if jax.tree.leaves(data) else {}
-
-    def returns(state: Any, key: jax.Array, more: dict[str, Any]) -> jax.Array:
-        return trained.task.evaluate(
-            state, key, command.episodes, deterministic=command.deterministic, **more
-        )
-
     rows = np.asarray(trained.seeds)
-    each = jax.jit(jax.vmap(returns, (0, 0, None)))
-    episodes = np.asarray(each(trained.states, keys[rows], more))
+    returns = Returns(trained.task, command.episodes)
+    episodes = returns(trained.states, keys[rows], np.full(len(rows), command.deterministic))
     _report(command, trained, episodes)
     return 0
 

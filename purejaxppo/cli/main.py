@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from purejaxppo.checks import nearest
+from purejaxppo.checks import HostCallError, nearest
 from purejaxppo.cli import commands, options
 from purejaxppo.cli.arguments import find_config, kind_of_file, read_arguments
 from purejaxppo.cli.options import (
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"purejaxppo: {error}", file=sys.stderr)
         return 2
-    except (StorageError, LostError) as error:
+    except (StorageError, LostError, HostCallError) as error:
         print(f"purejaxppo: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:

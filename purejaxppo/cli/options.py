@@ -71,8 +71,8 @@ _GROUPS = {
     "search": " ".join(f.name for f in dataclasses.fields(SweepSettings)),
     "environment": "env_id",
     "text": (
-        "tokenizer init reward reward_combine held_out bad_lines loss loss_on batch_rows "
-        "row_length accumulation warmup"
+        "tokenizer init reward reward_combine retokenize held_out bad_lines loss loss_on "
+        "batch_rows row_length accumulation warmup"
     ),
     "algorithm": (
         "oversampling overlong_buffer averaging kl_in kl_estimator kl_control whiten_rewards "
@@ -262,8 +262,9 @@ _CONFIG_HELP = (
 )
 _TASK_HELP = (
     'A config file (TOML) with kind = "rlhf", the name of a shipped config (sort) or task '
-    "(countdown), or package.module:name of your own task. Options override it. --task-params.NAME "
-    "VALUE sets an argument of the task, as in --task-params.longest 5."
+    "(countdown), package.module:name of your own task, or a JSON Lines file with prompts "
+    "(.jsonl). Options override it. --task-params.NAME VALUE sets an argument of the task, as in "
+    "--task-params.longest 5."
 )
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import numpy as np
 
+from purejaxppo.checks import HostCallError
 from purejaxppo.config import ConfigError, Words
 from purejaxppo.evaluation import FRESH_EVALUATION
 from purejaxppo.host.checkpoint import (
@@ -118,6 +119,8 @@ def conduct(session: Session, prepare: Callable[[], Prepared], extras: Extras) -
         saved = None if saver is None else saver.finish(training.position, loop.states)
         if stop:
             _exit_after_save(stop, progress, directory)
+        if loop.error is not None:
+            raise _with_resume_command(loop.error, directory)
         with progress.working("evaluating"):
             final = _evaluate_at_end(session, prepared.evaluation, training.states, stop)
             if final is None:
@@ -233,6 +236,12 @@ def _unless_stopped(stop: StopRequest, evaluation: Callable[[], np.ndarray]) -> 
 def _exit_after_save(stop: StopRequest, progress: Progress, directory: Path | None) -> NoReturn:
     progress.stopped(directory and resume_command(directory))
     stop.leave()
+
+
+def _with_resume_command(error: HostCallError, directory: Path | None) -> HostCallError:
+    if directory is None:
+        return error
+    return HostCallError(f"{error}; to resume: {resume_command(directory)}")
 
 
 def _open_loggers(

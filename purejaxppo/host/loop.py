@@ -5,11 +5,14 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
 
+from purejaxppo.checks import HostCallError
 from purejaxppo.host.checkpoint import Checkpoint, Position
+from purejaxppo.host.hostcalls import InterruptedChunkError
 from purejaxppo.host.loggers import SECONDS, AppendedLogger, HostMetrics, RowLogger
 from purejaxppo.host.parallel import needs_all_threads
 from purejaxppo.host.processes import agree
@@ -45,6 +48,8 @@ class Loop:
         self._middle = self.session.settings.config.num_updates // 2
         """A task's samples are logged after this many updates too."""
         self.parts = [] if start.metrics is None else [start.metrics]
+        self.error: HostCallError | None = None
+        """Why Python code between updates failed, if it did. Training stops before that update."""
 
     def train(self) -> Training:
         """Train until the end, until every seed has failed, or until a stop is requested. Trains at
@@ -66,15 +71,15 @@ class Loop:
             count = min(count, num_updates - self.done, CHUNK_CAPACITY, self._until_due())
             first = self.done == start.position.updates
             began = time.perf_counter()
-            states, rows = self.prepared.program.chunk(states, hparams, count)
-            metrics = {name: np.asarray(values)[:count] for name, values in rows.items()}
+            states, metrics = self._chunk(states, hparams, count)
             seconds = time.perf_counter() - began
-            self._record(metrics, states)
+            if metrics:
+                self._record(metrics, states)
             fitting = max(1, int(count * CHUNK_SECONDS / seconds))
             count = min(fitting, 2) if first else fitting  # the first call has one-off overhead
             # Clocks and signals differ between processes, but all must take the same action.
             count, due = map(int, agree(count, self._action_due())[0])
-            if agreed(self.stop):
+            if agreed(self.stop) or self.error is not None:
                 break
             if due:
                 self._save(states, evaluate=due == _SAVE_AND_EVALUATE)
@@ -91,6 +96,17 @@ class Loop:
         self.states = states if jax.process_count() > 1 else gathered
         """The states to save: with several processes, only this process's part."""
         return Training(gathered, joined, self._position())
+
+    def _chunk(
+        self, states: TrainState, hparams: Any, count: int
+    ) -> tuple[TrainState, HostMetrics]:
+        """Do `count` updates; fewer if Python code between them fails, which sets `error`."""
+        try:
+            states, rows = self.prepared.program.chunk(states, hparams, count)
+        except InterruptedChunkError as stopped:
+            states, rows, count = stopped.states, stopped.metrics, stopped.count
+            self.error = stopped.reason
+        return states, {name: np.asarray(values)[:count] for name, values in rows.items()}
 
     def _sample(self, states: TrainState) -> None:
         if self.saver is not None:

@@ -3,13 +3,15 @@
 import base64
 
 
+def image(name: str, title: str, png: bytes) -> str:
+    """An embedded HTML image. `title` is HTML."""
+    data = base64.b64encode(png).decode()
+    return f'<img id="{name}" alt="{title}" src="data:image/png;base64,{data}">'
+
+
 def figure(name: str, title: str, png: bytes, caption: str) -> str:
     """An HTML figure with an embedded image. `title` and `caption` are HTML."""
-    data = base64.b64encode(png).decode()
-    return (
-        f'<figure><img id="{name}" alt="{title}" src="data:image/png;base64,{data}">\n'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
+    return f"<figure>{image(name, title, png)}\n<figcaption>{caption}</figcaption></figure>"
 
 
 PAGE = """<!doctype html>
@@ -27,10 +29,17 @@ table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
 th, td {{ padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd }}
 .facts th, .facts td {{ text-align: left; font-weight: normal; vertical-align: top }}
 .facts th {{ color: #666; white-space: nowrap }}
-.text td {{ font-family: ui-monospace, monospace; white-space: pre-wrap; text-align: left }}
+.text td {{ font-family: ui-monospace, monospace; white-space: pre-wrap; text-align: left;
+  vertical-align: top; max-width: 24rem; overflow-wrap: break-word }}
 .text th {{ text-align: left }}
+.scrolling {{ overflow-x: auto }}
 figure {{ margin: 0 }}
-figcaption {{ color: #555; font-size: 14px }}
+figcaption, .caption {{ color: #555; font-size: 14px }}
+.grid, section figure {{ display: grid; gap: 0 1.5rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(var(--column), 100%), 1fr)) }}
+.grid {{ --column: 18rem }}
+section figure {{ --column: 22rem }}
+@media (max-width: 40rem) {{ .facts th {{ white-space: normal }} }}
 </style>
 </head>
 <body>

@@ -1,5 +1,9 @@
 """Plots of a run."""
 
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from purejaxppo.curves import POINTS, means_of_stretches
+from purejaxppo.host.rundir import RunWarning
 from purejaxppo.host.stats import FEW_SEEDS, bootstrap_mean_interval, mean_interval
 
 RETURNS = "episode_return"
@@ -60,6 +65,28 @@ def learning_curve(
     axes.set_xlim(0, float(env_steps[-1]))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.savefig(path, dpi=150)
+
+
+def png_of(draw: Callable[[Any], None], size: tuple[float, float]) -> bytes:
+    """A PNG of what `draw` draws into axes, of a size in inches."""
+    from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=size, layout="constrained")
+    draw(figure.add_subplot())
+    content = io.BytesIO()
+    figure.savefig(content, dpi=150, format="png")
+    return content.getvalue()
+
+
+@contextmanager
+def warns_if_undrawn(what: str) -> Iterator[None]:
+    """Warn instead of raising, since all numbers are written before plots are drawn."""
+    try:
+        yield
+    except Exception as error:
+        warnings.warn(
+            f"{what}: cannot be drawn: {error}; all numbers were saved", RunWarning, stacklevel=4
+        )
 
 
 def metric_label(metric: str) -> str:

@@ -11,9 +11,10 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 from jax.sharding import PartitionSpec
 
-from purejaxppo.config import HParams
+from purejaxppo.config import ConfigError, HParams
 from purejaxppo.evaluation import FINAL_EVALUATION, evaluation_keys
 from purejaxppo.host.configfile import Settings
+from purejaxppo.host.hostcalls import Returns, compile_host_chunk
 from purejaxppo.host.loggers import in_order
 from purejaxppo.host.parallel import Spread, choose_spread, each_seed
 from purejaxppo.host.population import (
@@ -56,7 +57,7 @@ class Program(NamedTuple):
     """`hparams[S] -> states[S, ...]`: the initial states."""
     chunk: Callable[[TrainState, HParams, int], tuple[TrainState, Metrics]]
     """`(states, hparams[S], count) -> (states, metrics[capacity, S])`, of which `count` rows are
-    filled."""
+    filled. Raises `InterruptedChunkError` if Python code between updates fails."""
     gather: Callable[[TrainState], TrainState]
     """Moves states to a single device."""
     device_bytes: int
@@ -76,35 +77,30 @@ class Evaluation:
 
     def __init__(self, settings: Settings, task: Task):
         self._settings, self._data = settings, task.data
-        episodes = settings.run.eval_episodes
-
-        def returns(row: tuple[TrainState, jax.Array, jax.Array], data: PyTree) -> jax.Array:
-            state, key, deterministic = row
-            more = {"data": data} if jax.tree.leaves(data) else {}
-            return task.evaluate(state, key, episodes, deterministic=deterministic, **more)
-
-        def each(states: TrainState, keys: Any, deterministic: Any, data: PyTree) -> jax.Array:
-            rows = (states, keys, deterministic)
-            return each_seed(lambda row: returns(row, data), rows)
-
-        self._jitted = jax.jit(each)
+        self._returns = Returns(task, settings.run.eval_episodes)
         self._compiled: Any = None
+        self._split = task.evaluation_call is not None
 
     def compile(self, shapes: TrainState) -> None:
-        """Compile for states of these shapes on this process's first device."""
+        """Compile for states of these shapes on this process's first device, unless Python code
+        runs between two parts."""
+        if self._split:
+            return
         place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         placed = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes
         )
         rows = self._rows(False, FINAL_EVALUATION)
-        self._compiled = self._jitted.lower(placed, *rows, self._data).compile()
+        self._compiled = self._returns.jitted.lower(placed, *rows, self._data).compile()
 
     def __call__(
         self, states: TrainState, *, deterministic: bool = False, purpose: int = FINAL_EVALUATION
     ) -> np.ndarray:
         """`states[S, ...] -> returns[S, E]`; NaN for an episode that did not end."""
-        function = self._compiled or self._jitted
-        return np.asarray(function(states, *self._rows(deterministic, purpose), self._data))
+        rows = self._rows(deterministic, purpose)
+        if self._compiled is None:
+            return self._returns(states, *rows)
+        return np.asarray(self._compiled(states, *rows, self._data))
 
     def _rows(self, deterministic: bool, purpose: int) -> tuple[jax.Array, jax.Array]:
         num_seeds, total = self._settings.run.num_seeds, self._settings.num_runs
@@ -184,6 +180,11 @@ def compile_program(
             )
         return _chunk(learner, states, hparams, count, capacity=capacity, data=data)
 
+    if task.update_call is not None and population is not None:
+        raise ConfigError(
+            "strategy = pbt: its exchanges are part of the compiled program, but this run calls a "
+            "Python function in each update; use another strategy"
+        )
     traced = jax.jit(init).trace(root, hparams, data)
     inputs = (spread.states, spread.seeds, PartitionSpec(), PartitionSpec())
     over = spread.over(chunk, inputs, (spread.states, spread.rows))
@@ -193,21 +194,27 @@ def compile_program(
         return states, spread.to_all(rows)
 
     shapes = spread.shapes(traced.out_info)
-    traced_chunks = jax.jit(chunks).trace(shapes, hparams, np.int32(1), data)
-    compiled: Any = traced_chunks.lower().compile()
+    if task.update_call is not None:
+        run_chunk, compiled, rows = compile_host_chunk(
+            task.update_call, learner, spread, shapes=shapes, hparams=hparams, data=data
+        )
+    else:
+        traced_chunks = jax.jit(chunks).trace(shapes, hparams, np.int32(1), data)
+        compiled, rows = traced_chunks.lower().compile(), traced_chunks.out_info[1]
+        # Scatter again, since XLA marks an empty array as replicated despite its sharding.
+        run_chunk = lambda states, hparams, count: compiled(  # noqa: E731
+            spread.scatter(states), hparams, np.int32(count), data
+        )
     compiled_init: Any = traced.lower().compile() if fresh else None
     if evaluation is not None:
         evaluation.compile(traced.out_info)
     return Program(
         lambda hparams: compiled_init(root, hparams, data),
-        # Scatter again, since XLA marks an empty array as replicated despite its sharding.
-        lambda states, hparams, count: compiled(
-            spread.scatter(states), hparams, np.int32(count), data
-        ),
+        run_chunk,
         spread.gather,
         _bytes(compiled),
         spread,
-        in_order(traced_chunks.out_info[1]),
+        in_order(rows),
     )
 
 

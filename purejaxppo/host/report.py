@@ -1,18 +1,30 @@
 """`report.html` of a run: metric curves and samples."""
 
 import html
-import io
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from purejaxppo.host.configfile import Settings
-from purejaxppo.host.page import PAGE, figure
-from purejaxppo.host.plots import band_label, bare_axes, metric_label, smooth
+from purejaxppo.host.page import PAGE, figure, image
+from purejaxppo.host.plots import (
+    band_label,
+    bare_axes,
+    metric_label,
+    png_of,
+    smooth,
+    warns_if_undrawn,
+)
 from purejaxppo.host.rundir import REPORT, write_whole
 from purejaxppo.host.samples import read_samples
 from purejaxppo.host.stats import bootstrap_mean_interval, mean_interval
+from purejaxppo.task import Plot
+
+PANEL, PLOT = (4.0, 2.9), (4.8, 3.7)
+"""Sizes in inches of the curve of a metric and of a task's plot."""
 
 
 def write_run_report(
@@ -21,6 +33,8 @@ def write_run_report(
     names: tuple[str, ...],
     metrics: dict[str, np.ndarray],
     summary: dict[str, Any],
+    *,
+    plots: Sequence[Plot] = (),
 ) -> None:
     """Write `report.html` to a run directory.
 
@@ -28,6 +42,7 @@ def write_run_report(
         names: the metrics to draw.
         metrics: `[S, U]`.
         summary: the content of `summary.json`.
+        plots: further plots.
     """
     config, seeds = settings.config, settings.num_runs
     band = f"; bands: {band_label(seeds)}" if seeds > 1 else ""
@@ -37,7 +52,8 @@ def write_run_report(
         f"<h1>{title}</h1>",
         _facts(config, summary),
         "<h2>Training</h2>",
-        figure("training", "Training", _curves(config, names, metrics), caption),
+        *_curves(config, names, metrics, caption),
+        *_sections(plots),
         "<h2>Samples</h2>",
         *_samples(directory),
     ]
@@ -68,32 +84,46 @@ def _facts(config: Any, summary: dict[str, Any]) -> str:
     return f'<table class="facts">\n{lines}\n</table>'
 
 
-def _curves(config: Any, names: tuple[str, ...], metrics: dict[str, np.ndarray]) -> bytes:
-    """A PNG with a panel for each metric."""
-    from matplotlib.figure import Figure  # slow to import
-    from matplotlib.ticker import EngFormatter
+def _curves(
+    config: Any, names: tuple[str, ...], metrics: dict[str, np.ndarray], caption: str
+) -> list[str]:
+    """A figure with a panel for each metric."""
+    panels = [
+        image(
+            name, html.escape(metric_label(name)), png_of(partial(_curve, config, name, x), PANEL)
+        )
+        for name, x in ((name, metrics[name]) for name in names if name in metrics)
+    ]
+    return [
+        '<figure id="training"><div class="grid">', *panels,
+        f"</div><figcaption>{caption}</figcaption></figure>",
+    ]  # fmt: skip
 
-    names = tuple(name for name in names if name in metrics)
-    count = len(names)
-    columns = min(3, count)
-    drawing = Figure(figsize=(4 * columns, 2.9 * -(-count // columns)), layout="constrained")
-    every = drawing.subplots(-(-count // columns), columns, squeeze=False).flatten()
-    for axes, name in zip(every, names, strict=False):
-        values = metrics[name]
-        steps = np.arange(1, values.shape[1] + 1) * config.batch_size
-        points, curves = smooth(steps, values.T)
-        axes.plot(points, mean_interval(curves)[0], color="C0")
-        if len(values) > 1:
-            low, high = bootstrap_mean_interval(curves)
-            axes.fill_between(points, low, high, color="C0", alpha=0.2, lw=0)
-        bare_axes(axes, config.words.samples, metric_label(name))
-        axes.set_xlim(0, float(steps[-1]))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    for axes in every[count:]:
-        axes.remove()
-    content = io.BytesIO()
-    drawing.savefig(content, dpi=130, format="png")
-    return content.getvalue()
+
+def _curve(config: Any, name: str, values: np.ndarray, axes: Any) -> None:
+    """Draw a metric `[S, U]`: its mean over seeds and the interval of the mean."""
+    from matplotlib.ticker import EngFormatter  # slow to import
+
+    steps = np.arange(1, values.shape[1] + 1) * config.batch_size
+    points, curves = smooth(steps, values.T)
+    axes.plot(points, mean_interval(curves)[0], color="C0")
+    if len(values) > 1:
+        low, high = bootstrap_mean_interval(curves)
+        axes.fill_between(points, low, high, color="C0", alpha=0.2, lw=0)
+    bare_axes(axes, config.words.samples, metric_label(name))
+    axes.set_xlim(0, float(steps[-1]))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _sections(plots: Sequence[Plot]) -> list[str]:
+    """A section for each plot. A plot that fails is left out with a warning."""
+    sections = []
+    for plot in plots:
+        title = html.escape(plot.title)
+        with warns_if_undrawn(f"plot {plot.name}"):
+            drawn = figure(plot.name, title, png_of(plot.draw, PLOT), html.escape(plot.caption))
+            sections.append(f"<section><h2>{title}</h2>\n{drawn}</section>")
+    return sections
 
 
 def _samples(directory: Path) -> list[str]:
@@ -101,10 +131,12 @@ def _samples(directory: Path) -> list[str]:
     rows = read_samples(directory)
     updates = sorted({row["update"] for row in rows})
     shown = sorted({updates[0], updates[len(updates) // 2], updates[-1]}) if updates else []
-    return [
+    tables = [
         _table(f"After {update:,} updates", [r for r in rows if r["update"] == update])
         for update in shown
     ]
+    caption = "Samples of the first seed, from the start, the middle and the end of the run."
+    return [f'<p class="caption">{caption}</p>', *tables]
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> str:
@@ -115,10 +147,13 @@ def _table(title: str, rows: list[dict[str, Any]]) -> str:
         for row in rows
     ]
     body = "\n".join(lines)
-    return f'<h3>{title}</h3>\n<table class="text"><tr>{head}</tr>\n{body}\n</table>'
+    table = f'<table class="text"><tr>{head}</tr>\n{body}\n</table>'
+    return f'<h3>{title}</h3>\n<div class="scrolling">{table}</div>'
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if value is None:
+        return "-"
     return f"{value:.2f}" if isinstance(value, float) else str(value)

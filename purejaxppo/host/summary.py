@@ -3,9 +3,7 @@
 import hashlib
 import os
 import platform
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,20 +16,19 @@ from purejaxppo.host.configfile import Settings, dump_settings
 from purejaxppo.host.evaluations import evaluation_curve
 from purejaxppo.host.loggers import SECONDS, in_order
 from purejaxppo.host.parallel import Spread
-from purejaxppo.host.plots import learning_curve
+from purejaxppo.host.plots import NO_EVALUATIONS, learning_curve, warns_if_undrawn
 from purejaxppo.host.report import write_run_report
 from purejaxppo.host.rundir import (
     CURVE,
     REPORT,
     SUMMARY,
-    RunWarning,
     StorageError,
     resume_command,
     sealed,
     write_whole,
 )
 from purejaxppo.host.stats import episode_mean, mean_interval
-from purejaxppo.task import Task
+from purejaxppo.task import FinishedRun, Plot, Task
 from purejaxppo.types import TrainState
 
 METRICS_COLUMNS = "metrics_columns"
@@ -122,9 +119,14 @@ def _own_results(
         return {}
     kinds = {"sampled": final.sampled, "deterministic": final.deterministic}
     evaluated = {name: x[finished] for name, x in kinds.items() if x is not None}
-    metrics = {name: x[finished] for name, x in training.metrics.items()}
-    states = jax.tree.map(lambda x: x[np.array(finished)], training.states)
+    metrics, states = _of_seeds(training, finished)
     return task.results(metrics, evaluated, states)
+
+
+def _of_seeds(training: Training, seeds: list[int]) -> tuple[dict[str, np.ndarray], TrainState]:
+    """Metrics and states of some seeds."""
+    metrics = {name: x[seeds] for name, x in training.metrics.items()}
+    return metrics, jax.tree.map(lambda x: x[np.array(seeds)], training.states)
 
 
 def settings_digest(settings: Settings) -> str:
@@ -157,22 +159,24 @@ def write_results(
         return
     draw_curve(directory, settings, task, training.metrics[task.curve])
     if task.samples is not None:
-        with _never_ending(directory / REPORT):
+        plots: Sequence[Plot] = ()
+        with warns_if_undrawn(f"plots of {task.config.title}"):
+            plots = _plots(directory, settings, task, training)
+        with warns_if_undrawn(repr(str(directory / REPORT))):
             names = (task.curve, *task.progress)
-            write_run_report(directory, settings, names, training.metrics, summary)
+            write_run_report(directory, settings, names, training.metrics, summary, plots=plots)
 
 
-@contextmanager
-def _never_ending(path: Path) -> Iterator[None]:
-    """Warn instead of raising, since all numbers were already written."""
-    try:
-        yield
-    except Exception as error:
-        warnings.warn(
-            f"{str(path)!r}: cannot be drawn: {error}; all numbers were saved",
-            RunWarning,
-            stacklevel=4,
-        )
+def _plots(directory: Path, settings: Settings, task: Task, training: Training) -> Sequence[Plot]:
+    """The plots that the task adds; none if every seed failed."""
+    failed = training.position.failed
+    finished = [s for s in range(settings.num_runs) if s not in failed]
+    if task.plots is None or not finished:
+        return ()
+    steps, returns = NO_EVALUATIONS if failed else evaluation_curve(directory)
+    evaluations = steps // settings.config.batch_size, returns
+    metrics, states = _of_seeds(training, finished)
+    return task.plots(FinishedRun(settings.hparams, metrics, states, evaluations))
 
 
 def draw_curve(directory: Path, settings: Settings, task: Task, values: np.ndarray) -> None:
@@ -180,7 +184,7 @@ def draw_curve(directory: Path, settings: Settings, task: Task, values: np.ndarr
     fails, since the numbers are already written."""
     steps = np.arange(1, values.shape[1] + 1) * settings.config.batch_size
     env_id = settings.config.label
-    with _never_ending(directory / CURVE):
+    with warns_if_undrawn(repr(str(directory / CURVE))):
         learning_curve(
             directory / CURVE, env_id, steps, values.T, evaluation_curve(directory),
             metric=task.curve, samples=settings.config.words.samples,

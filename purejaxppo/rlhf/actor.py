@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from purejaxppo.checks import ConfigError
 from purejaxppo.collect import in_parts
 from purejaxppo.collectives import masked_mean, own_rows
 from purejaxppo.distributions import categorical
@@ -121,7 +122,26 @@ class TokenActor(NamedTuple):
     def sample(
         self, params: PyTree, actors: ActorState, hparams: Any, data: PyTree
     ) -> tuple[ActorState, Sample, Float[Array, " M"]]:
-        """Generate and score M responses; scores that are not finite become NaN."""
+        """Generate and score M responses; scores that are not finite become NaN.
+
+        If the problem has a `host_score`, `data["told"]` has the results of `respond` and the
+        scores.
+        """
+        if self.problem.host_score is None:
+            actors, sample = self.respond(params, actors, hparams, data)
+            added = None
+        else:
+            (actors, sample), added = told(data)
+        sample = sample._replace(shared=data["shared"])
+        score = jnp.asarray(self.problem.score(sample), jnp.float32)
+        if added is not None:
+            score += added
+        return actors, sample, jnp.where(jnp.isfinite(score), score, jnp.nan)
+
+    def respond(
+        self, params: PyTree, actors: ActorState, hparams: Any, data: PyTree
+    ) -> tuple[ActorState, Sample]:
+        """Generate M responses; the sample is without `shared`."""
         config = self.config
         chosen, draws = draw_prompts(config, actors.env_state, data["prompts"].lengths.shape[0])
         prompts = data["prompts"].take(chosen)
@@ -131,10 +151,8 @@ class TokenActor(NamedTuple):
             stop_token=self.problem.stop_token, temperature=hparams.temperature,
         )  # fmt: skip
         extras = jax.tree.map(lambda x: x[chosen], data["extras"])
-        sample = Sample(prompts, responses, extras, data["shared"])
-        score = jnp.asarray(self.problem.score(sample), jnp.float32)
-        score = jnp.where(jnp.isfinite(score), score, jnp.nan)
-        return actors._replace(keys=keys, env_state=draws), sample, score
+        sample = Sample(prompts, responses, extras)
+        return actors._replace(keys=keys, env_state=draws), sample
 
     def choose(
         self, score: Float[Array, " M"], differ: Bool[Array, " G"]
@@ -213,6 +231,18 @@ class TokenActor(NamedTuple):
 
         parts = parts_in_cache(self.network, start.size, start.shape[1])
         return in_parts(of_part, (obs, start, action), parts, axis=1)
+
+
+def told(data: PyTree) -> tuple[Any, Float[Array, " M"]]:
+    """The responses and the scores that were computed in Python for them. Raises `ConfigError` if
+    there are none."""
+    if "told" not in data:
+        raise ConfigError(
+            "reward: a Python function runs between compiled calls, so it cannot be part of one "
+            "compiled function; train with ppo.run, and evaluate with `purejaxppo eval` or "
+            "rlhf.load_generator"
+        )
+    return data["told"]
 
 
 def groups_differ(score: Float[Array, " M"], group_size: int) -> Bool[Array, " G"]:

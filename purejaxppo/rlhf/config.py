@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, Literal
 
 import numpy as np
@@ -34,6 +35,11 @@ TASKS = ("sort", "reverse", "sum", "arithmetic", "countdown", "letters")
 """The names in `rlhf.PROBLEMS`."""
 
 
+def is_prompts_file(task: str) -> bool:
+    """Whether a task's name is the path of a JSON Lines file with prompts."""
+    return task.endswith(".jsonl")
+
+
 def check_counts(config: TaskConfig, settings: str) -> None:
     """Raise `ConfigError` if the tokens of an update or the updates overflow an int32.
 
@@ -48,8 +54,8 @@ def check_counts(config: TaskConfig, settings: str) -> None:
 
 
 def weighted(text: str) -> tuple[float, str]:
-    """Weight and directory of `RUN_DIR` or `WEIGHT*RUN_DIR`. Raises `ConfigError` if the weight is
-    not a finite number."""
+    """Weight and name of `NAME` or `WEIGHT*NAME`, where the name is a directory or a function.
+    Raises `ConfigError` if the weight is not a finite number."""
     weight, star, run_dir = text.partition("*")
     if not star:
         return 1.0, text
@@ -58,8 +64,10 @@ def weighted(text: str) -> tuple[float, str]:
     except ValueError:
         value = math.nan
     if not math.isfinite(value) or not run_dir:
-        raise ConfigError(f"reward = {text!r}: must be RUN_DIR or WEIGHT*RUN_DIR, such as "
-                          "0.5*runs/reward")  # fmt: skip
+        raise ConfigError(
+            f"reward = {text!r}: must be RUN_DIR, package.module:function, or one of these with a "
+            "weight, such as 0.5*runs/reward"
+        )
     return value, run_dir
 
 
@@ -110,11 +118,15 @@ class RLHFConfig(DecoderConfig, UpdateConfig):
     advantages normalised over the batch. rloo, grpo, dr_grpo, dapo, gspo, gspo_token: no critic,
     baseline from the responses to the same prompt."""
     task: str = "sort"
-    """Task (prompts and score): sort, reverse, sum, arithmetic, countdown, letters, or
-    package.module:name of your own `Problem` or of a function that makes one. If a problem is
-    passed from Python, only a label."""
+    """Task (prompts and score): sort, reverse, sum, arithmetic, countdown, letters,
+    package.module:name of your own `Problem` or of a function that makes one, or a JSON Lines file
+    (.jsonl) with prompts, which needs reward. If a problem is passed from Python, only a label."""
     task_params: EnvParams = EnvParams()
-    """Arguments of the task by name, such as longest; the others keep their defaults."""
+    """Arguments of the task by name, such as longest; the others keep their defaults. A file of
+    prompts takes held_out (share of the prompts, 0.1) and skip_bad_lines (false)."""
+    tokenizer: str = AUTO
+    """With a file of prompts: bytes, the name of a task for its tokenizer, or the path of a
+    tokenizer.json. auto: that of init, or bytes."""
     total_timesteps: int = bounded(400 * 16 * 16 * 8, 1)
     """Tokens to generate, counting every response at its maximum length; rounded up to whole
     updates."""
@@ -162,8 +174,12 @@ class RLHFConfig(DecoderConfig, UpdateConfig):
     """Directory of a language model run whose decoder is the reference and the start of the policy;
     its architecture replaces the decoder settings. Empty: the task's reference."""
     reward: tuple[str, ...] = ()
-    """Directories of reward models whose scores replace the task's score, which is then used for
-    evaluations only. Write 0.5*runs/reward to weight one; several are added."""
+    """Directories of reward models, or Python functions (package.module:function) of the decoded
+    texts, (prompts, completions, **columns) -> list of numbers. Their scores replace the task's
+    score, which is then used for evaluations only. Write 0.5*runs/reward to weight one; several are
+    added."""
+    retokenize: bool = False
+    """Score with reward models of another tokenizer too, by decoding and encoding all texts."""
     reward_combine: Literal["mean", "min", "mean_minus_variance"] = "mean"
     """How the members of an ensemble (the seeds of a reward model run) are combined."""
     critic_init: Literal["random", "reference", "reward"] = "random"
@@ -243,6 +259,13 @@ class RLHFConfig(DecoderConfig, UpdateConfig):
                 f"reward_combine = {self.reward_combine}: has no effect without reward; leave it "
                 "out"
             )
+        if self.tokenizer != AUTO and not is_prompts_file(self.task):
+            raise ConfigError(
+                f"tokenizer = {self.tokenizer}: has no effect with task = {self.task}, which has "
+                "its own; leave it out"
+            )
+        if self.retokenize and not self.reward:
+            raise ConfigError("retokenize = true: has no effect without reward; leave it out")
         separate = self.has_critic and self.critic != "shared"
         if self.critic_init != "random" and not separate:
             raise ConfigError(
@@ -339,12 +362,12 @@ class RLHFConfig(DecoderConfig, UpdateConfig):
     @property
     def label(self) -> str:
         """Name of the task."""
-        return self.task
+        return PurePath(self.task).stem if is_prompts_file(self.task) else self.task
 
     @property
     def title(self) -> str:
         """The task and the objective."""
-        return f"{self.task}, {self.objective}"
+        return f"{self.label}, {self.objective}"
 
     @property
     def batch_in_words(self) -> str:

@@ -1,53 +1,96 @@
 """Problems with the reference, the scores and the critic that a config takes from other runs."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from purejaxppo.checks import ConfigError
+from purejaxppo.checks import ConfigError, is_reference
 from purejaxppo.inputs import check_fits
+from purejaxppo.references import resolve
 from purejaxppo.rlhf.architecture import Architecture
 from purejaxppo.rlhf.config import RLHFConfig, weighted
+from purejaxppo.rlhf.functions import Weighted, text_rewards
 from purejaxppo.rlhf.problem import Problem, Sample
+from purejaxppo.rlhf.prompts_file import unscored
 from purejaxppo.rlhf.reward import RewardModel, load_reward
-from purejaxppo.rlhf.starts import Start, start_of
+from purejaxppo.rlhf.starts import Start, alphabet_of, start_of
 from purejaxppo.rlhf.tokenizer import Vocabulary
 from purejaxppo.types import PyTree
 
 
-def prepared(config: RLHFConfig, problem: Problem) -> Problem:
+def prepared(config: RLHFConfig, problem: Problem, functions: Sequence[Weighted] = ()) -> Problem:
     """The problem with the reference of `config.init`, the scores of `config.reward` and the critic
     of `config.critic_init`.
 
+    Args:
+        functions: reward functions passed from Python, in addition to those of `config.reward`.
+
     Raises:
-        ConfigError: if these runs cannot be used with the problem.
+        ConfigError: if these runs or functions cannot be used with the problem.
     """
     vocabulary = Vocabulary(problem.text, problem.vocab_size, problem.stop_token)
     start = start_of(config.init) if config.init else None
     if start is not None:
         start.check_vocabulary(vocabulary, problem.name)
     pairs = [weighted(text) for text in config.reward]
-    models = [load_reward(run_dir, config.reward_combine) for _, run_dir in pairs]
-    for model in models:
-        _check_model(config, problem, model, vocabulary)
+    named = [Weighted(w, name, resolve("reward", name)) for w, name in pairs if is_reference(name)]
+    models = [
+        Model(w, load_reward(name, config.reward_combine))
+        for w, name in pairs
+        if not is_reference(name)
+    ]
+    converted = [x for x in models if config.retokenize and not x.has(vocabulary)]
+    compiled = [x for x in models if x not in converted]
+    for model in compiled:
+        _check_model(config, problem, model.model, vocabulary)
+    if config.critic_init == "reward" and not compiled:
+        raise ConfigError(
+            "critic_init = reward: needs a reward model with the policy's tokenizer in reward"
+        )
     if start is not None or config.critic_init != "random":
-        reference = _reference(config, problem.reference, start, models)
+        first = [model.model for model in compiled]
+        reference = _reference(config, problem.reference, start, first)
         problem = dataclasses.replace(problem, reference=reference)
-    if models:
-        problem = _scored(problem, [weight for weight, _ in pairs], models)
+    on_host = [*functions, *named, *(x.function for x in converted)]
+    if compiled or on_host:
+        return _scored(problem, compiled, on_host)
+    if problem.score is unscored:
+        raise ConfigError(
+            f"task = {config.task}: has no score; give reward, the directory of a reward model or "
+            "package.module:function"
+        )
     return problem
+
+
+class Model(NamedTuple):
+    """A reward model and its weight in the sum."""
+
+    weight: float
+    model: RewardModel
+
+    def has(self, vocabulary: Vocabulary) -> bool:
+        return alphabet_of(self.model.vocabulary) == alphabet_of(vocabulary)
+
+    @property
+    def function(self) -> Weighted:
+        """The model as a function of texts."""
+        return Weighted(self.weight, self.model.run_dir, partial(self.model.score, empty=True))
 
 
 def _check_model(
     config: RLHFConfig, problem: Problem, model: RewardModel, vocabulary: Vocabulary
 ) -> None:
-    Start(
-        model.run_dir, model.architecture, model.vocabulary, (), 1
-    ).check_vocabulary(vocabulary, problem.name)  # fmt: skip
+    if alphabet_of(model.vocabulary) != alphabet_of(vocabulary):
+        raise ConfigError(
+            f"reward = {model.run_dir}: was trained with another tokenizer than {problem.name!r}, "
+            "so its tokens have other meanings; use the same tokenizer, or retokenize = true, "
+            "which decodes and encodes all texts"
+        )
     needed = problem.prompt_length + config.response_length
     if model.architecture.context < needed:
         raise ConfigError(
@@ -92,18 +135,27 @@ def _critic_of(model: RewardModel, params: PyTree) -> dict[str, PyTree]:
     return {"critic": trunk, "critic_head": {"kernel": kernel, "bias": bias}}
 
 
-def _scored(problem: Problem, weights: list[float], models: list[RewardModel]) -> Problem:
-    """The problem with the weighted sum of the models' scores; its own score is the gold score."""
+def _scored(problem: Problem, models: Sequence[Model], functions: Sequence[Weighted]) -> Problem:
+    """The problem with the weighted sum of the scores; its own score is the gold score."""
 
     def score(sample: Sample) -> Float[Array, " N"]:
-        each = zip(weights, models, sample.shared["rewards"], strict=True)
-        return sum((w * scores_of(model, params, sample) for w, model, params in each), start=0.0)  # pyright: ignore
+        total = jnp.zeros(sample.prompts.lengths.shape)
+        for (weight, model), params in zip(models, sample.shared["rewards"], strict=True):
+            total += weight * scores_of(model, params, sample)
+        return total
 
     def gold(sample: Sample) -> Any:
         return problem.judge(sample._replace(shared=sample.shared["task"]))
 
-    shared = {"task": problem.shared, "rewards": tuple(model.params for model in models)}
-    return dataclasses.replace(problem, score=score, gold=gold, shared=shared)
+    shared = {"task": problem.shared, "rewards": tuple(x.model.params for x in models)}
+    return dataclasses.replace(
+        problem,
+        score=score,
+        host_score=text_rewards(problem, functions) if functions else None,
+        gold=None if problem.score is unscored else gold,
+        exact_score=None if problem.score is unscored else problem.exact_score,
+        shared=shared,
+    )
 
 
 def scores_of(model: RewardModel, params: PyTree, sample: Sample) -> Float[Array, " N"]:

@@ -1,17 +1,18 @@
 """Problems to train a language model on: prompts, and a score of the responses."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from purejaxppo.checks import ConfigError
+from purejaxppo.checks import ConfigError, HostCallError
 from purejaxppo.references import called, resolve
 from purejaxppo.rlhf.architecture import Architecture
-from purejaxppo.rlhf.config import RLHFConfig
+from purejaxppo.rlhf.config import RLHFConfig, is_prompts_file
 from purejaxppo.rlhf.generation import Prompts, Responses
 from purejaxppo.rlhf.tokenizer import TokenIds, Tokenizer
 from purejaxppo.types import PyTree
@@ -47,6 +48,9 @@ class Problem:
     """A pytree with leaves `[P, ...]` that the score reads, such as the correct answers."""
     shared: PyTree = ()
     """Arrays that the score reads for every response, such as the parameters of a reward model."""
+    host_score: Callable[[Sample], Float[np.ndarray, " N"]] | None = None
+    """Added to the score. Runs in Python between compiled calls, with NumPy arrays and without
+    `shared`."""
     gold: Callable[[Sample], Float[Array, " N"]] | None = None
     """Scores the responses of evaluations, if that is not the score to train on."""
     held_out: Prompts | None = None
@@ -62,10 +66,38 @@ class Problem:
     extras_of: Callable[[Sequence[str]], PyTree] | None = None
     """Makes the extras of new prompts, so that responses to them can be scored."""
 
+    columns: Sequence[Mapping[str, Any]] = ()
+    """Further values of prompts for `host_score`, indexed by `extras["row"]`."""
+
     @property
     def judge(self) -> Callable[[Sample], Float[Array, " N"]]:
-        """The score of evaluations: `gold`, or `score`."""
+        """The compiled score of evaluations: `gold`, or `score`."""
         return self.gold or self.score
+
+    @property
+    def host_judge(self) -> Callable[[Sample], Float[np.ndarray, " N"]] | None:
+        """What is added to `judge`: `host_score`, if there is no `gold`."""
+        return None if self.gold is not None else self.host_score
+
+    def scores(self, sample: Sample, *, gold: bool = False) -> Float[np.ndarray, " N"]:
+        """Score responses outside of compiled programs.
+
+        Args:
+            gold: the score of evaluations.
+
+        Raises:
+            ConfigError: if the score fails.
+        """
+        compiled = self.judge if gold else self.score
+        added = self.host_judge if gold else self.host_score
+        name = f"score of {self.name}"
+        found = np.asarray(called(name, jax.jit(compiled), sample), np.float32)
+        if added is None:
+            return found
+        try:
+            return found + added(jax.tree.map(np.asarray, sample._replace(shared=())))
+        except HostCallError as error:
+            raise ConfigError(str(error)) from error
 
     @property
     def prompt_length(self) -> int:
@@ -77,6 +109,25 @@ class Problem:
     def text(self) -> Tokenizer:
         """The tokenizer, or one that writes token numbers."""
         return TokenIds(self.vocab_size) if self.tokenizer is None else self.tokenizer
+
+
+class Texts(NamedTuple):
+    """N prompts and responses as text."""
+
+    prompts: list[str]
+    responses: list[str]
+    """Without the stop token."""
+
+
+def texts_of(problem: Problem, sample: Sample) -> Texts:
+    """The prompts and responses of a sample as text."""
+    prompts, responses = jax.tree.map(np.asarray, (sample.prompts, sample.responses))
+    told, said = [], []
+    for row, stopped in enumerate(responses.stopped):
+        told.append(problem.text.decode(prompts.tokens[row][-int(prompts.lengths[row]) :]))
+        end = int(responses.lengths[row]) - int(stopped)
+        said.append(problem.text.decode(responses.tokens[row][:end]))
+    return Texts(told, said)
 
 
 def pad_left(rows: Sequence[Sequence[int]], width: int = 0) -> Prompts:
@@ -98,6 +149,10 @@ def problem_of(config: RLHFConfig) -> Problem:
     from purejaxppo.rlhf.problems import PROBLEMS
 
     name, given = config.task, dict(config.task_params)
+    if is_prompts_file(name):
+        from purejaxppo.rlhf.prompts_file import problem_of_file
+
+        return problem_of_file(config)
     if name in PROBLEMS:
         made: Any = called(f"task = {name}", lambda: PROBLEMS[name](**given))
     elif is_reference(name):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -75,8 +76,13 @@ class RewardModel(NamedTuple):
         mean = jnp.mean(each, axis=0)
         return mean if self.combine == "mean" else mean - jnp.var(each, axis=0)
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Float[np.ndarray, " N"]:
+    def score(
+        self, prompts: Sequence[str], responses: Sequence[str], *, empty: bool = False
+    ) -> Float[np.ndarray, " N"]:
         """Score texts; the stop token is added to each response.
+
+        Args:
+            empty: score empty responses too.
 
         Raises:
             ConfigError: if a text is empty, has unknown characters, or is too long.
@@ -84,20 +90,31 @@ class RewardModel(NamedTuple):
         encode, stop = self.vocabulary.tokenizer.encode, self.vocabulary.stop_token
         rows = []
         for prompt, response in zip(prompts, responses, strict=True):
-            if not prompt or not response:
+            if not prompt or not (response or empty):
                 raise ConfigError(f"prompt {prompt!r}, response {response!r}: must not be empty")
             rows.append([*encode(prompt), *encode(response), stop])
-        longest = max(map(len, rows))
-        if longest > self.architecture.context:
+        longest, context = max(map(len, rows)), self.architecture.context
+        if longest > context:
             raise ConfigError(
-                f"{self.run_dir!r}: scores at most {self.architecture.context} tokens, but a text "
+                f"{self.run_dir!r}: scores at most {context} tokens, but a text "
                 f"has {longest} with its prompt; shorten it, or train with a larger row_length"
             )
-        tokens = np.zeros((len(rows), longest), np.int32)
+        # Few different widths, so that few programs are compiled.
+        width = min(-(-longest // _WIDTHS) * _WIDTHS, context)
+        tokens = np.zeros((len(rows), width), np.int32)
         for row, values in zip(tokens, rows, strict=True):
             row[: len(values)] = values
         lengths = jnp.array([len(row) for row in rows])
-        return np.asarray(jax.jit(self.__call__)(self.params, jnp.asarray(tokens), lengths))
+        model = self._replace(vocabulary=None, params=None)  # pyright: ignore
+        return np.asarray(_score(model, self.params, jnp.asarray(tokens), lengths))
+
+
+_WIDTHS = 32
+
+
+@partial(jax.jit, static_argnums=0)
+def _score(model: RewardModel, params: PyTree, tokens: Array, lengths: Array) -> Array:
+    return model(params, tokens, lengths)
 
 
 def load_reward(run_dir: str | Path, combine: Combine = "mean") -> RewardModel:

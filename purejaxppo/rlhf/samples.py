@@ -1,38 +1,22 @@
 """Responses as text: the samples of a run, and responses that made a run fail."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from purejaxppo.checks import ConfigError
 from purejaxppo.rlhf.actor import TokenActor, TokenParts
 from purejaxppo.rlhf.generation import generate
 from purejaxppo.rlhf.kl import current, make_controller
-from purejaxppo.rlhf.problem import Problem, Sample
+from purejaxppo.rlhf.problem import Sample, texts_of
 from purejaxppo.types import PyTree, TrainState
 
 SHOWN = 8
 """Number of prompts whose responses a run shows."""
 _MAX_TEXT = 400
 """Maximum length of a text in an error message."""
-
-
-class Texts(NamedTuple):
-    prompts: list[str]
-    responses: list[str]
-    """Without the stop token."""
-
-
-def texts_of(problem: Problem, sample: Sample) -> Texts:
-    """The prompts and responses of a sample as text."""
-    prompts, responses = jax.tree.map(np.asarray, (sample.prompts, sample.responses))
-    told, said = [], []
-    for row, stopped in enumerate(responses.stopped):
-        told.append(problem.text.decode(prompts.tokens[row][-int(prompts.lengths[row]) :]))
-        end = int(responses.lengths[row]) - int(stopped)
-        said.append(problem.text.decode(responses.tokens[row][:end]))
-    return Texts(told, said)
 
 
 def finite(value: Any) -> float | None:
@@ -49,22 +33,22 @@ class Samples:
         self._problem, self._data = problem, data
         rows = jnp.arange(min(SHOWN, data["held_out"].lengths.shape[0]))
 
-        def sample(params: PyTree, data: PyTree) -> tuple[Sample, jax.Array]:
+        def sample(params: PyTree, data: PyTree) -> Sample:
             prompts = data["held_out"].take(rows)
             responses = generate(
                 network, params, jax.random.split(jax.random.key(0), len(rows)), prompts,
                 max_tokens=config.response_length, stop_token=problem.stop_token,
             )  # fmt: skip
             extras = jax.tree.map(lambda x: x[rows], data["held_out_extras"])
-            found = Sample(prompts, responses, extras, data["shared"])
-            return found._replace(shared=()), problem.judge(found)
+            return Sample(prompts, responses, extras)
 
         self._sample = jax.jit(sample)
 
     def __call__(self, state: TrainState) -> list[dict[str, Any]]:
-        sample, score = self._sample(state.learner.params, self._data)
+        sample = self._sample(state.learner.params, self._data)
+        score = self._problem.scores(sample._replace(shared=self._data["shared"]), gold=True)
         texts, stopped = texts_of(self._problem, sample), np.asarray(sample.responses.stopped)
-        rows = zip(*texts, np.asarray(score), stopped, strict=True)
+        rows = zip(*texts, score, stopped, strict=True)
         return [
             {"prompt": p, "response": r, "score": finite(s), "stopped": bool(end)}
             for p, r, s, end in rows
@@ -79,16 +63,19 @@ class Failures:
         config, self._problem, _ = parts
         self._data, actor = data, TokenActor(*parts)
 
-        def sample(state: TrainState, hparams: Any, data: PyTree) -> tuple[Sample, jax.Array]:
+        def sample(state: TrainState, hparams: Any, data: PyTree) -> Sample:
             hparams = current(config, make_controller(config), state.learner, hparams)
-            _, found, score = actor.sample(state.learner.params, state.actors, hparams, data)
-            return found._replace(shared=()), score
+            return actor.respond(state.learner.params, state.actors, hparams, data)[1]
 
         self._sample = jax.jit(sample)
 
     def __call__(self, state: TrainState, hparams: Any) -> str | None:
-        found, score = self._sample(state, hparams, self._data)
-        bad = np.flatnonzero(~np.isfinite(np.asarray(score)))
+        found = self._sample(state, hparams, self._data)
+        try:
+            score = self._problem.scores(found._replace(shared=self._data["shared"]))
+        except ConfigError as error:
+            return str(error)
+        bad = np.flatnonzero(~np.isfinite(score))
         if not bad.size:
             return None
         texts = texts_of(self._problem, jax.tree.map(lambda x: x[bad[:1]], found))

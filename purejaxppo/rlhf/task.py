@@ -1,7 +1,7 @@
 """The `Task` of training a language model to maximise a score."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,14 +23,17 @@ from purejaxppo.learner import make_learner
 from purejaxppo.objectives.base import KLController
 from purejaxppo.optimizer import ADAM
 from purejaxppo.references import called
-from purejaxppo.rlhf.actor import TokenParts, make_token_actor
+from purejaxppo.rlhf.actor import TokenParts, make_token_actor, told
 from purejaxppo.rlhf.advantages import estimate
 from purejaxppo.rlhf.architecture import Architecture
 from purejaxppo.rlhf.config import RLHFConfig, RLHFHParams
 from purejaxppo.rlhf.decoder import make_decoder
-from purejaxppo.rlhf.generation import Prompts, Responses, generate, observe
+from purejaxppo.rlhf.functions import TextFunction, Weighted
+from purejaxppo.rlhf.generation import Prompts, Responses, observe
+from purejaxppo.rlhf.host_score import held_out_sample, host_calls
 from purejaxppo.rlhf.kl import current, make_controller
 from purejaxppo.rlhf.losses import make_token_loss
+from purejaxppo.rlhf.plots import frontier_plots
 from purejaxppo.rlhf.prepare import prepared
 from purejaxppo.rlhf.problem import Problem, Sample, problem_of
 from purejaxppo.rlhf.samples import Failures, Samples
@@ -49,7 +52,12 @@ from purejaxppo.types import (
 )
 
 
-def make_rlhf_task(config: RLHFConfig, problem: Problem | None = None) -> Task:
+def make_rlhf_task(
+    config: RLHFConfig,
+    problem: Problem | None = None,
+    *,
+    reward: TextFunction | Sequence[TextFunction] = (),
+) -> Task:
     """Make the task that trains a decoder on a problem.
 
     The learner is the same as for environments: tokens are actions, and a rollout is a batch of
@@ -58,17 +66,23 @@ def make_rlhf_task(config: RLHFConfig, problem: Problem | None = None) -> Task:
 
     Args:
         problem: None uses the one that `config.task` names.
+        reward: a function of decoded texts, `(prompts, completions, **columns) -> list of numbers`,
+            or several; their sum is added to the scores of `config.reward`. They run in Python
+            between two compiled parts of an update. `columns` are the other keys of the lines of a
+            prompts file.
 
     Raises:
         ConfigError: if the config and the problem do not fit each other.
     """
-    passed = () if problem is None else ("task",)
-    with_config = make_rlhf_task if problem is None else partial(make_rlhf_task, problem=problem)
+    functions = [reward] if callable(reward) else list(reward)
+    passed = () if problem is None and not functions else ("task",)
+    again = partial(make_rlhf_task, problem=problem, reward=reward)
     if problem is None:
         problem = problem_of(config)
     else:
         config = dataclasses.replace(config, task=problem.name)
-    problem = prepared(config, problem)
+    named = [Weighted(1.0, getattr(f, "__name__", "reward"), f) for f in functions]
+    problem = prepared(config, problem, named)
     config = _with_room_for_answers(config, problem)
     _check(config, problem)
     architecture = architecture_of(config, problem)
@@ -85,21 +99,25 @@ def make_rlhf_task(config: RLHFConfig, problem: Problem | None = None) -> Task:
         "held_out_extras": problem.extras if held_out is None else problem.held_out_extras,
     }
     parts = TokenParts(config, problem, network)
+    update_call, evaluation_call = host_calls(parts)
     return Task(
         config=config,
         learner=partial(_make_learner, parts),
         evaluate=partial(_evaluate, parts),
-        with_config=with_config,
+        with_config=again if passed else make_rlhf_task,
         hparams=RLHFHParams(),
         passed=passed,
         curve="score",
         progress=("reference_kl", "entropy", "response_length", "stopped"),
         rank="score",
         data=data,
-        why_not_divided=partial(_why_not_divided, config),
+        why_not_divided=partial(_why_not_divided, parts),
+        update_call=update_call,
+        evaluation_call=evaluation_call,
         costs=partial(_costs, parts),
         results=partial(_results, problem),
         samples=Samples(parts, data),
+        plots=partial(frontier_plots, config.batch_size, problem.gold is not None),
         explain=Failures(parts, data),
     )
 
@@ -314,22 +332,21 @@ def _evaluate(
     data: PyTree,
 ) -> Float[Array, " num_episodes"]:
     """Scores of responses to the held-out prompts, used in turn, at temperature 1."""
-    config, problem, network = parts
+    problem = parts.problem
     if max_steps is not None:
         raise ConfigError(
             f"max_steps = {max_steps}: responses end after response_length = "
-            f"{config.response_length} tokens; leave it out"
+            f"{parts.config.response_length} tokens; leave it out"
         )
-    rows = jnp.arange(num_episodes) % data["held_out"].lengths.shape[0]
-    prompts = data["held_out"].take(rows)
-    responses = generate(
-        network, state.learner.params, jax.random.split(key, num_episodes), prompts,
-        max_tokens=config.response_length, stop_token=problem.stop_token,
-        deterministic=deterministic,
-    )  # fmt: skip
-    extras = jax.tree.map(lambda x: x[rows], data["held_out_extras"])
-    sample = Sample(prompts, responses, extras, data["shared"])
+    if problem.host_judge is None:
+        sample = held_out_sample(parts, state, key, num_episodes, deterministic, data)
+        added = None
+    else:
+        sample, added = told(data)
+    sample = sample._replace(shared=data["shared"])
     score = jnp.asarray(problem.judge(sample), jnp.float32)
+    if added is not None:
+        score += added
     return jnp.where(jnp.isfinite(score), score, jnp.nan)
 
 
@@ -365,7 +382,13 @@ def _costs(parts: TokenParts) -> tuple[float, int]:
     return per_token, sum(x.size for x in jax.tree.leaves(shapes[0]))
 
 
-def _why_not_divided(config: RLHFConfig, devices: int) -> str | None:
+def _why_not_divided(parts: TokenParts, devices: int) -> str | None:
+    config = parts.config
+    if parts.problem.host_score is not None and devices > 1:
+        return (
+            f"devices = {devices}: the run calls a Python function in each update, so it works on "
+            "one device only; use devices = 1"
+        )
     if config.num_prompts % devices:
         return (
             f"num_prompts = {config.num_prompts} is not divisible by devices = {devices}, so a "

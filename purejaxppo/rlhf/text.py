@@ -20,9 +20,9 @@ from purejaxppo.rlhf.config import DecoderConfig, RLHFConfig
 from purejaxppo.rlhf.decoder import make_decoder
 from purejaxppo.rlhf.generation import generate
 from purejaxppo.rlhf.prepare import prepared
-from purejaxppo.rlhf.problem import Problem, Sample, pad_left, problem_of
+from purejaxppo.rlhf.problem import Problem, Sample, pad_left, problem_of, texts_of
 from purejaxppo.rlhf.problems import PROBLEMS, random_reference
-from purejaxppo.rlhf.samples import finite, texts_of
+from purejaxppo.rlhf.samples import finite
 from purejaxppo.rlhf.starts import decoder_of, task_to_load
 from purejaxppo.rlhf.task import architecture_of, make_rlhf_task
 from purejaxppo.rlhf.text_config import DPOConfig, SFTConfig, TextConfig
@@ -132,8 +132,7 @@ class Generator:
         if sample.extras is None:
             return None
         if length == self._config.response_length:
-            score = called(f"score of {self._problem.name}", self._problem.score, sample)
-            return np.asarray(score)
+            return self._problem.scores(sample)
         if needed:
             raise ConfigError(
                 f"best_of with max_tokens = {length}: the score is of responses of at most "

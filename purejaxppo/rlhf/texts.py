@@ -1,7 +1,7 @@
 """The tasks of learning from texts: fine-tuning, reward models, direct preference optimisation."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from purejaxppo.rlhf.architecture import Architecture
 from purejaxppo.rlhf.decoder import make_decoder
 from purejaxppo.rlhf.generation import generate
 from purejaxppo.rlhf.packing import Rows, Tokens, alone, pack, padding_share
+from purejaxppo.rlhf.plots import reliability_plot
 from purejaxppo.rlhf.problem import pad_left
 from purejaxppo.rlhf.samples import SHOWN, finite
 from purejaxppo.rlhf.starts import Start, start_of
@@ -33,7 +34,7 @@ from purejaxppo.rlhf.text_losses import (
     scores,
 )
 from purejaxppo.rlhf.tokenizer import Vocabulary, vocabulary_of
-from purejaxppo.task import Task
+from purejaxppo.task import FinishedRun, Plot, Task
 from purejaxppo.types import Network, PyTree, TrainState
 
 _PART = 64
@@ -79,6 +80,7 @@ def make_text_task(config: TextConfig) -> Task:
         "init": () if parts.start is None else parts.start.params,
     }
     loss = make_text_loss(config, parts.network)
+    results = _Results(parts, held_out, data, padding_share(rows), _judge(parts))
     curve = "accuracy" if isinstance(config, DPOConfig) else "log_likelihood"
     others = ("token_accuracy",) if isinstance(config, SFTConfig) else ("accuracy", "margin")
     return Task(
@@ -93,8 +95,9 @@ def make_text_task(config: TextConfig) -> Task:
         rank=curve,
         data=data,
         why_not_divided=partial(_why_not_divided, config),
-        results=_Results(parts, held_out, data, padding_share(rows)),
+        results=results,
         samples=partial(_samples, parts, held_out, data),
+        plots=results.plots,
     )
 
 
@@ -230,6 +233,11 @@ def judged(
     return preferred(gap), gap
 
 
+def _judge(parts: TextParts) -> Callable[[PyTree, Texts], tuple[Array, Array]]:
+    """`judged` over any number of rows, compiled once for all seeds."""
+    return jax.jit(lambda params, texts: over_parts(partial(judged, parts, params), texts))
+
+
 class _Results(NamedTuple):
     """`(metrics, evaluated, states) -> further entries of summary.json`, over all held-out items;
     means over seeds."""
@@ -238,13 +246,13 @@ class _Results(NamedTuple):
     held_out: Items
     data: PyTree
     padding: float
+    judge: Callable[[PyTree, Texts], tuple[Array, Array]]
 
     def __call__(
         self, metrics: Mapping[str, Any], evaluated: Mapping[str, Any], states: TrainState
     ) -> dict[str, Any]:
         parts, config = self.parts, self.parts.config
-        seeds = range(states.learner.updates.shape[0])
-        each = [jax.tree.map(lambda x, s=s: x[s], states.learner.params) for s in seeds]
+        each = _each_seed(states)
         likelihood, greedy = self._judged(each)
         found: dict[str, Any] = {
             "held_out": len(self.held_out.records),
@@ -265,12 +273,31 @@ class _Results(NamedTuple):
 
     def _judged(self, each: list[PyTree]) -> tuple[np.ndarray, np.ndarray]:
         """Log-likelihoods, and exact answers or margins, `[S, H]`."""
-        found = [
-            over_parts(partial(judged, self.parts, params), self.data["held_out"])
-            for params in each
-        ]
+        found = [self.judge(params, self.data["held_out"]) for params in each]
         likelihood, greedy = zip(*found, strict=True)
         return np.stack(likelihood), np.stack(greedy)
+
+    def plots(self, run: FinishedRun) -> list[Plot]:
+        """A reliability diagram, if margins are logits of a preference, of all seeds together."""
+        config = self.parts.config
+        if isinstance(config, SFTConfig) or (
+            isinstance(config, DPOConfig) and config.loss == "ipo"
+        ):
+            return []
+        _, margins = self._judged(_each_seed(run.states))
+        prediction = "sigmoid(|score difference|)"
+        if isinstance(config, DPOConfig):
+            margins = run.hparams.kl_coef * margins
+            prediction = "sigmoid(kl_coef |margin|)"
+        error = float(np.mean([calibration_error(x) for x in margins]))
+        bins = reliability(margins.ravel())
+        return [reliability_plot(bins, error, margins.shape[1], prediction)]
+
+
+def _each_seed(states: TrainState) -> list[PyTree]:
+    """The parameters of each seed."""
+    seeds = range(states.learner.updates.shape[0])
+    return [jax.tree.map(lambda x, s=s: x[s], states.learner.params) for s in seeds]
 
 
 def accuracy(margins: np.ndarray) -> float:
