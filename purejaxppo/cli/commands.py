@@ -5,12 +5,13 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+from purejaxppo.cli.arguments import find_config
 from purejaxppo.cli.options import (
     SETTINGS_OF,
     Envs,
@@ -19,14 +20,23 @@ from purejaxppo.cli.options import (
     Generate,
     Plot,
     ProcessFlags,
+    Refresh,
     Resume,
     Score,
     pick,
 )
 from purejaxppo.config import Config, ConfigError, Words
-from purejaxppo.host.configfile import RunSettings, Settings, dump_settings
-from purejaxppo.host.rundir import SWEEP, RunWarning, StorageError, holds, write_whole
+from purejaxppo.host.configfile import (
+    RunSettings,
+    Settings,
+    dump_settings,
+    kind_of,
+    load_settings,
+)
+from purejaxppo.host.rundir import REFRESH, SWEEP, RunWarning, StorageError, holds, write_whole
 from purejaxppo.host.signals import exit_at_second_signal
+from purejaxppo.rlhf.config import RLHFConfig, RLHFHParams
+from purejaxppo.rlhf.text_config import RewardConfig, TextHParams
 from purejaxppo.sweeps.settings import Definition, dump_definition
 
 
@@ -68,19 +78,14 @@ def settings_from_values(values: Mapping[str, Any], base: Settings) -> Settings:
 
 def run_command(command: Any) -> int:
     """Run a parsed command and return the exit status."""
-    if isinstance(command, TrainCommand | SweepCommand | Resume):
-        with exit_at_second_signal():
-            if isinstance(command, TrainCommand):
-                return _train(command)
-            return _sweep(command) if isinstance(command, SweepCommand) else _resume(command)
-    if isinstance(command, Eval):
-        return _eval(command)
-    if isinstance(command, Plot):
-        return _plot(command)
-    if isinstance(command, Generate | Score):
-        return _generate(command) if isinstance(command, Generate) else _score(command)
-    assert isinstance(command, Export | Envs)
-    return _export(command) if isinstance(command, Export) else _envs()
+    training = {TrainCommand: _train, SweepCommand: _sweep, Resume: _resume, Refresh: _refresh}
+    others = {
+        Eval: _eval, Plot: _plot, Generate: _generate, Score: _score, Export: _export,
+        Envs: lambda _: _envs(),
+    }  # fmt: skip
+    kind = type(command)
+    with exit_at_second_signal() if kind in training else nullcontext():
+        return (training | others)[kind](command)
 
 
 def _print_loading() -> None:
@@ -162,6 +167,8 @@ def _resume(command: Resume) -> int:
     from purejaxppo.host.run import resume
 
     run_dir = command.run_dir
+    if holds(run_dir, REFRESH):
+        return _resume_refresh(command)
     if holds(run_dir, SWEEP) and command.trial is None:
         return _resume_sweep(command)
     if command.trial is not None:
@@ -182,6 +189,18 @@ def _resume(command: Resume) -> int:
             compilation_cache=command.compilation_cache,
         )
     return 1 if result.failed else 0
+
+
+def _resume_refresh(command: Resume) -> int:
+    from purejaxppo.rlhf.rounds import resume_refresh
+
+    if command.total_timesteps is not None or command.trial is not None:
+        raise ConfigError(
+            "total_timesteps, trial: have no effect on a refresh; resume one of its runs instead"
+        )
+    if command.processes != ProcessFlags():
+        raise ConfigError("coordinator: a refresh runs in one process; leave it out")
+    return _until_labels_are_needed(lambda: resume_refresh(command.run_dir))
 
 
 def _resume_sweep(command: Resume) -> int:
@@ -218,6 +237,52 @@ def _score(command: Score) -> int:
         else:
             say(f"{float(score):8.4f}  {text.prompt}{text.completion}")
     return 0
+
+
+def _refresh(command: Refresh) -> int:
+    configs = (command.policy, RLHFConfig), (command.reward, RewardConfig)
+    policy, reward = (_settings_for(text, kind) for text, kind in configs)
+    config, data = policy.config, reward.config
+    if command.init:
+        config = dataclasses.replace(config, init=command.init)
+    if command.data:
+        data = dataclasses.replace(data, data=command.data)
+    _print_loading()
+    from purejaxppo.rlhf.rounds import refresh
+
+    return _until_labels_are_needed(
+        lambda: refresh(
+            config, data, run_dir=command.run_dir, label=command.label, rounds=command.rounds,
+            pairs=command.pairs, policy_hparams=cast(RLHFHParams, policy.hparams),
+            reward_hparams=cast(TextHParams, reward.hparams), seed=command.seed,
+            num_reward_seeds=command.num_reward_seeds,
+        )
+    )  # fmt: skip
+
+
+def _until_labels_are_needed(run: Callable[[], Any]) -> int:
+    from purejaxppo.rlhf.rounds import LabelsNeededError
+
+    try:
+        run()
+    except LabelsNeededError as error:
+        say(str(error))
+    return 0
+
+
+def _settings_for(text: str, kind: Any) -> Settings:
+    """Settings of a config file, or defaults for the data or task of that name."""
+    found = find_config(text, kind)
+    settings = load_settings(found) if isinstance(found, Path) else None
+    if settings is None:
+        hparams = next(x for config, x in SETTINGS_OF.values() if config is kind)
+        settings = Settings(found, hparams())
+    if not isinstance(settings.config, kind):
+        raise ConfigError(
+            f"{text!r}: has kind = {kind_of(settings.config)}, but refresh needs the config of a "
+            "policy (kind = rlhf) and that of a reward model (kind = reward)"
+        )
+    return settings
 
 
 def _generate(command: Generate) -> int:

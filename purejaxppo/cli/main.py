@@ -110,7 +110,8 @@ def _kind_of_sweep(args: Sequence[str]) -> Any:
 
 
 def _check_positional(name: str, given: Sequence[str]) -> None:
-    needed = {"export": ["RUN_DIR", "FILE"], "envs": []}.get(name, ["RUN_DIR"])
+    special = {"export": ["RUN_DIR", "FILE"], "envs": [], "rlhf refresh": ["POLICY", "REWARD"]}
+    needed = special.get(name, ["RUN_DIR"])
     usage = " ".join(["purejaxppo", name, *needed])
     if len(given) < len(needed):
         raise ConfigError(f"{name} needs {needed[len(given)]}, as in `{usage}`")

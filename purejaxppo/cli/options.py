@@ -71,7 +71,7 @@ _GROUPS = {
     "search": " ".join(f.name for f in dataclasses.fields(SweepSettings)),
     "environment": "env_id",
     "text": (
-        "tokenizer init reward reward_combine retokenize held_out bad_lines loss loss_on "
+        "tokenizer init start reward reward_combine retokenize held_out bad_lines loss loss_on "
         "batch_rows row_length accumulation warmup"
     ),
     "algorithm": (
@@ -233,6 +233,40 @@ class Score:
     """How the scores of several seeds (an ensemble) are combined."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object per text."""
+
+
+@dataclass
+class Refresh:
+    """Tune a policy in rounds: train a reward model, continue the policy against it, and label its
+    responses for the next reward model.
+
+    purejaxppo rlhf refresh aligned reward --init runs/sft --label gold --run-dir runs/refresh
+    """
+
+    policy: _Positional[str]
+    """Config file or name of a shipped config of the policy (kind rlhf). Each round trains it for
+    its total_timesteps."""
+    reward: _Positional[str]
+    """Config file or name of a shipped config of the reward model (kind reward). Its data are the
+    pairs of the first round."""
+    run_dir: Path
+    """Directory for the runs of all rounds."""
+    init: str = ""
+    """Replaces init of the policy config."""
+    data: str = ""
+    """Replaces data of the reward config."""
+    label: str = "none"
+    """How new pairs are labelled. gold: by the task's own score, with random errors. A function,
+    package.module:name, of (prompts, first, second): whether the first completion is better. none:
+    the pairs are written to a file, and the command stops until you have labelled them."""
+    rounds: int = 3
+    """Number of rounds."""
+    pairs: int = 500
+    """New pairs per round."""
+    num_reward_seeds: int = 1
+    """Members of the reward ensemble of each round."""
+    seed: int = 0
+    """Base random seed."""
 
 
 class Setting(typing.NamedTuple):
@@ -407,6 +441,7 @@ COMMANDS = {
     "sweep": Sweep,
     "rlhf": RLHF,
     **TEXT_COMMANDS,
+    "rlhf refresh": Refresh,
     "rlhf score": Score,
     "generate": Generate,
     "resume": Resume,
@@ -467,7 +502,7 @@ def join_help_lines() -> None:
         Outputs, SweepOutputs,
     )  # fmt: skip
     texts = {}
-    for table in (*tables, Resume, Eval, Export, Plot, Generate, Score):
+    for table in (*tables, Resume, Eval, Export, Plot, Generate, Refresh, Score):
         own = {p.arg_name: p.description for p in parse_from_object(table).params}
         for f in dataclasses.fields(table):
             if f.name in own:

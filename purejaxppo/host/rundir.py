@@ -20,6 +20,7 @@ CONFIG, METRICS, SUMMARY, CURVE = "config.toml", "metrics.csv", "summary.json", 
 CHECKPOINTS, EVALUATIONS = "checkpoints", "eval.csv"
 SAMPLES, REPORT = "samples.jsonl", "report.html"
 BINARY_METRICS = "metrics.f32"
+REFRESH = "refresh.json"
 SWEEP, WAVES = "sweep.toml", "waves"
 LOCK = ".lock"
 _RUN_FILES = (

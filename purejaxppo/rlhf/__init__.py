@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from purejaxppo.rlhf.problems import PROBLEMS, checkable
     from purejaxppo.rlhf.records import (
         Demonstration,
+        Pair,
         Preference,
         Prompt,
         read_demonstrations,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         write_records,
     )
     from purejaxppo.rlhf.reward import RewardModel, load_reward
+    from purejaxppo.rlhf.rounds import LabelsNeededError, Round, refresh
     from purejaxppo.rlhf.table import TOKEN_OBJECTIVES, TokenObjective
     from purejaxppo.rlhf.task import make_rlhf_task
     from purejaxppo.rlhf.text import Completion, Generator, load_generator
@@ -41,10 +43,11 @@ _NAMES = {
     "problem": "Problem Sample",
     "problems": "PROBLEMS checkable",
     "records": (
-        "Demonstration Preference Prompt read_demonstrations read_preferences read_prompts "
+        "Demonstration Pair Preference Prompt read_demonstrations read_preferences read_prompts "
         "write_records"
     ),
     "reward": "RewardModel load_reward",
+    "rounds": "LabelsNeededError Round refresh",
     "table": "TOKEN_OBJECTIVES TokenObjective",
     "task": "make_rlhf_task",
     "text": "Completion Generator load_generator",
@@ -64,6 +67,8 @@ __all__ = [
     "DPOConfig",
     "Demonstration",
     "Generator",
+    "LabelsNeededError",
+    "Pair",
     "Preference",
     "Problem",
     "Prompt",
@@ -73,6 +78,7 @@ __all__ = [
     "Responses",
     "RewardConfig",
     "RewardModel",
+    "Round",
     "SFTConfig",
     "Sample",
     "TextHParams",
@@ -88,6 +94,7 @@ __all__ = [
     "read_demonstrations",
     "read_preferences",
     "read_prompts",
+    "refresh",
     "write_letters",
     "write_records",
 ]

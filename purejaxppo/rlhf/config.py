@@ -173,6 +173,10 @@ class RLHFConfig(DecoderConfig, UpdateConfig):
     init: str = ""
     """Directory of a language model run whose decoder is the reference and the start of the policy;
     its architecture replaces the decoder settings. Empty: the task's reference."""
+    start: str = ""
+    """Directory of a language model run with the same decoder, to start the policy (and the critic)
+    from its newest checkpoint; the reference stays that of init or of the task. Empty: the
+    reference."""
     reward: tuple[str, ...] = ()
     """Directories of reward models, or Python functions (package.module:function) of the decoded
     texts, (prompts, completions, **columns) -> list of numbers. Their scores replace the task's
@@ -266,6 +270,11 @@ class RLHFConfig(DecoderConfig, UpdateConfig):
             )
         if self.retokenize and not self.reward:
             raise ConfigError("retokenize = true: has no effect without reward; leave it out")
+        if self.start and self.critic_init != "random":
+            raise ConfigError(
+                f"critic_init = {self.critic_init}: has no effect with start, whose critic is "
+                "used; leave it out"
+            )
         separate = self.has_critic and self.critic != "shared"
         if self.critic_init != "random" and not separate:
             raise ConfigError(

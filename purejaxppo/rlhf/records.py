@@ -48,13 +48,23 @@ class Preference(NamedTuple):
     `chosen`."""
 
 
+class Pair(NamedTuple):
+    """A prompt with two completions that nobody has compared yet."""
+
+    prompt: str
+    first: str
+    second: str
+
+
 class _HasPrompt(Protocol):
     @property
     def prompt(self) -> str: ...
 
 
 _Record = TypeVar("_Record", bound=_HasPrompt)
-_Make = Callable[[dict[str, Any]], _Record]
+_Item = TypeVar("_Item")
+_Encoded = TypeVar("_Encoded")
+_Make = Callable[[dict[str, Any]], _Item]
 
 
 class _BadLineError(Exception):
@@ -75,7 +85,7 @@ def read_prompts(path: str | Path, *, bad_lines: str = "error") -> list[Prompt]:
         ConfigError: if the file cannot be read, has no prompt, or has a bad line: not a JSON
             object in UTF-8 of at most 16 MiB, or `prompt` is missing, empty or not a string.
     """
-    return _read(path, _prompt, "prompt", bad_lines)
+    return _read(path, *_KINDS[Prompt], bad_lines)
 
 
 def read_demonstrations(path: str | Path, *, bad_lines: str = "error") -> list[Demonstration]:
@@ -89,7 +99,7 @@ def read_demonstrations(path: str | Path, *, bad_lines: str = "error") -> list[D
         ConfigError: if the file cannot be read, has no demonstration, or has a bad line: see
             `read_prompts`; `completion` must be a string too, and not empty.
     """
-    return _read(path, _demonstration, "demonstration", bad_lines)
+    return _read(path, *_KINDS[Demonstration], bad_lines)
 
 
 def read_preferences(path: str | Path, *, bad_lines: str = "error") -> list[Preference]:
@@ -103,12 +113,33 @@ def read_preferences(path: str | Path, *, bad_lines: str = "error") -> list[Pref
     Raises:
         ConfigError: if the file cannot be read, has no pair, or has a bad line: see
             `read_prompts`; `chosen` and `rejected` must be strings too, different and not empty,
-            and `margin` a finite number.
+            `margin` a finite number, and `probability` a number from 0 to 1.
     """
-    return _read(path, _preference, "pair", bad_lines)
+    return _read(path, *_KINDS[Preference], bad_lines)
 
 
-def _read(path: str | Path, make: _Make[_Record], noun: str, bad_lines: str) -> list[_Record]:
+def read_encoded(
+    path: str | Path, kind: type[_Record], encode: Callable[[_Record], _Encoded], bad_lines: str
+) -> list[tuple[_Record, _Encoded]]:
+    """Read records of a kind, and encode each. A line is also bad if encoding its record raises
+    `ConfigError`.
+
+    Raises:
+        ConfigError: see `read_prompts`.
+    """
+    make, noun = _KINDS[kind]
+
+    def both(found: dict[str, Any]) -> tuple[_Record, _Encoded]:
+        record = make(found)
+        try:
+            return record, encode(record)
+        except ConfigError as error:
+            raise _BadLineError(str(error)) from error
+
+    return _read(path, both, noun, bad_lines)
+
+
+def _read(path: str | Path, make: _Make[_Item], noun: str, bad_lines: str) -> list[_Item]:
     if bad_lines not in ("error", "skip"):
         raise ConfigError(f"bad_lines = {bad_lines!r}: must be error or skip")
     records, skipped, first = [], 0, ""
@@ -159,7 +190,7 @@ def _numbered(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
             yield number, line
 
 
-def _parse(line: bytes, make: _Make[_Record]) -> _Record | str:
+def _parse(line: bytes, make: _Make[_Item]) -> _Item | str:
     """The record of a line, or what is wrong with the line."""
     try:
         return make(_object(line))
@@ -216,7 +247,15 @@ def _preference(found: dict[str, Any]) -> Preference:
     prompt, chosen, rejected = (_text(found, x) for x in ("prompt", "chosen", "rejected"))
     if chosen == rejected:
         raise _BadLineError("chosen and rejected are equal: must differ; remove the line")
+    chance = found.get("probability", 0.5)
+    if not _is_number(chance) or not 0 <= chance <= 1:
+        given = f"= {chance}" if _is_number(chance) else f"is {_kind_of(chance)}"
+        raise _BadLineError(f"probability {given}: must be a number from 0 to 1, or left out")
     return Preference(prompt, chosen, rejected, _margin(found), _columns(found, Preference._fields))
+
+
+def _pair(found: dict[str, Any]) -> Pair:
+    return Pair(*(_text(found, name) for name in Pair._fields))
 
 
 def _columns(found: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
@@ -239,11 +278,14 @@ def _text(found: dict[str, Any], name: str) -> str:
 
 def _margin(found: dict[str, Any]) -> float:
     value = found.get("margin", 0.0)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not abs(value) <= FLOAT_MAX:
+    if not _is_number(value) or not abs(value) <= FLOAT_MAX:
         given = f"= {value:g}" if isinstance(value, float) else f"is {_kind_of(value)}"
         raise _BadLineError(f"margin {given}: must be a finite float32 number, or left out")
     return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _kind_of(value: Any) -> str:
@@ -255,10 +297,21 @@ def _kind_of(value: Any) -> str:
     return words.get(type(value), "null")
 
 
+_KINDS: dict[type, tuple[_Make[Any], str]] = {
+    Prompt: (_prompt, "prompt"),
+    Demonstration: (_demonstration, "demonstration"),
+    Preference: (_preference, "pair"),
+    Pair: (_pair, "pair"),
+}
+"""How each kind of record is made, and its name."""
+
+
 # Writing
 
 
-def write_records(path: str | Path, records: Iterable[Prompt | Demonstration | Preference]) -> None:
+def write_records(
+    path: str | Path, records: Iterable[Prompt | Demonstration | Preference | Pair]
+) -> None:
     """Write records of one kind as JSON Lines in UTF-8. The columns become keys of the line, and
     default values are left out. The file is replaced atomically.
 
@@ -283,10 +336,10 @@ def write_records(path: str | Path, records: Iterable[Prompt | Demonstration | P
 
 def _line(number: int, record: Any, kind: type) -> bytes:
     """The line of a record, which is checked to be read back equal."""
-    makers = {Prompt: _prompt, Demonstration: _demonstration, Preference: _preference}
-    if kind not in makers:
+    if kind not in _KINDS:
         raise ConfigError(
-            f"record {number} is a {kind.__name__}: must be a Prompt, Demonstration or Preference"
+            f"record {number} is a {kind.__name__}: must be a Prompt, Demonstration, Preference or "
+            "Pair"
         )
     if type(record) is not kind:
         raise ConfigError(
@@ -304,7 +357,7 @@ def _line(number: int, record: Any, kind: type) -> bytes:
         line = text.encode() + b"\n"
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"record {number}: cannot be written as JSON: {error}") from error
-    found = _parse(line, makers[kind])
+    found = _parse(line, _KINDS[kind][0])
     if isinstance(found, str):
         raise ConfigError(f"record {number}: {found}")
     if found != record:

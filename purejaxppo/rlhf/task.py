@@ -37,7 +37,8 @@ from purejaxppo.rlhf.plots import frontier_plots
 from purejaxppo.rlhf.prepare import prepared
 from purejaxppo.rlhf.problem import Problem, Sample, problem_of
 from purejaxppo.rlhf.samples import Failures, Samples
-from purejaxppo.rlhf.starts import decoder_of
+from purejaxppo.rlhf.starts import decoder_of, start_of
+from purejaxppo.rlhf.tokenizer import Vocabulary
 from purejaxppo.task import Task
 from purejaxppo.types import (
     Batch,
@@ -98,6 +99,8 @@ def make_rlhf_task(
         "held_out": problem.prompts if held_out is None else held_out,
         "held_out_extras": problem.extras if held_out is None else problem.held_out_extras,
     }
+    if config.start:
+        data["start"] = _params_to_start_from(config, problem, network)
     parts = TokenParts(config, problem, network)
     update_call, evaluation_call = host_calls(parts)
     return Task(
@@ -120,6 +123,14 @@ def make_rlhf_task(
         plots=partial(frontier_plots, config.batch_size, problem.gold is not None),
         explain=Failures(parts, data),
     )
+
+
+def _params_to_start_from(config: RLHFConfig, problem: Problem, network: Network) -> PyTree:
+    found = start_of(config.start)
+    vocabulary = Vocabulary(problem.text, problem.vocab_size, problem.stop_token)
+    found.check_vocabulary(vocabulary, problem.name)
+    check_fits(f"start = {config.start}", found.params, _shapes(network))
+    return found.params
 
 
 def _shapes(network: Network) -> PyTree:
@@ -265,7 +276,8 @@ def _make_learner(parts: TokenParts, axis: str | None) -> Learner:
 
 
 class _TokenLearner(NamedTuple):
-    """The learner, with the policy initialised to the reference and the current `kl_coef`."""
+    """The learner, with the policy initialised to the reference, or to the parameters of
+    `config.start`, and the current `kl_coef`."""
 
     config: RLHFConfig
     controller: KLController
@@ -274,7 +286,7 @@ class _TokenLearner(NamedTuple):
     def init(self, key: KeyLike, hparams: Any, data: PyTree = ()) -> TrainState:
         self.config.check_hparams(hparams)
         state = self.learner.init(key, hparams, data)
-        params = jax.tree.map(jnp.asarray, data["reference"])
+        params = jax.tree.map(jnp.asarray, data.get("start", data["reference"]))
         return state._replace(learner=state.learner._replace(params=params))
 
     def update(
