@@ -11,13 +11,17 @@ from purejaxppo.host.plots import bare_axes
 from purejaxppo.task import FinishedRun, Plot
 
 STRETCHES = 60
-"""Maximum number of points of a path."""
+"""Maximum number of points of a curve."""
 KL_LABEL = "KL from the reference (nats per response)"
 PROGRESS = "viridis"
 """Colours of the progress of a run."""
 
+Bins = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Predicted frequency, observed frequency and share of pairs of each bin, as
+`purejaxppo.rlhf.texts.reliability` returns them."""
 
-class Path(NamedTuple):
+
+class Curve(NamedTuple):
     """Points of S seeds over a run."""
 
     updates: np.ndarray
@@ -39,16 +43,15 @@ def frontier_plots(batch_size: int, has_gold: bool, run: FinishedRun) -> list[Pl
         batch_size: tokens per update.
         has_gold: whether evaluations have a different score.
     """
-    training = training_path(run.metrics)
+    training = training_curve(run.metrics)
     if len(training.updates) < 2:
         return []
-    gold = gold_path(run) if has_gold and len(run.evaluations[0]) else None
+    gold = gold_curve(run) if has_gold and len(run.evaluations[0]) else None
     caption = (
         "Mean score of the training responses against their KL divergence from the reference: "
-        "log pi - log pi_ref, summed over the tokens of a response. The policy starts as the "
-        "reference, at a divergence of 0; colours show how long it has been trained. Compare runs "
-        "at the same divergence: the higher the score, the better (Gao et al. 2022, "
-        "arXiv:2210.10760)."
+        "log pi - log pi_ref, summed over the tokens of a response; it is 0 for the reference "
+        "itself. Colours show how long the policy has been trained. Compare runs at the same "
+        "divergence: the higher the score, the better (Gao et al. 2022, arXiv:2210.10760)."
     )
     if len(training.kl) > 1:
         caption += " Grey lines: single seeds; points: means over seeds."
@@ -62,19 +65,19 @@ def frontier_plots(batch_size: int, has_gold: bool, run: FinishedRun) -> list[Pl
     return [Plot("frontier", "Score against KL divergence", caption, draw)]
 
 
-def training_path(metrics: dict[str, np.ndarray]) -> Path:
+def training_curve(metrics: dict[str, np.ndarray]) -> Curve:
     """KL divergences and scores as means over at most 60 stretches of the run; stretches in which a
     seed has no finite values are left out."""
     kl, score = (np.asarray(metrics[name], float) for name in ("reference_kl", "score"))
     seen = np.isfinite(kl) & np.isfinite(score)
-    updates, paths = means_of_stretches(
+    updates, curves = means_of_stretches(
         np.arange(1, kl.shape[1] + 1), np.where(seen, np.stack([kl, score]), np.nan), STRETCHES
     )
-    known = np.isfinite(paths).all(axis=(0, 1))
-    return Path(updates[known], *paths[..., known])
+    known = np.isfinite(curves).all(axis=(0, 1))
+    return Curve(updates[known], *curves[..., known])
 
 
-def gold_path(run: FinishedRun) -> Path:
+def gold_curve(run: FinishedRun) -> Curve:
     """Evaluations at the mean KL divergence over seeds of the policies that were evaluated. The
     responses of update u + 1 are those of the policy after u updates; for the last policy, those of
     the last update are used."""
@@ -82,10 +85,10 @@ def gold_path(run: FinishedRun) -> Path:
     kl = np.asarray(run.metrics["reference_kl"], float)
     at = kl[:, np.minimum(updates, kl.shape[1] - 1)].mean(axis=0)
     known = np.isfinite(at) & np.isfinite(scores)
-    return Path(updates[known], at[None, known], scores[None, known])
+    return Curve(updates[known], at[None, known], scores[None, known])
 
 
-def draw_frontier(batch_size: int, training: Path, gold: Path | None, axes: Any) -> None:
+def draw_frontier(batch_size: int, training: Curve, gold: Curve | None, axes: Any) -> None:
     """Draw scores against KL divergences, with colours for progress; several seeds as grey lines
     and their mean."""
     from matplotlib.ticker import EngFormatter  # slow to import
@@ -113,32 +116,30 @@ def draw_frontier(batch_size: int, training: Path, gold: Path | None, axes: Any)
     axes.figure.colorbar(points, ax=axes, label="tokens", format=EngFormatter(sep=""))
 
 
-def reliability_plot(
-    bins: tuple[np.ndarray, np.ndarray, np.ndarray], error: float, pairs: int, prediction: str
-) -> Plot:
-    """A reliability diagram.
+def reliability_plot(bins: Bins, errors: np.ndarray, pairs: int, prediction: str) -> Plot:
+    """A reliability diagram, of all seeds together.
 
     Args:
-        bins: predicted and observed frequency and share of pairs per bin, from
-            `purejaxppo.rlhf.texts.reliability`.
-        error: expected calibration error.
+        errors: expected calibration error of each seed.
         pairs: number of held-out pairs.
         prediction: formula of the prediction.
     """
+    error, several = float(errors.mean()), len(errors) > 1
+    caption = (
+        "How often labellers prefer the text that the model prefers, against the predicted "
+        f"probability, {prediction}, for {pairs:,} held-out pairs in ten bins"
+        f"{', all seeds together' if several else ''}. Below the diagonal, the model is too sure; "
+        "above, not sure enough. Vertical lines: 95% Wilson intervals. Bars: share of the pairs in "
+        f"each bin. Expected calibration error{', mean over seeds' if several else ''}: "
+        f"{error:.3f}. It is the mean distance from the diagonal, weighted by the share of pairs "
+        "(Naeini et al. 2015)."
+    )
     return Plot(
-        "reliability", "Reliability",
-        f"How often labellers prefer the text that the model prefers, against the probability that "
-        f"it predicts, {prediction}, on {pairs:,} held-out pairs in ten bins. Below the "
-        "diagonal, the model is too sure; above, not sure enough. Vertical lines: 95% Wilson intervals. Bars: share of the "
-        f"pairs in each bin. Expected calibration error: {error:.3f}, the distance from the "
-        "diagonal, averaged over all pairs (Naeini et al. 2015).",
-        partial(draw_reliability, bins, error, pairs),
-    )  # fmt: skip
+        "reliability", "Reliability", caption, partial(draw_reliability, bins, error, pairs)
+    )
 
 
-def draw_reliability(
-    bins: tuple[np.ndarray, np.ndarray, np.ndarray], error: float, pairs: int, axes: Any
-) -> None:
+def draw_reliability(bins: Bins, error: float, pairs: int, axes: Any) -> None:
     """Draw observed against predicted frequencies, and the share of pairs per bin."""
     from matplotlib.ticker import PercentFormatter  # slow to import
 

@@ -52,6 +52,17 @@ class TextParts(NamedTuple):
     """The decoder of the run that `config.init` names."""
 
 
+class Item(NamedTuple):
+    """A record and its sequences."""
+
+    record: Any
+    tokens: list[Tokens]
+
+    @property
+    def prompt(self) -> str:
+        return self.record.prompt
+
+
 class Items(NamedTuple):
     """Records and their tokens."""
 
@@ -67,8 +78,8 @@ def make_text_task(config: TextConfig) -> Task:
     """
     vocabulary = vocabulary_of(config.tokenizer)
     train, held_out = (
-        Items(part, [_encode(vocabulary, record) for record in part])
-        for part in records.split(_read(config), config.held_out)
+        Items([item.record for item in part], [item.tokens for item in part])
+        for part in records.split(_read(config, vocabulary), config.held_out)
     )
     parts = _parts(config, vocabulary)
     for items in (train, held_out):
@@ -101,22 +112,41 @@ def make_text_task(config: TextConfig) -> Task:
     )
 
 
-def _read(config: TextConfig) -> list[Any]:
-    """The records of `config.data`."""
-    demonstrations = isinstance(config, SFTConfig)
+def _read(config: TextConfig, vocabulary: Vocabulary) -> list[Item]:
+    """The records of `config.data`, of at least two prompts."""
+    encode = partial(_encode, vocabulary)
+    kind = records.Demonstration if isinstance(config, SFTConfig) else records.Preference
     if config.data == "letters":
-        return list(letters.demonstrations() if demonstrations else letters.preferences())
-    read = records.read_demonstrations if demonstrations else records.read_preferences
-    return list(read(config.data, bad_lines=config.bad_lines))
+        sft = kind is records.Demonstration
+        every = letters.demonstrations() if sft else letters.preferences()
+        return [Item(record, encode(record)) for record in every]
+    items = [Item(*x) for x in records.read_encoded(config.data, kind, encode, config.bad_lines)]
+    if len({item.prompt for item in items}) < 2:
+        raise ConfigError(
+            f"{config.data}: has 1 distinct prompt, but needs at least 2, one of them held out"
+        )
+    return items
 
 
 def _encode(vocabulary: Vocabulary, record: Any) -> list[Tokens]:
     """The sequences of a record: prompt, completion and stop token."""
     pair = isinstance(record, records.Preference)
-    completions = (record.chosen, record.rejected) if pair else (record.completion,)
-    encode = vocabulary.tokenizer.encode
-    prompt = tuple(encode(record.prompt))
-    return [Tokens(prompt, (*encode(text), vocabulary.stop_token)) for text in completions]
+    prompt = tuple(_tokens(vocabulary, record, "prompt"))
+    return [
+        Tokens(prompt, (*_tokens(vocabulary, record, name), vocabulary.stop_token))
+        for name in (("chosen", "rejected") if pair else ("completion",))
+    ]
+
+
+def _tokens(vocabulary: Vocabulary, record: Any, name: str) -> list[int]:
+    """The tokens of one text of a record."""
+    try:
+        found = vocabulary.tokenizer.encode(getattr(record, name))
+    except ConfigError as error:  # tokenizers call every text a prompt
+        raise ConfigError(f"{name} {str(error).removeprefix('prompt ')}") from error
+    if not found:
+        raise ConfigError(f"{name} {getattr(record, name)[:80]!r}: has no tokens; remove the line")
+    return found
 
 
 def _parts(config: TextConfig, vocabulary: Vocabulary) -> TextParts:
@@ -289,9 +319,9 @@ class _Results(NamedTuple):
         if isinstance(config, DPOConfig):
             margins = run.hparams.kl_coef * margins
             prediction = "sigmoid(kl_coef |margin|)"
-        error = float(np.mean([calibration_error(x) for x in margins]))
+        errors = np.array([calibration_error(x) for x in margins])
         bins = reliability(margins.ravel())
-        return [reliability_plot(bins, error, margins.shape[1], prediction)]
+        return [reliability_plot(bins, errors, margins.shape[1], prediction)]
 
 
 def _each_seed(states: TrainState) -> list[PyTree]:
