@@ -1,5 +1,6 @@
 """Real faults in separate processes: kills, signals, full disks, read-only directories."""
 
+import json
 import os
 import random
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import PATIENCE, Process, assert_same_end, rows
+from commands import PATIENCE, Process, assert_same_end, evaluated, rows
 
 import purejaxppo as ppo
 from purejaxppo.host import checkpoints
@@ -33,6 +34,14 @@ LANGUAGE = (
     "rlhf sort --num-layers=1 --width=16 --num-heads=2 --num-prompts=8 --group-size=8 "
     "--total-timesteps=61440 --checkpoint-every=10 --checkpoint-unit=updates --eval-episodes=8"
 ).split()
+TEXTS = (
+    "letters --num-layers=1 --width=16 --num-heads=2 --row-length=32 --batch-rows=4 "
+    "--total-timesteps=15360 --checkpoint-every=10 --checkpoint-unit=updates --eval-episodes=8"
+).split()
+SFT, REWARD, DPO = (
+    ["rlhf", kind, *TEXTS, f"--num-seeds={seeds}"]
+    for kind, seeds in (("sft", 1), ("reward", 2), ("dpo", 1))
+)
 LONG = ["--total-timesteps=1000000000", "--eval-episodes=8"]
 
 
@@ -57,17 +66,36 @@ def command(run: Path, arguments: Sequence[str]) -> list[Any]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return a function from arguments to the directory of an undisturbed run. It trains in a
     separate process, which compiles the same programs as the disturbed ones."""
-    done: dict[tuple[str, ...], Path] = {}
+    done: dict[tuple[str | None, ...], Path] = {}
 
     def train(*arguments: str) -> Path:
-        if arguments not in done:
+        key = (os.environ.get("XLA_FLAGS"), *arguments)
+        if key not in done:
             folder = tmp_path_factory.mktemp("alone")
-            done[arguments] = folder / "run"
-            process = Process(folder, *command(done[arguments], arguments))
+            process = Process(folder, *command(folder / "run", arguments))
             assert process.end() == 0, process.text()
-        return done[arguments]
+            done[key] = folder / "run"
+        return done[key]
 
     return train
+
+
+TIMED = ("compile_seconds", "run_seconds", "steps_per_second", "digest")
+"""Entries of `summary.json` that differ between equal runs."""
+
+
+def assert_same_results(one: Path, other: Path) -> None:
+    """Compare all results of two runs that save checkpoints after the same updates. A kill after an
+    evaluation may lose its samples."""
+    assert_same_end(one, other)
+    assert evaluated(one) == evaluated(other)
+    summaries = [json.loads((d / "summary.json").read_text()) for d in (one, other)]
+    first, second = ({k: x for k, x in s.items() if k not in TIMED} for s in summaries)
+    assert first == second
+    if (one / "samples.jsonl").exists():
+        whole, found = ((d / "samples.jsonl").read_text().splitlines() for d in (one, other))
+        assert set(found) <= set(whole)
+        assert found[-1] == whole[-1]
 
 
 @pytest.fixture
@@ -140,8 +168,11 @@ def kill_and_resume(
             marks=pytest.mark.faults,
         ),
         pytest.param(LANGUAGE, marks=pytest.mark.faults),
+        pytest.param(SFT, marks=pytest.mark.faults),
+        pytest.param(REWARD, marks=pytest.mark.slow),
+        pytest.param(DPO, marks=pytest.mark.faults),
     ],
-    ids=["plain", "stateful", "language"],
+    ids=["plain", "stateful", "language", "sft", "reward", "dpo"],
 )  # fmt: skip
 def test_killed_after_a_checkpoint(
     start: Any, undisturbed: Any, tmp_path: Path, arguments: list[str]
@@ -154,24 +185,28 @@ def test_killed_after_a_checkpoint(
     process = start("resume", run)
     assert process.end() == 0, process.text()
     assert "resuming from update" in process.text()
-    assert_same_end(alone, run)
+    assert_same_results(alone, run)
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize(
-    "arguments", [SIMPLE, STATEFUL, PIXELS, LANGUAGE], ids=["plain", "stateful", "lstm", "language"]
+    ("arguments", "kills"),
+    [(SIMPLE, 20), (STATEFUL, 20), (PIXELS, 20), (LANGUAGE, 20), (SFT, 5), (REWARD, 5), (DPO, 5)],
+    ids=["plain", "stateful", "lstm", "language", "sft", "reward", "dpo"],
 )
-def test_killed_20_times(
+def test_killed_repeatedly(
     start: Any,
     undisturbed: Any,
     tmp_path: Path,
     arguments: list[str],
+    kills: int,
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.delenv("XLA_FLAGS")  # these runs are long enough for optimised programs to pay
     alone, run = undisturbed(*arguments), tmp_path / "r"
-    assert kill_and_resume(start, alone, run, arguments, kills=20, seed=1) > 0
-    assert_same_end(alone, run)
+    assert kill_and_resume(start, alone, run, arguments, kills=kills, seed=1) > 0
+    same = assert_same_results if "--checkpoint-unit=updates" in arguments else assert_same_end
+    same(alone, run)
 
 
 # Stop signals
@@ -186,7 +221,7 @@ MOMENTS: dict[str, Callable[[Path, Process], Any]] = {
 
 
 def stop_and_resume(
-    start: Any, folder: Path, moment: str, signum: int, arguments: list[str] = STOPPED
+    start: Any, folder: Path, moment: str, signum: int, arguments: Sequence[str] = STOPPED
 ) -> Path:
     """Stop a run with a signal, resume it to its end, and return its directory."""
     run = folder / "ru n é"
@@ -198,7 +233,7 @@ def stop_and_resume(
     assert f"stopped; to resume: purejaxppo resume '{run}'" in process.text()
     if moment != "compiling":
         found, skipped = checkpoints.find(run)
-        assert found.position.updates == rows(run) > 0
+        assert found.position.updates * found.settings.num_runs == rows(run) > 0
         assert not skipped
     process = start("resume", run.relative_to(folder))
     assert process.end() == 0, process.text()
@@ -222,9 +257,14 @@ def test_sigint_saves_and_exits_with_130(start: Any, undisturbed: Any, tmp_path:
 
 
 @pytest.mark.faults
-def test_a_language_model_run_saves_on_sigterm(start: Any, undisturbed: Any, tmp_path: Path):
-    run = stop_and_resume(start, tmp_path, "chunk", signal.SIGTERM, LANGUAGE)
-    assert_same_end(undisturbed(*LANGUAGE), run)
+@pytest.mark.parametrize(
+    "arguments", [LANGUAGE, SFT, REWARD, DPO], ids=["policy", "sft", "reward", "dpo"]
+)
+def test_a_language_model_run_saves_on_sigterm(
+    start: Any, undisturbed: Any, tmp_path: Path, arguments: list[str]
+):
+    run = stop_and_resume(start, tmp_path, "chunk", signal.SIGTERM, arguments)
+    assert_same_end(undisturbed(*arguments), run)
 
 
 EVALUATED = "--num-envs=64 --eval-episodes=1000000 --env-id=Pendulum-v1 --hidden-sizes=256".split()

@@ -1,10 +1,13 @@
-"""Write `fixture.npz`: PPO losses and their gradients, computed by PyTorch in float64.
+"""Write `fixture.npz`: losses and their gradients, computed by PyTorch in float64.
 
 Needs PyTorch and NumPy only: nothing of the package under test takes part. Inputs are drawn in
-float32, which float64 holds exactly. Arrays are named `family/value loss/field`, the fields
-that PyTorch computed `family/value loss/expected/field`; `tests/test_parity.py` reads them.
+float32, which float64 holds exactly. PPO's arrays are named `family/value loss/field`, the fields
+that PyTorch computed `family/value loss/expected/field`; `tests/test_parity.py` reads them. Those
+of losses on preferences begin with `preference/loss/case`, and
+`tests/rlhf/test_preference_parity.py` reads them.
 
-B samples, A action dimensions, P outputs of the policy head.
+PPO: B samples, A action dimensions, P outputs of the policy head. Preferences: N pairs, of 2
+sequences (chosen, rejected) of up to T tokens each, from a vocabulary of V.
 """
 
 import itertools
@@ -13,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import distributions as dist
+from torch.nn.functional import logsigmoid
 
 B = 64
 NUM_CATEGORIES = (3, 4)
@@ -125,9 +129,102 @@ def expected(family, case):
     return {name: result.detach().numpy() for name, result in results.items()}
 
 
+N, T, V = 8, 7, 5
+BETA = 0.5
+"""The coefficient of direct preference optimisation."""
+
+
+def draw_pairs(rng, case):
+    """The inputs of one case by name. Sequences have `prompt` and then completion tokens, `length`
+    in total. `logits` at a token predict the next one, `value` at the last token is the score.
+
+    The differences of the scores and beta times those of the log ratios are of the order of 1, or
+    80 if `case` is "extreme".
+    """
+    prompt = np.broadcast_to(rng.integers(1, 4, (N, 1)), (N, 2)).astype(np.int32)
+    length = (prompt + rng.integers(1, T - 2, (N, 2))).astype(np.int32)
+    tokens = rng.integers(V, size=(N, 2, T)).astype(np.int32)
+    logits, value = rng.normal(0.0, 1.5, (N, 2, T, V)), rng.normal(0.0, 1.0, (N, 2, T))
+    reference, margin = rng.normal(0.0, 1.0, (N, 2)), rng.normal(0.0, 1.0, N)
+    of_policy = completion_log_prob(*map(tensor, (logits, tokens, prompt, length))).numpy()
+    reference += of_policy
+    if case == "extreme":
+        far = np.where(np.arange(N) % 4, 40.0, -40.0)[:, None] * [1.0, -1.0]
+        reference = of_policy - far / BETA
+        np.put_along_axis(value, length[..., None] - 1, far[..., None], axis=-1)
+        margin = np.zeros(N)
+    numbers = {"logits": logits, "value": value, "reference": reference, "margin": margin}
+    return {"tokens": tokens, "prompt": prompt, "length": length} | {
+        name: np.float32(x) for name, x in numbers.items()
+    }
+
+
+def completion_log_prob(logits, tokens, prompt, length):
+    """Sums `[N, 2]` of the log-probabilities of the tokens after the prompt."""
+    log_prob = dist.Categorical(logits=logits[:, :, :-1]).log_prob(tokens[:, :, 1:])
+    place = torch.arange(1, tokens.shape[-1])
+    counted = (place >= prompt[..., None]) & (place < length[..., None])
+    return torch.where(counted, log_prob, 0.0).sum(-1)
+
+
+def bradley_terry(x):
+    """The loss of each pair and the difference of the scores, `[N]`."""
+    score = x["value"].gather(-1, x["length"].long()[..., None] - 1)[..., 0]
+    gap = score[:, 0] - score[:, 1]
+    return -logsigmoid(gap - x["margin"]) + x["centring"] * score.sum(-1) ** 2, gap
+
+
+def log_ratio_gap(x):
+    """The log ratio of the chosen completion minus that of the rejected one, `[N]`."""
+    names = ("logits", "tokens", "prompt", "length")
+    ratio = completion_log_prob(*(x[name] for name in names)) - x["reference"]
+    return ratio[:, 0] - ratio[:, 1]
+
+
+def sigmoid(x):
+    gap = log_ratio_gap(x)
+    return -logsigmoid(x["kl_coef"] * gap - x["margin"]), gap
+
+
+def ipo(x):
+    gap = log_ratio_gap(x)
+    return (gap - 1 / (2 * x["kl_coef"])) ** 2, gap
+
+
+PREFERENCE_LOSSES = {
+    bradley_terry: {"centring": 0.01}, sigmoid: {"kl_coef": BETA}, ipo: {"kl_coef": BETA}
+}  # fmt: skip
+
+
+def expected_of_pairs(loss, case):
+    """What the package must reproduce: the mean loss, the mean gap, and the gradients by the
+    logits `[N, 2, T, V]` and the values `[N, 2, T]`; float64."""
+    x = {name: tensor(array) for name, array in case.items()}
+    inputs = {name: x[name].requires_grad_() for name in ("logits", "value")}
+    each, gap = loss(x)
+    mean = each.mean()
+    gradients = torch.autograd.grad(mean, list(inputs.values()), materialize_grads=True)
+    results = {"loss": mean, "margin": gap.mean()}
+    results |= {f"{name}_grad": x for name, x in zip(inputs, gradients, strict=True)}
+    return {name: result.detach().numpy() for name, result in results.items()}
+
+
+def pairs():
+    """The arrays of losses on preferences."""
+    rng = np.random.default_rng(19520101)
+    arrays = {}
+    for (loss, given), name in itertools.product(PREFERENCE_LOSSES.items(), ("usual", "extreme")):
+        scalars = {key: np.float32(x) for key, x in given.items()}
+        case = draw_pairs(rng, name) | scalars
+        results = {f"expected/{k}": x for k, x in expected_of_pairs(loss, case).items()}
+        prefix = f"preference/{loss.__name__}/{name}"
+        arrays |= {f"{prefix}/{key}": x for key, x in (case | results).items()}
+    return arrays
+
+
 def main():
     rng = np.random.default_rng(20170720)
-    arrays = {}
+    arrays = pairs()
     for family, (name, clip) in itertools.product(FAMILIES, VALUE_LOSSES.items()):
         scalars = {key: np.float32(x) for key, x in (COEFFICIENTS | clip).items()}
         case = draw_case(rng, family) | scalars

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,28 @@ def test_an_interrupted_refresh_is_completed(lost: str, folder: Path):
         shutil.rmtree(folder / "done/round-2/policy")
     assert main(["resume", "done"]) == 0
     assert files(folder / "done") == whole
+
+
+@pytest.mark.faults
+def test_a_refresh_that_is_killed_ends_with_the_same_results(folder: Path):
+    """Killed five times at random moments, in any of its parts."""
+    start = [sys.executable, "-m", "purejaxppo", *WORDS]
+    subprocess.run([*start, "whole", "--label", "gold"], check=True, capture_output=True)
+    random, kills = np.random.default_rng(3), 0
+    while kills < 5:
+        begun = Path("killed/refresh.json").exists()
+        words = [*start[:3], "resume", "killed"] if begun else [*start, "killed", "--label", "gold"]
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(float(random.uniform(4, 25)))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            kills += 1
+        if process.wait() == 0:
+            break
+    assert kills
+    subprocess.run([*start[:3], "resume", "killed"], check=True, capture_output=True)
+    assert files(folder / "killed") == files(folder / "whole")
 
 
 def test_labels_are_drawn_with_the_gold_score(folder: Path):
