@@ -26,7 +26,9 @@ WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf
 STEPS = 1024
 """Environment steps of the runs on the pages, in place of those that they name."""
 
-SLOW = ("get-started", "sweeps", "docs/index", "rlhf/index", "rlhf/preferences")
+SLOW = (
+    "get-started", "sweeps", "docs/index", "rlhf/index", "rlhf/preferences", "your-own-parts", "runs",
+)  # fmt: skip
 """Pages whose code compiles much that the other pages compile too."""
 
 _slow = pytest.mark.slow

@@ -292,7 +292,7 @@ def test_the_first_minibatch_ratio_is_exactly_1_with_the_default_sizes():
     np.testing.assert_array_equal(metrics["clip_fraction"], 0.0)
 
 
-@pytest.mark.parametrize("memory", [pytest.param("gru", marks=pytest.mark.slow), "lstm"])
+@pytest.mark.parametrize("memory", ["gru", pytest.param("lstm", marks=pytest.mark.slow)])
 def test_replaying_a_rollout_reproduces_its_log_probabilities(memory: str):
     """Two rollouts in a row, with episodes ending inside: each action's log-probability under the
     stepwise network equals that of the replayed sequence, and the carry continues between them."""
@@ -355,6 +355,7 @@ def test_a_seed_under_vmap_equals_the_seed_alone(key: jax.Array):
     assert len(np.unique(metrics["value_loss"][:, 0])) == 3
 
 
+@pytest.mark.slow
 def test_hyperparameters_can_be_batched(tiny: ppo.Config, key: jax.Array):
     rates = jnp.array([0.0, 1e-3, 1e-1])
     batched = ppo.HParams(learning_rate=rates, gamma=jnp.array([0.9, 0.9, 0.5]))
@@ -547,6 +548,7 @@ for changes in (
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_cache")
 def test_learner_and_metrics_stay_32_bit_in_64_bit_mode():
     """Arrays of the environment may have 64 bits."""

@@ -136,7 +136,9 @@ def test_reimplemented_parts_equal_the_built_in_ones(tiny: ppo.Config):
         np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("module", [parts.TwoHeads, parts.Recurrent])
+@pytest.mark.parametrize(
+    "module", [pytest.param(parts.TwoHeads, marks=pytest.mark.slow), parts.Recurrent]
+)
 def test_a_custom_network_trains_evaluates_loads_and_is_exported(
     module: Any, tiny: ppo.Config, tmp_path: Path
 ):

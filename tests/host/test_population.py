@@ -205,6 +205,7 @@ def test_a_failed_member_is_replaced_and_learns_again(failing: Path):
     assert all(row["failed_at_update"] == "" and row["eval_return"] for row in rows)
 
 
+@pytest.mark.slow
 def test_devices_agree_on_exchanges_even_if_their_first_member_failed(
     failing: Path, tmp_path: Path, one_cache: None
 ):

@@ -486,7 +486,9 @@ def test_fisher_products_and_the_natural_step_match_the_dense_matrix():
         np.testing.assert_allclose(step, scale * direction, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+@pytest.mark.parametrize(
+    "env_id", ["CartPole-v1", pytest.param("Pendulum-v1", marks=pytest.mark.slow)]
+)
 def test_updates_of_trpo_stay_in_the_trust_region_and_improve(env_id: str):
     """Advantages have mean 0, so the surrogate of an unchanged policy is 0."""
     config = ppo.Config(
@@ -546,7 +548,9 @@ def test_entropy_is_log_n_for_the_uniform_policy_and_0_for_a_deterministic_one()
 @pytest.mark.parametrize(
     ("objective", "numbers"),
     [
-        ("trpo", {"trpo_delta": [0.001, 0.05], "cg_damping": [0.01, 0.2]}),
+        pytest.param(
+            "trpo", {"trpo_delta": [0.001, 0.05], "cg_damping": [0.01, 0.2]}, marks=pytest.mark.slow
+        ),
         pytest.param("ppo_kl", {"kl_beta": [0.1, 20.0]}, marks=pytest.mark.slow),
         ("ppo_kl_adaptive", {"kl_beta": [0.1, 20.0], "target_kl": [0.001, 0.05]}),
     ],
@@ -591,7 +595,12 @@ def test_the_state_of_an_objective_is_saved_and_resumed(
 
 
 @pytest.mark.parametrize("memory", ["none", pytest.param("lstm", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("objective", ["a2c", "trpo", "ppo_kl", "ppo_kl_adaptive", "ppo_clip"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        "a2c", "trpo", pytest.param("ppo_kl", marks=pytest.mark.slow), "ppo_kl_adaptive", "ppo_clip"
+    ],
+)  # fmt: skip
 def test_every_estimator_works_with_every_objective_with_a_critic(
     objective: Any, memory: Any, tiny: ppo.Config
 ):

@@ -175,6 +175,7 @@ def test_leaving_the_response_out_of_its_baseline_matters_by_a_factor_only():
     np.testing.assert_allclose(expected_gradient(one), wanted, atol=2e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.slow
 def test_the_page_lists_the_angles_to_the_objective():
     """The cosine between the expected gradient and that of the objective."""
     text = PAGE.read_text(encoding="utf-8")

@@ -50,7 +50,7 @@ def fractions_of_the_optimum(
     return found
 
 
-@pytest.mark.parametrize("objective", ["ppo_clip", "gspo"])
+@pytest.mark.parametrize("objective", ["ppo_clip", pytest.param("gspo", marks=pytest.mark.slow)])
 def test_the_policy_approaches_the_exact_optimum(objective: str):
     assert fractions_of_the_optimum(objective, [1.0], 1, updates=150).mean() > 0.95
 

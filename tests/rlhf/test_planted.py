@@ -125,6 +125,7 @@ def test_new_pairs_from_the_policy_are_worth_more(folder: Path):
         assert ends[3] > ends[1] + 0.5
 
 
+@pytest.mark.slow
 def test_a_reward_model_learns_the_planted_token(tmp_path: Path):
     """And a policy that starts to follow it produces the token more often. A short form of the
     slow tests, from files to a policy."""

@@ -249,7 +249,7 @@ def test_defaults_are_left_out(file: Path):
     ("rows", "words"),
     [
         ([], "is empty; give at least one"),
-        (["p"], "record 1 is a str: must be a Prompt, Demonstration or Preference"),
+        (["p"], "record 1 is a str: must be a Prompt, Demonstration, Preference or Pair"),
         ([Prompt("p"), Demonstration("p", "c")], "record 2 is a Demonstration, but the first is a"),
         ([Prompt("p"), Prompt("")], "record 2: prompt is empty"),
         ([Prompt("p", {"prompt": "p"})], "record 1: would not be read back equal"),
