@@ -1,6 +1,6 @@
 """Over-optimise a learned reward, exactly: optima, best of n responses, and trained policies.
 
-    taskset -c 0 python benchmarks/over_optimization.py [--table-only]
+    taskset -c 0 python benchmarks/over_optimization.py [--table-only | --preferences-only]
 
 The problem is that of `tests/rlhf/overoptimized.py`. Results go to
 `benchmarks/results/over_optimization.json`, a figure and a table into the documentation.
@@ -31,6 +31,10 @@ RESULTS, PICTURE = ROOT / "benchmarks/results/over_optimization.json", "over-opt
 PROBLEMS, SEEDS, UPDATES = 10, 3, 200
 OBJECTIVES = ("ppo_clip", "rloo")
 PENALTIES = (1.0, 0.3, 0.1)
+DIRECT = {"dpo": ("sigmoid", (1.0, 0.3, 0.1)), "ipo": ("ipo", (0.3, 0.1, 0.03))}
+"""Direct preference optimisation: losses, and their values of `kl_coef`."""
+STEPS = 400
+"""Updates of direct preference optimisation, of 64 pairs each."""
 TRAINED = (100, 1600)
 """Numbers of pairs of the proxies that policies are trained on."""
 
@@ -78,6 +82,28 @@ def with_decoders() -> dict[str, Any]:
     return found
 
 
+def from_preferences() -> list[dict[str, Any]]:
+    """Policies trained on the pairs by direct preference optimisation: for the problem of
+    `with_decoders`, whose number is 0, with several seeds, and for further problems with one."""
+    trainers = {
+        name: exact.preference_trainer(exact.dpo_config_of(loss, STEPS))
+        for name, (loss, _) in DIRECT.items()
+    }
+    found = []
+    for problem, n in itertools.product(range(PROBLEMS), TRAINED):
+        fitted = exact.fit_decoder(problem)
+        setting = exact.decoder_setting(fitted, problem)
+        scores = exact.fit_proxy(setting, n, problem).scores()
+        texts = exact.texts_of(setting, *exact.labels_of(setting, n, problem))
+        runs = [(name, beta) for name, (_, betas) in DIRECT.items() for beta in betas]
+        for (name, beta), seed in itertools.product(runs, range(1 if problem else SEEDS)):
+            log_pi = trainers[name](seed, beta, fitted, texts)
+            names = {"problem": problem, "objective": name, "pairs": n, "kl_coef": beta}
+            found.append(names | {"seed": seed} | measured(setting, scores, log_pi))
+            print(found[-1], flush=True)
+    return found
+
+
 def measured(setting: Any, scores: Any, log_pi: Any) -> dict[str, Any]:
     """A policy's point, and the optimum with the same divergence."""
     point = exact.point_of(setting, scores, log_pi)
@@ -122,7 +148,7 @@ def table(results: dict[str, Any]) -> str:
 def _distances(results: dict[str, Any]) -> list[str]:
     """Trained policies: their divergence, and the distance from the curve."""
     lines = [
-        "| pairs | `kl_coef` | objective | KL (optimum) | proxy | gold | proxy minus curve | "
+        "| pairs | objective | `kl_coef` | KL (optimum) | proxy | gold | proxy minus curve | "
         "gold minus curve |",
         "|---|" + "---|" * 7,
     ]
@@ -130,10 +156,12 @@ def _distances(results: dict[str, Any]) -> list[str]:
     for key, points in _groups(decoder["points"]).items():
         n, beta, objective = key
         mean = {k: np.mean([p[k] for p in points]) for k in ("divergence", "proxy", "gold")}
-        optimum = _optimum_kl(decoder["curves"][str(n)]["optima"], beta)
+        kl = f"{mean['divergence']:.2f}"
+        if objective in OBJECTIVES:
+            kl += f" ({_optimum_kl(decoder['curves'][str(n)]['optima'], beta):.2f})"
         cells = [
-            f"{n:,}", f"{beta:g}", f"`{objective}`", f"{mean['divergence']:.2f} ({optimum:.2f})",
-            f"{mean['proxy']:.2f}", f"{mean['gold']:.2f}",
+            f"{n:,}", f"`{objective}`", f"{beta:g}", kl, f"{mean['proxy']:.2f}",
+            f"{mean['gold']:.2f}",
         ]  # fmt: skip
         for name in ("proxy", "gold"):
             gap = [p[name] - p["on_curve"][name] for p in points]
@@ -159,13 +187,11 @@ def _optimum_kl(optima: dict[str, Any], beta: float) -> float:
 
 def _groups(points: list[Any]) -> dict[tuple[int, float, str], list[Any]]:
     """Points of the seeds of each run."""
-    keys = sorted({(p["pairs"], -p["kl_coef"], p["objective"]) for p in points})
-    return {
-        (n, -beta, name): [
-            p for p in points if (p["pairs"], p["kl_coef"], p["objective"]) == (n, -beta, name)
-        ]
-        for n, beta, name in keys
-    }
+    names = [*OBJECTIVES, *LOSSES]
+    found: dict[Any, list[Any]] = {}
+    for p in sorted(points, key=lambda p: (p["pairs"], names.index(p["objective"]), -p["kl_coef"])):
+        found.setdefault((p["pairs"], p["kl_coef"], p["objective"]), []).append(p)
+    return found
 
 
 def _interval(values: Any) -> str:
@@ -187,8 +213,8 @@ def draw(results: dict[str, Any]) -> None:
                 axes.plot(d, rows[kind][name], style, color=color, lw=1.6)
         for (pairs, _, objective), points in _groups(decoder["points"]).items():
             if str(pairs) == n:
-                for name, color in colors.items():
-                    _mark(axes, points, name, objective, color)
+                for name in colors if objective in OBJECTIVES else ("gold",):
+                    _mark(axes, points, name, objective, colors[name])
         axes.set_title(f"proxy fitted to {int(n):,} pairs", fontsize=10)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -200,7 +226,7 @@ def draw(results: dict[str, Any]) -> None:
     figure.savefig(IMAGES / PICTURE, dpi=110)
 
 
-SHAPES = {"ppo_clip": "o", "rloo": "^"}
+SHAPES = {"ppo_clip": "o", "rloo": "^", "dpo": "s", "ipo": "D"}
 
 
 def _mark(axes: Any, points: list[Any], name: str, objective: str, color: str) -> None:
@@ -227,14 +253,23 @@ def _legend(colors: dict[str, str]) -> list[Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--table-only", action="store_true")
-    if parser.parse_args().table_only:
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--table-only", action="store_true", help="read the results")
+    only.add_argument(
+        "--preferences-only", action="store_true",
+        help="train by direct preference optimisation, and read the other results",
+    )  # fmt: skip
+    given, began = parser.parse_args(), time.perf_counter()
+    ppo.enable_compilation_cache()
+    if given.table_only or given.preferences_only:
         results = json.loads(RESULTS.read_text(encoding="utf-8"))
     else:
-        began = time.perf_counter()
-        ppo.enable_compilation_cache()
         results: dict[str, Any] = {"problems": over_problems(), "decoder": with_decoders()}
         results["seconds"] = time.perf_counter() - began
+    if not given.table_only:
+        began = time.perf_counter()
+        results["preferences"] = from_preferences()
+        results["preference_seconds"] = time.perf_counter() - began
         cores = len(os.sched_getaffinity(0))
         words = f"{cores} CPU core{'s' * (cores > 1)}"
         results["machine"] = f"{words}, jax {jax.__version__}, Python {platform.python_version()}"

@@ -27,7 +27,8 @@ STEPS = 1024
 """Environment steps of the runs on the pages, in place of those that they name."""
 
 SLOW = (
-    "get-started", "sweeps", "docs/index", "rlhf/index", "rlhf/preferences", "your-own-parts", "runs",
+    "get-started", "sweeps", "docs/index", "rlhf/index", "rlhf/preferences",
+    "your-own-parts", "runs",
 )  # fmt: skip
 """Pages whose code compiles much that the other pages compile too."""
 
@@ -94,7 +95,8 @@ def commands(block: str) -> list[list[str]]:
 def shortened(arguments: list[str], every: bool) -> list[str]:
     if arguments[0] == "resume":
         return [str(2 * STEPS) if word == "600_000" else word for word in arguments]
-    trains = arguments[0] in ("train", "sweep", "rlhf") and arguments[:2] != ["rlhf", "score"]
+    trains = arguments[0] in ("train", "sweep", "rlhf")
+    trains &= arguments[:2] not in (["rlhf", "score"], ["rlhf", "evaluate"])
     if not trains or "--help" in arguments:
         return arguments
     short = [*arguments, "--total-timesteps", str(STEPS), "--eval-episodes", "4"]

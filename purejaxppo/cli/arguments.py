@@ -90,9 +90,9 @@ def _option(command: str, word: str, left: list[str], flags: Mapping[str, Any]) 
     if hint in (bool, Switch):
         return _flag(plain, hint, text if equals else None, left)
     if hint == tuple[int, ...]:
-        texts = [text] if equals else []
-        while not equals and left and not left[0].startswith("-") and _is_integer(left[0]):
-            texts.append(left.pop(0))
+        texts = text.split(",") if equals else []
+        while not equals and left and not left[0].startswith("-") and _are_integers(left[0]):
+            texts.extend(left.pop(0).split(","))
         if not equals and not texts and left and not left[0].startswith("-"):
             texts.append(left.pop(0))
         return [plain, *(_checked(plain, one, int) for one in texts)]
@@ -141,6 +141,11 @@ def _checked(option: str, text: str, hint: Any) -> str:
 
 def _is_integer(text: str) -> bool:
     return re.fullmatch(r"[+-]?\d(_?\d)*", text) is not None and len(text) < 4000
+
+
+def _are_integers(text: str) -> bool:
+    """Whether a text is one whole number or several, separated by commas."""
+    return all(_is_integer(one) for one in text.split(","))
 
 
 def _is_number(text: str) -> bool:

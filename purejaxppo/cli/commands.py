@@ -16,6 +16,7 @@ from purejaxppo.cli.options import (
     SETTINGS_OF,
     Envs,
     Eval,
+    Evaluate,
     Export,
     Generate,
     Plot,
@@ -81,7 +82,7 @@ def run_command(command: Any) -> int:
     training = {TrainCommand: _train, SweepCommand: _sweep, Resume: _resume, Refresh: _refresh}
     others = {
         Eval: _eval, Plot: _plot, Generate: _generate, Score: _score, Export: _export,
-        Envs: lambda _: _envs(),
+        Evaluate: _evaluate, Envs: lambda _: _envs(),
     }  # fmt: skip
     kind = type(command)
     with exit_at_second_signal() if kind in training else nullcontext():
@@ -236,6 +237,23 @@ def _score(command: Score) -> int:
             say(json.dumps({**text._asdict(), "score": float(score)}))
         else:
             say(f"{float(score):8.4f}  {text.prompt}{text.completion}")
+    return 0
+
+
+def _evaluate(command: Evaluate) -> int:
+    from purejaxppo.host.program import enable_compilation_cache
+    from purejaxppo.rlhf import evaluate_policy
+
+    if command.compilation_cache:
+        enable_compilation_cache()
+    found = evaluate_policy(
+        command.run_dir, command.against, reward=command.reward, combine=command.combine,
+        prompts=command.prompts, num_prompts=command.num_prompts,
+        num_responses=command.num_responses, k=command.k, best_of=command.best_of,
+        temperature=command.temperature, max_tokens=command.max_tokens, seed=command.seed,
+        generation_seed=command.generation_seed, which=_parse_checkpoint(command.checkpoint),
+    )  # fmt: skip
+    say(json.dumps(found.as_json(), ensure_ascii=False) if command.json else found.table())
     return 0
 
 

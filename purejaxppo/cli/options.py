@@ -236,6 +236,54 @@ class Score:
 
 
 @dataclass
+class Evaluate:
+    """Evaluate a policy on held-out prompts, and compare it with its reference or with a different run.
+
+    purejaxppo rlhf evaluate runs/aligned
+
+    Prints the mean score, the share of exact answers and pass@k if answers can be exact, the win
+    rate, the KL divergence from the reference, and best-of-n of the reference. Intervals are over
+    prompts.
+    """
+
+    run_dir: _Positional[Path]
+    """A directory that `rlhf`, `rlhf sft` or `rlhf dpo` wrote."""
+    against: str | None = None
+    """`reference`, or the directory of a different run. None uses the reference if the run has one: the
+    reference of its KL penalty, or the run that `rlhf sft` started from."""
+    reward: Path | None = None
+    """Directory of a reward model, whose scores are reported instead of the task's own."""
+    combine: Literal["mean", "min", "mean_minus_variance"] = "mean"
+    """With --reward: how the scores of several seeds (an ensemble) are combined."""
+    prompts: Path | None = None
+    """A JSON Lines file with prompts; None uses the held-out prompts of the run."""
+    num_prompts: int | None = None
+    """Use only this many prompts, the first ones; None uses all."""
+    num_responses: int = 16
+    """Responses per prompt."""
+    k: tuple[int, ...] = ()
+    """Values of k for pass@k, such as 1,4,16; at most num_responses. By default those of 1, 4 and
+    16, if answers can be exact."""
+    best_of: tuple[int, ...] = (1, 4, 16, 64)
+    """Values of n for best-of-n; the reference generates as many responses to each prompt."""
+    temperature: float = 1.0
+    """Sampling temperature of all policies, which divides the logits."""
+    max_tokens: int | None = None
+    """Of `rlhf sft` and `rlhf dpo`: maximum length of a response; None uses 64, or less if the
+    context is shorter."""
+    seed: int = 0
+    """Use the policy of this seed, counted from 0."""
+    generation_seed: int = 0
+    """Random seed of the responses."""
+    checkpoint: str = "newest"
+    """`newest`, `best` (by evaluation), or a number of updates."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print one JSON object."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder."""
+
+
+@dataclass
 class Refresh:
     """Tune a policy in rounds: train a reward model, continue the policy against it, and label its
     responses for the next reward model.
@@ -443,6 +491,7 @@ COMMANDS = {
     **TEXT_COMMANDS,
     "rlhf refresh": Refresh,
     "rlhf score": Score,
+    "rlhf evaluate": Evaluate,
     "generate": Generate,
     "resume": Resume,
     "eval": Eval,
@@ -502,7 +551,7 @@ def join_help_lines() -> None:
         Outputs, SweepOutputs,
     )  # fmt: skip
     texts = {}
-    for table in (*tables, Resume, Eval, Export, Plot, Generate, Refresh, Score):
+    for table in (*tables, Resume, Eval, Export, Plot, Generate, Refresh, Score, Evaluate):
         own = {p.arg_name: p.description for p in parse_from_object(table).params}
         for f in dataclasses.fields(table):
             if f.name in own:

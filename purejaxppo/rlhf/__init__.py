@@ -11,7 +11,10 @@ if TYPE_CHECKING:
     from purejaxppo.rlhf.architecture import Architecture
     from purejaxppo.rlhf.config import RLHFConfig, RLHFHParams
     from purejaxppo.rlhf.decoder import make_decoder
+    from purejaxppo.rlhf.estimates import Estimate, best_of_n, pass_at_k
+    from purejaxppo.rlhf.evaluation import BestOfN, PolicyEvaluation, PolicyScores
     from purejaxppo.rlhf.generation import Prompts, Responses, generate
+    from purejaxppo.rlhf.judging import evaluate_policy
     from purejaxppo.rlhf.letters import write_letters
     from purejaxppo.rlhf.problem import Problem, Sample
     from purejaxppo.rlhf.problems import PROBLEMS, checkable
@@ -38,7 +41,10 @@ _NAMES = {
     "architecture": "Architecture",
     "config": "RLHFConfig RLHFHParams",
     "decoder": "make_decoder",
+    "estimates": "Estimate best_of_n pass_at_k",
+    "evaluation": "BestOfN PolicyEvaluation PolicyScores",
     "generation": "Prompts Responses generate",
+    "judging": "evaluate_policy",
     "letters": "write_letters",
     "problem": "Problem Sample",
     "problems": "PROBLEMS checkable",
@@ -61,14 +67,18 @@ __all__ = [
     "PROBLEMS",
     "TOKEN_OBJECTIVES",
     "Architecture",
+    "BestOfN",
     "Bytes",
     "Characters",
     "Completion",
     "DPOConfig",
     "Demonstration",
+    "Estimate",
     "Generator",
     "LabelsNeededError",
     "Pair",
+    "PolicyEvaluation",
+    "PolicyScores",
     "Preference",
     "Problem",
     "Prompt",
@@ -84,13 +94,16 @@ __all__ = [
     "TextHParams",
     "TokenIds",
     "TokenObjective",
+    "best_of_n",
     "checkable",
+    "evaluate_policy",
     "generate",
     "load_generator",
     "load_reward",
     "make_decoder",
     "make_rlhf_task",
     "make_text_task",
+    "pass_at_k",
     "read_demonstrations",
     "read_preferences",
     "read_prompts",

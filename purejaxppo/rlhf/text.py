@@ -25,7 +25,7 @@ from purejaxppo.rlhf.problems import PROBLEMS, random_reference
 from purejaxppo.rlhf.samples import finite
 from purejaxppo.rlhf.starts import decoder_of, task_to_load
 from purejaxppo.rlhf.task import architecture_of, make_rlhf_task
-from purejaxppo.rlhf.text_config import DPOConfig, SFTConfig, TextConfig
+from purejaxppo.rlhf.text_config import DPOConfig, RewardConfig, SFTConfig, TextConfig
 from purejaxppo.types import PyTree
 
 
@@ -146,17 +146,7 @@ class Generator:
         return whole_number("max_tokens", max_tokens, 1)
 
     def _encode(self, text: str, length: int) -> list[int]:
-        tokens = self._problem.text.encode(text)
-        if not tokens:
-            raise ConfigError(f"prompt {text!r}: is empty; each needs at least one token")
-        context = self._architecture.context
-        if len(tokens) + length > context:
-            raise ConfigError(
-                f"prompt {text[:80]!r}: has {len(tokens)} tokens, and with max_tokens = {length} "
-                f"needs a context of {len(tokens) + length}, but this decoder has {context}; "
-                "shorten it, or train with a larger context"
-            )
-        return tokens
+        return encode_prompt(self._problem, text, length, self._architecture.context)
 
     def _extras(self, prompts: Sequence[str], tries: int, needed: bool) -> Any:
         """The extras of the score for these prompts; None if they cannot be made."""
@@ -179,6 +169,21 @@ class Generator:
         return jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x), tries, axis=0), extras)
 
 
+def encode_prompt(problem: Problem, text: str, length: int, context: int) -> list[int]:
+    """The tokens of a prompt. Raises `ConfigError` if there are none, or the context of a decoder
+    has no room for them and a response of `length` tokens."""
+    tokens = problem.text.encode(text)
+    if not tokens:
+        raise ConfigError(f"prompt {text!r}: is empty; each needs at least one token")
+    if len(tokens) + length > context:
+        raise ConfigError(
+            f"prompt {text[:80]!r}: has {len(tokens)} tokens, and with max_tokens = {length} "
+            f"needs a context of {len(tokens) + length}, but this decoder has {context}; "
+            "shorten it, or train with a larger context"
+        )
+    return tokens
+
+
 def _check_sampling(greedy: bool, temperature: float, top_k: int, top_p: float) -> None:
     if not temperature > 0:
         raise ConfigError(f"temperature = {temperature}: must be above 0; for the most likely "
@@ -192,6 +197,17 @@ def _check_sampling(greedy: bool, temperature: float, top_k: int, top_p: float) 
             "greedy: takes the most likely token, so temperature, top_k and top_p have no effect; "
             "leave them out"
         )
+
+
+class LoadedPolicy(NamedTuple):
+    """The policy of a run."""
+
+    settings: Settings
+    config: RLHFConfig
+    """The run's config; of runs on texts, one with the same decoder."""
+    problem: Problem
+    """Without the reference and the scores that the config takes from other runs."""
+    params: PyTree
 
 
 def load_generator(
@@ -215,6 +231,18 @@ def load_generator(
     Raises:
         ConfigError: if the checkpoint or seed does not exist, or is not of a language model.
     """
+    found = load_policy(run_dir, problem, seed=seed, which=which)
+    return Generator(found.config, prepared(found.config, found.problem), found.params)
+
+
+def load_policy(
+    run_dir: str | Path,
+    problem: Problem | None = None,
+    *,
+    seed: int = 0,
+    which: Literal["newest", "best"] | int = "newest",
+) -> LoadedPolicy:
+    """Load the policy of a run; see `load_generator`."""
     if holds(Path(run_dir), SWEEP):
         raise ConfigError(
             f"{str(run_dir)!r}: is a sweep; make a run of its best trial with `purejaxppo resume "
@@ -223,8 +251,12 @@ def load_generator(
 
     def task(settings: Any) -> Any:
         if not isinstance(settings.config, RLHFConfig | SFTConfig | DPOConfig):
+            what = f"a run of {settings.config.label}"
+            if isinstance(settings.config, RewardConfig):
+                what = "a reward model"
             raise ConfigError(
-                f"{str(run_dir)!r}: is a run of {settings.config.label}, not of a policy for text"
+                f"{str(run_dir)!r}: is {what}, not a policy for text; give the directory of a run "
+                "of rlhf, rlhf sft or rlhf dpo"
             )
         if problem is None or not isinstance(settings.config, RLHFConfig):
             return task_to_load(str(run_dir), settings)
@@ -237,7 +269,7 @@ def load_generator(
     config = found.settings.config
     if isinstance(config, TextConfig):
         config, problem = _as_policy(found.settings, str(run_dir))
-    return Generator(config, prepared(config, problem or problem_of(config)), params)
+    return LoadedPolicy(found.settings, config, problem or problem_of(config), params)
 
 
 def _as_policy(settings: Settings, run_dir: str) -> tuple[RLHFConfig, Problem]:
@@ -249,7 +281,7 @@ def _as_policy(settings: Settings, run_dir: str) -> tuple[RLHFConfig, Problem]:
         problem = PROBLEMS[name]()
     else:
         problem = Problem(
-            name, pad_left([[0]]), _no_score, vocabulary.size, vocabulary.stop_token,
+            name, pad_left([[0]]), no_score, vocabulary.size, vocabulary.stop_token,
             random_reference, extras=None, tokenizer=vocabulary.tokenizer,
         )  # fmt: skip
     shape = {name: x for name, x in vars(architecture).items() if name in _SHAPE}
@@ -260,5 +292,6 @@ def _as_policy(settings: Settings, run_dir: str) -> tuple[RLHFConfig, Problem]:
 _SHAPE = {f.name for f in dataclasses.fields(DecoderConfig)} | {"context"}
 
 
-def _no_score(sample: Sample) -> Any:
+def no_score(sample: Sample) -> Any:
+    """The score of a run on texts whose tokenizer is not that of a task."""
     raise ConfigError("the responses of this run have no score")

@@ -342,7 +342,7 @@ def reliability(margins: np.ndarray, bins: int = 10) -> tuple[np.ndarray, np.nda
     with the higher score is preferred. Bins are of equal width; empty ones are left out.
     """
     sure = 1 / (1 + np.exp(-np.abs(margins)))
-    right = (margins > 0) * 1.0
+    right = (margins > 0) + (margins == 0) / 2
     place = np.minimum(((sure - 0.5) * 2 * bins).astype(int), bins - 1)
     used = [place == b for b in range(bins) if (place == b).any()]
     predicted, observed = (np.array([x[rows].mean() for rows in used]) for x in (sure, right))

@@ -20,15 +20,20 @@ from scipy.special import expit, log_softmax, logsumexp, xlogy
 import purejaxppo as ppo
 from purejaxppo.rlhf import (
     Architecture,
+    DPOConfig,
     Problem,
     Prompts,
     RLHFConfig,
     RLHFHParams,
     Sample,
+    TextHParams,
     make_decoder,
     make_rlhf_task,
 )
 from purejaxppo.rlhf.generation import observe
+from purejaxppo.rlhf.packing import Tokens, alone
+from purejaxppo.rlhf.text_learner import make_text_learner
+from purejaxppo.rlhf.text_losses import Texts, make_text_loss
 
 VOCABULARY, LENGTH = 8, 6
 PAIRS = (100, 400, 1600, 6400)
@@ -122,9 +127,14 @@ def setting_of(seed: int) -> Setting:
 # The proxy
 
 
+def tokens_of(index: np.ndarray) -> np.ndarray:
+    """Tokens `[..., R]` of the responses with these numbers."""
+    return np.stack(np.unravel_index(index, (VOCABULARY,) * LENGTH), axis=-1)
+
+
 def features(index: np.ndarray) -> np.ndarray:
     """Counts of tokens and of adjacent tokens `[P, F]` of the responses with these numbers."""
-    tokens = np.stack(np.unravel_index(index, (VOCABULARY,) * LENGTH), axis=1)
+    tokens = tokens_of(index)
     pairs = VOCABULARY + VOCABULARY * tokens[:, :-1] + tokens[:, 1:]
     found = np.zeros((len(index), VOCABULARY + VOCABULARY**2))
     rows = np.arange(len(index))[:, None]
@@ -155,14 +165,19 @@ def fit_logistic(x: np.ndarray, label: np.ndarray, ridge: float = RIDGE) -> np.n
     return w
 
 
-def fit_proxy(setting: Setting, pairs: int, seed: int) -> Proxy:
-    """Fit a reward to preferences between pairs of the reference's responses. The first is
-    preferred with probability sigmoid(gold of the first - gold of the second)."""
+def labels_of(setting: Setting, pairs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of pairs of the reference's responses `[2, P]`, and whether the first is preferred
+    `[P]`, which has the probability sigmoid(gold of the first - gold of the second)."""
     rng = np.random.default_rng([seed, 2])
     p = np.exp(setting.log_ref)
     index = rng.choice(len(p), size=(2, PAIRS[-1]), p=p / p.sum())[:, :pairs]
     difference = setting.gold[index[0]] - setting.gold[index[1]]
-    label = rng.uniform(size=PAIRS[-1])[:pairs] < expit(difference)
+    return index, rng.uniform(size=PAIRS[-1])[:pairs] < expit(difference)
+
+
+def fit_proxy(setting: Setting, pairs: int, seed: int) -> Proxy:
+    """Fit a reward to labelled pairs."""
+    index, label = labels_of(setting, pairs, seed)
     w = fit_logistic(features(index[0]) - features(index[1]), label.astype(float))
     raw = Proxy(w[:VOCABULARY], w[VOCABULARY:].reshape(VOCABULARY, VOCABULARY))
     mean, scale = moments(raw.scores(), setting.log_ref)
@@ -365,5 +380,47 @@ def trainer(config: RLHFConfig, fitted: Any) -> Callable[[int, float, Proxy], np
     def log_probs(seed: int, beta: float, proxy: Proxy) -> np.ndarray:
         params, _ = train(jax.random.key(seed), jnp.asarray(beta), extras_of(proxy))
         return log_probs_of(architecture_of(config), params)
+
+    return log_probs
+
+
+# Direct preference optimisation
+
+
+def dpo_config_of(loss: Any, updates: int, **changes: Any) -> DPOConfig:
+    """The decoder of `config_of`; a row is one pair, each with its prompt."""
+    given: dict[str, Any] = {"num_layers": 1, "width": 32, "num_heads": 2, "batch_rows": 64}
+    given |= {"row_length": 2 * (1 + LENGTH), "loss": loss} | changes
+    size = given["batch_rows"] * given["row_length"]
+    return DPOConfig(total_timesteps=updates * size, **given)
+
+
+def texts_of(setting: Setting, index: np.ndarray, label: np.ndarray) -> Texts:
+    """Labelled pairs as the library's losses read them; see `labels_of`."""
+    numbers = np.where(label, index, index[::-1]).T
+    items = [[Tokens((0,), tuple(tokens)) for tokens in pair] for pair in tokens_of(numbers)]
+    rows = jax.tree.map(jnp.asarray, alone(items))
+    reference = jnp.asarray(setting.log_ref[numbers][:, None], jnp.float32)
+    return Texts(rows, jnp.zeros(rows.real.shape), reference)
+
+
+def preference_trainer(config: DPOConfig) -> Callable[[int, float, Any, Texts], np.ndarray]:
+    """A function of seed, beta, the reference's parameters and pairs that trains a policy by direct
+    preference optimisation, compiled once for each number of pairs, and returns its
+    log-probabilities `[N]`."""
+    made = architecture_of(config_of("rloo"))
+    loss = make_text_loss(config, make_decoder(made))
+    learner = make_text_learner(config, loss, lambda key, data: data["init"], None)
+
+    @jax.jit
+    def train(key: jax.Array, beta: jax.Array, data: Any) -> Any:
+        hparams = TextHParams(kl_coef=beta, weight_decay=0.0)
+        state = learner.init(key, hparams, data)
+        state, _ = ppo.train_chunk(learner, state, hparams, config.num_updates, data)
+        return state.learner.params
+
+    def log_probs(seed: int, beta: float, fitted: Any, texts: Texts) -> np.ndarray:
+        data = {"train": texts, "init": fitted}
+        return log_probs_of(made, train(jax.random.key(seed), jnp.asarray(beta), data))
 
     return log_probs
