@@ -237,7 +237,7 @@ class Score:
 
 @dataclass
 class Evaluate:
-    """Evaluate a policy on held-out prompts, and compare it with its reference or with a different run.
+    """Evaluate a policy on held-out prompts, and compare it with its reference or a different run.
 
     purejaxppo rlhf evaluate runs/aligned
 
@@ -249,8 +249,8 @@ class Evaluate:
     run_dir: _Positional[Path]
     """A directory that `rlhf`, `rlhf sft` or `rlhf dpo` wrote."""
     against: str | None = None
-    """`reference`, or the directory of a different run. None uses the reference if the run has one: the
-    reference of its KL penalty, or the run that `rlhf sft` started from."""
+    """`reference`, or the directory of a different run. None uses the reference if the run has one:
+    that of its KL penalty, or the run that `rlhf sft` started from."""
     reward: Path | None = None
     """Directory of a reward model, whose scores are reported instead of the task's own."""
     combine: Literal["mean", "min", "mean_minus_variance"] = "mean"

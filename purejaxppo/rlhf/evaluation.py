@@ -36,8 +36,8 @@ class PolicyEvaluation(NamedTuple):
 
     run_dir: str
     against: str | None
-    """What the policy is compared with: "reference", or the directory of a different run. None if the
-    run has no reference."""
+    """What the policy is compared with: "reference", or the directory of a different run. None if
+    the run has no reference."""
     score_name: str
     """Where the reported scores come from: a task, or the directory of a reward model."""
     num_prompts: int

@@ -73,9 +73,9 @@ def evaluate_policy(
 
     Args:
         run_dir: a run of `rlhf`, `rlhf sft` or `rlhf dpo`.
-        against: "reference", or the directory of a different run, whose first seed is used. None uses
-            the reference if the run has one. It is the reference of the KL penalty, or what `rlhf
-            sft` started from; fine-tuning from random weights has none.
+        against: "reference", or the directory of a different run, whose first seed is used. None
+            uses the reference if the run has one. It is that of the KL penalty, or the run that
+            `rlhf sft` started from; fine-tuning from random weights has none.
         reward: directory of a reward model, whose scores are reported instead of the task's own.
         combine: how the scores of its members are combined.
         prompts: a JSON Lines file with prompts; None uses the held-out prompts of the run's task,

@@ -602,8 +602,8 @@ def test_scores_and_divergences_of_single_responses(aligned: Path, sft: Path, re
 def test_the_score_by_which_best_of_n_selects(aligned: Path, dpo: Path, reward: Path):
     """A run that was not trained on a score has none of its own."""
     for run_dir, selected_by in ((aligned, f"2.0*{reward}"), (dpo, str(reward))):
-        length = {"max_tokens": 7} if run_dir == dpo else {}
-        made = evaluate_policy(run_dir, reward=reward, **SMALL, **length)
+        given: dict[str, Any] = SMALL | ({"max_tokens": 7} if run_dir == dpo else {})
+        made = evaluate_policy(run_dir, reward=reward, **given)
         assert (made.score_name, made.selected_by) == (str(reward), selected_by)
 
 
