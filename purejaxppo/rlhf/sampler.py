@@ -25,7 +25,7 @@ from purejaxppo.rlhf.reward import Combine, load_reward
 from purejaxppo.rlhf.starts import alphabet_of
 from purejaxppo.rlhf.text import LoadedPolicy, encode_prompt, no_score
 from purejaxppo.rlhf.text_config import TextConfig
-from purejaxppo.rlhf.texts import _read as records_of
+from purejaxppo.rlhf.texts import read_items
 from purejaxppo.rlhf.tokenizer import Vocabulary
 from purejaxppo.rlhf.tokenizer import vocabulary_of as vocabulary_of_name
 from purejaxppo.types import PyTree
@@ -106,7 +106,7 @@ def prompts_of(
 def _held_out_of_data(config: TextConfig) -> list[Prompt]:
     """The held-out prompts of a run on texts, each once."""
     try:
-        every = records_of(config, vocabulary_of_name(config.tokenizer))
+        every = read_items(config, vocabulary_of_name(config.tokenizer))
         held_out = split(every, config.held_out)[1]
     except ConfigError as error:
         raise ConfigError(f"{error}; or give prompts, a JSON Lines file") from error

@@ -79,7 +79,7 @@ def make_text_task(config: TextConfig) -> Task:
     vocabulary = vocabulary_of(config.tokenizer)
     train, held_out = (
         Items([item.record for item in part], [item.tokens for item in part])
-        for part in records.split(_read(config, vocabulary), config.held_out)
+        for part in records.split(read_items(config, vocabulary), config.held_out)
     )
     parts = _parts(config, vocabulary)
     for items in (train, held_out):
@@ -112,7 +112,7 @@ def make_text_task(config: TextConfig) -> Task:
     )
 
 
-def _read(config: TextConfig, vocabulary: Vocabulary) -> list[Item]:
+def read_items(config: TextConfig, vocabulary: Vocabulary) -> list[Item]:
     """The records of `config.data`, of at least two prompts."""
     encode = partial(_encode, vocabulary)
     kind = records.Demonstration if isinstance(config, SFTConfig) else records.Preference
