@@ -141,6 +141,8 @@ def table(results: dict[str, Any]) -> str:
         "highest value. R^2 is that of the fit d (alpha - beta log d).",
         "",
         *_distances(results),
+        "",
+        *_from_preferences(results["preferences"]),
     ]
     return "\n".join(lines)
 
@@ -152,8 +154,8 @@ def _distances(results: dict[str, Any]) -> list[str]:
         "gold minus curve |",
         "|---|" + "---|" * 7,
     ]
-    decoder = results["decoder"]
-    for key, points in _groups(decoder["points"]).items():
+    decoder, seconds = results["decoder"], results["seconds"] + results["preference_seconds"]
+    for key, points in _groups(_of_figure(results)).items():
         n, beta, objective = key
         mean = {k: np.mean([p[k] for p in points]) for k in ("divergence", "proxy", "gold")}
         kl = f"{mean['divergence']:.2f}"
@@ -172,11 +174,41 @@ def _distances(results: dict[str, Any]) -> list[str]:
         *lines,
         "",
         f"Means over {SEEDS} seeds, with the largest difference in brackets. The curve is that of "
-        f"the optima, at the divergence that the policy reached. {UPDATES} updates of 256 "
-        "responses, a decoder of one layer of width 32. The whole benchmark takes "
-        f"{results['seconds'] / 60:.0f} minutes; {results['machine']}. "
+        "the optima, at the divergence that the policy reached. A decoder of one layer of width "
+        f"32; {UPDATES} updates of 256 responses, or for `dpo` and `ipo`, {STEPS} updates of 64 "
+        f"pairs. The whole benchmark takes {seconds / 60:.0f} minutes; {results['machine']}. "
         "`make bench-over-optimization` reproduces it.",
     ]
+
+
+def _from_preferences(points: list[Any]) -> list[str]:
+    """Direct preference optimisation over problems."""
+    lines = [
+        "| pairs | objective | `kl_coef` | KL | gold | gold of the curve | gold minus curve | "
+        "below the curve in |",
+        "|---|" + "---|" * 7,
+    ]
+    for (n, beta, name), rows in _groups([p for p in points if p["seed"] == 0]).items():
+        gold = np.array([p["gold"] for p in rows])
+        curve = np.array([p["on_curve"]["gold"] for p in rows])
+        cells = [
+            f"{n:,}", f"`{name}`", f"{beta:g}", f"{np.mean([p['divergence'] for p in rows]):.2f}",
+            f"{gold.mean():.2f}", f"{curve.mean():.2f}", _interval(gold - curve, "+"),
+            f"{np.sum(gold < curve)} of {len(rows)}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return [
+        *lines,
+        "",
+        f"Direct preference optimisation on {PROBLEMS} random problems, with 95% intervals in "
+        "square brackets. The curve is that of each problem, at the divergence that the policy "
+        "reached.",
+    ]
+
+
+def _of_figure(results: dict[str, Any]) -> list[Any]:
+    """Policies trained on the problem of the figure."""
+    return results["decoder"]["points"] + [p for p in results["preferences"] if not p["problem"]]
 
 
 def _optimum_kl(optima: dict[str, Any], beta: float) -> float:
@@ -187,16 +219,16 @@ def _optimum_kl(optima: dict[str, Any], beta: float) -> float:
 
 def _groups(points: list[Any]) -> dict[tuple[int, float, str], list[Any]]:
     """Points of the seeds of each run."""
-    names = [*OBJECTIVES, *LOSSES]
+    names = [*OBJECTIVES, *DIRECT]
     found: dict[Any, list[Any]] = {}
     for p in sorted(points, key=lambda p: (p["pairs"], names.index(p["objective"]), -p["kl_coef"])):
         found.setdefault((p["pairs"], p["kl_coef"], p["objective"]), []).append(p)
     return found
 
 
-def _interval(values: Any) -> str:
-    mean, low, high = mean_interval(np.asarray(values))
-    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+def _interval(values: Any, sign: str = "") -> str:
+    mean, low, high = (f"{x:{sign}.2f}" for x in mean_interval(np.asarray(values)))
+    return f"{mean} [{low}, {high}]"
 
 
 def draw(results: dict[str, Any]) -> None:
@@ -204,51 +236,59 @@ def draw(results: dict[str, Any]) -> None:
     from matplotlib.figure import Figure
 
     decoder, colors = results["decoder"], {"proxy": "C7", "gold": "C1"}
-    figure = Figure(figsize=(9, 6.6), layout="constrained")
+    figure = Figure(figsize=(9, 7.6), layout="constrained")
     every = figure.subplots(2, 2, sharex=True, sharey=True).flat
     for axes, (n, rows) in zip(every, decoder["curves"].items(), strict=True):
         for name, color in colors.items():
             for kind, style in (("optima", "-"), ("best_of", "--")):
                 d = np.sqrt(np.maximum(rows[kind]["divergence"], 0.0))
                 axes.plot(d, rows[kind][name], style, color=color, lw=1.6)
-        for (pairs, _, objective), points in _groups(decoder["points"]).items():
+        for (pairs, _, objective), points in _groups(_of_figure(results)).items():
             if str(pairs) == n:
                 for name in colors if objective in OBJECTIVES else ("gold",):
-                    _mark(axes, points, name, objective, colors[name])
+                    _mark(axes, points, name, MARKS[objective] | {"color": colors[name]})
         axes.set_title(f"proxy fitted to {int(n):,} pairs", fontsize=10)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("distance from the reference: square root of KL (nats)", fontsize=10)
     figure.supylabel("score (standard deviations of the reference)", fontsize=10)
     figure.legend(
-        handles=_legend(colors), ncols=6, loc="outside upper center", frameon=False, fontsize=9
+        handles=_legend(colors), ncols=4, loc="outside upper center", frameon=False, fontsize=9.5
     )
     figure.savefig(IMAGES / PICTURE, dpi=110)
 
 
-SHAPES = {"ppo_clip": "o", "rloo": "^", "dpo": "s", "ipo": "D"}
+_FILLED = {"mec": "black", "mew": 0.7}
+MARKS: dict[str, dict[str, Any]] = {
+    "ppo_clip": {"marker": "o", "ms": 5, "zorder": 4} | _FILLED,
+    "rloo": {"marker": "^", "ms": 11, "zorder": 5, "mfc": "none", "mec": "black", "mew": 1.1},
+    "dpo": {"marker": "s", "ms": 7, "zorder": 3, "mfc": "C0"} | _FILLED,
+    "ipo": {"marker": "D", "ms": 6.5, "zorder": 3, "mfc": "C2"} | _FILLED,
+}
+"""Policies of `ppo_clip` and `rloo` lie close together, so the second mark surrounds the first."""
 
 
-def _mark(axes: Any, points: list[Any], name: str, objective: str, color: str) -> None:
+def _mark(axes: Any, points: list[Any], name: str, mark: dict[str, Any]) -> None:
     """One point: mean over seeds with 95% intervals."""
     x, low_x, high_x = mean_interval(np.sqrt([p["divergence"] for p in points]))
     y, low, high = mean_interval(np.array([p[name] for p in points]))
-    axes.errorbar(
-        x, y, xerr=[[x - low_x], [high_x - x]], yerr=[[y - low], [high - y]],
-        fmt=SHAPES[objective], ms=6, color=color, mec="black", mew=0.7, lw=1, zorder=3,
-    )  # fmt: skip
+    sides: dict[str, Any] = {"xerr": [[x - low_x], [high_x - x]], "yerr": [[y - low], [high - y]]}
+    axes.errorbar(x, y, **sides, lw=1, ls="", ecolor="black", **mark)
 
 
 def _legend(colors: dict[str, str]) -> list[Any]:
+    """Lines in the first row, marks in the second."""
     from matplotlib.lines import Line2D
 
     lines = [Line2D([], [], color=color, lw=3, label=name) for name, color in colors.items()]
-    for label, style in (("optimum, KL penalty", "-"), ("best of n", "--")):
+    for label, style in (("optimum, KL penalty", "-"), ("best of n = 1 to 1,024", "--")):
         lines.append(Line2D([], [], color="black", ls=style, lw=1.4, label=label))
-    for objective, shape in SHAPES.items():
-        mark = {"color": "white", "mec": "black", "marker": shape, "ls": "", "ms": 6}
-        lines.append(Line2D([], [], label=objective, **mark))
-    return lines
+    marks = []
+    for objective, mark in MARKS.items():
+        label = objective if objective in OBJECTIVES else f"{objective} (gold)"
+        look: dict[str, Any] = {"mfc": "white"} | mark
+        marks.append(Line2D([], [], label=label, ls="", **look))
+    return [handle for column in zip(lines, marks, strict=True) for handle in column]
 
 
 def main() -> None:
