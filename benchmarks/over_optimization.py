@@ -258,7 +258,7 @@ def draw(results: dict[str, Any]) -> None:
     figure.savefig(IMAGES / PICTURE, dpi=110)
 
 
-_FILLED = {"mec": "black", "mew": 0.7}
+_FILLED: dict[str, Any] = {"mec": "black", "mew": 0.7}
 MARKS: dict[str, dict[str, Any]] = {
     "ppo_clip": {"marker": "o", "ms": 5, "zorder": 4} | _FILLED,
     "rloo": {"marker": "^", "ms": 11, "zorder": 5, "mfc": "none", "mec": "black", "mew": 1.1},

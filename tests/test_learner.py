@@ -79,7 +79,7 @@ def test_a_termination_cuts_the_bootstrap():
     np.testing.assert_allclose(agent.value(jnp.eye(5), agent.initial_carry(5)), expected, rtol=0.05)
 
 
-@pytest.mark.parametrize("memory", ["none", "gru"])
+@pytest.mark.parametrize("memory", [pytest.param("none", marks=pytest.mark.slow), "gru"])
 def test_next_value_is_the_value_of_the_true_successor(tiny: ppo.Config, memory: str):
     config = dataclasses.replace(tiny, memory=memory, num_steps=32, normalize_obs=True)
     parts = parts_of(config, RandomWalk())
@@ -167,7 +167,7 @@ def test_the_first_update_is_normalised():
 @pytest.mark.parametrize(
     "settings",
     [
-        {"memory": "gru"},
+        pytest.param({"memory": "gru"}, marks=pytest.mark.slow),
         {"objective": "reinforce", "num_steps": 12, "update_epochs": 1, "num_minibatches": 1},
     ],
     ids=str,
@@ -220,7 +220,9 @@ def test_first_statistics_that_are_not_finite_are_discarded(tiny: ppo.Config):
         pytest.param({"normalize_obs": True, "normalize_reward": True}, marks=pytest.mark.slow),
         pytest.param({"env_id": "Pendulum-v1", "normalize_obs": True}, marks=pytest.mark.slow),
         {"env_id": "Pendulum-v1", "normalize_obs": True, "action_distribution": "tanh_normal"},
-        {"memory": "gru", "shared_trunk": True, "normalize_obs": True},
+        pytest.param(
+            {"memory": "gru", "shared_trunk": True, "normalize_obs": True}, marks=pytest.mark.slow
+        ),
         pytest.param({"memory": "lstm", "shared_trunk": True}, marks=pytest.mark.slow),
     ],
 )
@@ -252,7 +254,12 @@ def test_the_first_minibatch_has_ratio_1_and_no_kl(settings: dict[str, Any]):
 
 
 @pytest.mark.parametrize(
-    "normalization", ["minibatch", pytest.param("batch", marks=pytest.mark.slow), "none"]
+    "normalization",
+    [
+        "minibatch",
+        pytest.param("batch", marks=pytest.mark.slow),
+        pytest.param("none", marks=pytest.mark.slow),
+    ],
 )
 def test_a_minibatch_in_parts_gives_the_same_update(normalization: str, monkeypatch: Any):
     """64 samples with a layer of 16 units are one part, or 8 parts of 8 samples."""
@@ -449,7 +456,8 @@ def test_critic_learning_rate_changes_only_the_critic(tiny: ppo.Config):
 
 @pytest.mark.parametrize(
     ("schedule", "factors"),
-    [("linear", [1, 0.75, 0.5, 0.25, 0, 0]), ("constant", [1, 1, 1, 1, 1, 1]),
+    [("linear", [1, 0.75, 0.5, 0.25, 0, 0]),
+     pytest.param("constant", [1, 1, 1, 1, 1, 1], marks=pytest.mark.slow),
      ("cosine", [1, 0.8535534, 0.5, 0.1464466, 0, 0])],
 )  # fmt: skip
 def test_learning_rate_schedules(tiny: ppo.Config, schedule: Any, factors: list[float]):

@@ -615,7 +615,7 @@ def test_a_passed_objective_sets_its_defaults(tiny: ppo.Config):
     assert ppo.make_task(config, objective=own).config.num_steps == 1024
 
 
-@pytest.mark.parametrize("command", ["train", "sweep"])
+@pytest.mark.parametrize("command", ["train", pytest.param("sweep", marks=pytest.mark.slow)])
 def test_an_objective_named_on_the_command_line_sets_its_defaults(command: str, tmp_path: Path):
     """The host and the learner count the same steps."""
     directory = tmp_path / "r"

@@ -345,7 +345,9 @@ def batch_of(config: ppo.Config, env: Any = None) -> tuple[Any, ...]:
     return batch, state.learner.params, parts.network, parts.policy
 
 
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+@pytest.mark.parametrize(
+    "env_id", [pytest.param("CartPole-v1", marks=pytest.mark.slow), "Pendulum-v1"]
+)
 def test_all_objectives_start_with_the_policy_gradient(env_id: str, tiny: ppo.Config):
     with_outputs = dataclasses.replace(tiny, env_id=env_id, objective="ppo_kl", num_steps=8)
     batch, params, network, policy = batch_of(with_outputs)

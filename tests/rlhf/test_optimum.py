@@ -124,16 +124,11 @@ def distance(made: Any, params: Any, target: np.ndarray) -> float:
     return float(np.sum(np.exp(log_pi) * (log_pi - target.reshape(-1))))
 
 
-@pytest.mark.parametrize(
-    ("kind", "num_seeds", "updates"),
-    [
-        ("k3", 1, 150),
-        *(pytest.param(k, 3, 400, marks=pytest.mark.slow) for k in ("k2", "k3", "k2_sequence")),
-    ],
-)
-def test_a_penalty_in_the_loss_has_its_own_fixed_point(kind: str, num_seeds: int, updates: int):
-    beta, made = 1.0, architecture("rloo")
-    states, _ = trained("rloo", [beta], num_seeds, updates, kl_in="loss", kl_estimator=kind)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["k2", "k3", "k2_sequence"])
+def test_a_penalty_in_the_loss_has_its_own_fixed_point(kind: str):
+    beta, made, num_seeds = 1.0, architecture("rloo"), 3
+    states, _ = trained("rloo", [beta], num_seeds, 400, kl_in="loss", kl_estimator=kind)
     for seed in range(num_seeds):
         problem, table = table_problem(seed)
         reference = log_probs(made, problem.reference(made))

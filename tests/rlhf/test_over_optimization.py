@@ -18,18 +18,26 @@ from overoptimized import (
     config_of,
     curve_of,
     decoder_setting,
+    dpo_config_of,
     features,
     fit_decoder,
     fit_law,
     fit_logistic,
     fit_proxy,
+    labels_of,
     log_probs_of,
     point_of,
+    preference_trainer,
     setting_of,
+    texts_of,
     tilted,
+    tokens_of,
     trainer,
 )
 from scipy.special import expit, logsumexp
+
+from purejaxppo.rlhf import make_decoder
+from purejaxppo.rlhf.text_losses import completion_log_probs
 
 SEEDS = range(4)
 TOLERANCE = 0.05
@@ -164,7 +172,40 @@ def test_log_probabilities_by_prefixes_agree_with_those_of_whole_responses():
     log_pi = log_probs_of(made, fitted)
     assert np.exp(log_pi).sum() == pytest.approx(1.0)
     index = np.random.default_rng(0).integers(len(log_pi), size=256)
-    tokens = np.stack(np.unravel_index(index, (VOCABULARY,) * LENGTH), axis=1)
+    tokens = tokens_of(index)
     np.testing.assert_allclose(
         log_pi[index], token_log_probs(made, fitted, tokens).sum(1), atol=1e-4
     )
+
+
+@pytest.mark.slow
+def test_preferred_responses_are_chosen_and_have_the_log_probabilities_of_the_reference():
+    made, fitted = architecture_of(config_of("rloo")), fit_decoder(0, steps=20)
+    setting = decoder_setting(fitted, 0)
+    index, label = labels_of(setting, 200, 0)
+    assert 50 < label.sum() < 150
+    texts = texts_of(setting, index, label)
+    for row, (pair, first) in enumerate(zip(index.T, label, strict=True)):
+        chosen, rejected = pair if first else pair[::-1]
+        told = [0, *tokens_of(chosen), 0, *tokens_of(rejected)]
+        assert np.asarray(texts.rows.tokens)[row].tolist() == told
+    found = completion_log_probs(make_decoder(made), fitted, texts.rows)
+    np.testing.assert_allclose(found, texts.reference, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_with_few_pairs_direct_preference_optimisation_has_a_lower_gold_score_than_the_curve():
+    """With 100 pairs by 0.3, and with 1,600 by less than 0.1."""
+    fitted = fit_decoder(0)
+    setting, train = decoder_setting(fitted, 0), preference_trainer(dpo_config_of("sigmoid", 400))
+    below = {}
+    for pairs in (100, 1600):
+        scores = fit_proxy(setting, pairs, 0).scores()
+        texts = texts_of(setting, *labels_of(setting, pairs, 0))
+        found = point_of(setting, scores, train(0, 1.0, fitted, texts))
+        exact = at_divergence(setting, scores, found.divergence)
+        print(pairs, np.round(found, 3), np.round(exact, 3))
+        assert found.proxy < exact.proxy
+        below[pairs] = exact.gold - found.gold
+    assert below[100] > 0.2
+    assert 0 < below[1600] < 0.1

@@ -124,7 +124,12 @@ def test_a_round_uses_all_pairs_and_continues_the_policy(folder: Path):
 
 @pytest.mark.parametrize(
     "lost",
-    ["round-2", "round-2/policy", "round-2/reward", "round-1/policy/summary.json"],
+    [
+        pytest.param("round-2", marks=pytest.mark.slow),
+        "round-2/policy",
+        pytest.param("round-2/reward", marks=pytest.mark.slow),
+        pytest.param("round-1/policy/summary.json", marks=pytest.mark.slow),
+    ],
 )
 def test_an_interrupted_refresh_is_completed(lost: str, folder: Path):
     """Removing what came later leaves the state of an interruption."""
@@ -168,6 +173,7 @@ def test_labels_are_drawn_with_the_gold_score(folder: Path):
     assert np.mean(np.array(right)[np.array(sure)]) > 0.7
 
 
+@pytest.mark.slow
 def test_labels_from_a_function(folder: Path):
     assert main([*WORDS, "named", "--label", "my_labels:earlier"]) == 0
     new = read_preferences("named/round-2/pairs.jsonl")[40:]

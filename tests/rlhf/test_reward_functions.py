@@ -259,6 +259,7 @@ def test_texts_in_a_reward_are_those_of_the_tokens():
     assert found == [("a:", "ab"), ("bb:", "cdef")]
 
 
+@pytest.mark.slow
 def test_a_reward_model_with_another_tokenizer(folder: Path, capsys: Any):
     """It is refused, or scores the decoded texts."""
     words = (
