@@ -17,6 +17,7 @@ from jaxtyping import Array, Key
 from purejaxppo import part_checks
 from purejaxppo.advantages import make_advantage
 from purejaxppo.agent import Agent, agent_of
+from purejaxppo.between import HostCall
 from purejaxppo.checks import is_reference
 from purejaxppo.collect import make_actor
 from purejaxppo.config import Config, ConfigError, HParams, TaskConfig
@@ -24,7 +25,6 @@ from purejaxppo.distributions import make_policy
 from purejaxppo.envs import make_environment
 from purejaxppo.envs.base import check_contract, is_box, obs_shapes
 from purejaxppo.evaluation import episode_returns
-from purejaxppo.hostcall import HostCall
 from purejaxppo.improve import make_improve, make_loss
 from purejaxppo.inputs import check_config
 from purejaxppo.learner import make_learner

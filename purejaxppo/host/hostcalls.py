@@ -7,9 +7,9 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from purejaxppo.between import HostCall
 from purejaxppo.checks import ConfigError, HostCallError
 from purejaxppo.host.parallel import Spread, each_seed
-from purejaxppo.hostcall import HostCall
 from purejaxppo.task import Task
 from purejaxppo.types import Learner, Metrics, PyTree, TrainState
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from purejaxppo.hostcall import HostCall
+from purejaxppo.between import HostCall
 from purejaxppo.rlhf.actor import TokenActor, TokenParts
 from purejaxppo.rlhf.generation import generate
 from purejaxppo.rlhf.kl import current, make_controller

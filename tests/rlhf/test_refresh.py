@@ -164,6 +164,7 @@ def test_a_refresh_that_is_killed_ends_with_the_same_results(folder: Path):
     assert files(folder / "killed") == files(folder / "whole")
 
 
+@pytest.mark.slow
 def test_labels_are_drawn_with_the_gold_score(folder: Path):
     """Most new pairs are labelled by the sign of the difference of gold scores."""
     new = read_preferences("done/round-2/pairs.jsonl")[40:]
@@ -181,6 +182,7 @@ def test_labels_from_a_function(folder: Path):
     assert all(x.chosen < x.rejected for x in new)
 
 
+@pytest.mark.slow
 def test_labels_by_hand(folder: Path, capsys: Any):
     """The pairs are written, and read when they are labelled."""
     assert main([*WORDS, "manual"]) == 0
@@ -224,6 +226,7 @@ def test_bad_settings(words: list[str], message: str, folder: Path, capsys: Any)
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("label", "message"),
     [("too_few", "returned shape [1] for 12 pairs"), ("words", "other values than true and false")],
