@@ -61,7 +61,7 @@ bench-family: $(INSTALLED) ## tune and compare all objectives on four environmen
 bench-rlhf: $(INSTALLED) ## tune and compare the objectives for language models; update the tables (half an hour)
 	$(BIN)/python benchmarks/rlhf.py
 
-bench-over-optimization: $(INSTALLED) ## policies against a learned reward and the exact optimum; update the page (ten minutes)
+bench-over-optimization: $(INSTALLED) ## policies against a learned reward and the exact optimum; update the page (a quarter of an hour)
 	$(BIN)/python benchmarks/over_optimization.py
 
 results: $(INSTALLED) ## train each config with 10 seeds; update the table (half an hour)
