@@ -16,7 +16,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -377,6 +377,17 @@ def remove(path: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         path.replace(doomed)
     shutil.rmtree(doomed)
+
+
+def remove_remains(run_dir: Path, update: int) -> None:
+    """Remove what `save` made of a run directory that was removed while it wrote. Folders that hold
+    anything else are left alone."""
+    folder = run_dir / CHECKPOINTS
+    for part in (folder / f"{update:09d}", *folder.glob(f"{update:09d}{UNFINISHED}*")):
+        shutil.rmtree(part, ignore_errors=True)
+    for made in (folder, run_dir):
+        with suppress(OSError):
+            made.rmdir()
 
 
 @contextmanager

@@ -133,9 +133,9 @@ class Saver:
         self.wait()
         try:
             with self._writing:
-                self._check()
                 if self._saved is None or self._saved.position.updates != position.updates:
-                    self._saved = checkpoint.save(self._run_dir, position, self._settings, states)
+                    self._saved = self._write(position, states)
+                self._check()
                 self._prune(self._saved)
         except GoneError:
             raise
@@ -202,13 +202,23 @@ class Saver:
     def _save(
         self, position: Position, states: TrainState, gathered: TrainState, evaluate: bool
     ) -> None:
-        self._check()
-        self._saved = checkpoint.save(self._run_dir, position, self._settings, states)
+        self._saved = self._write(position, states)
         if evaluate and self._evaluate is not None:
             self.evaluate(self._saved, gathered)  # prunes, once it is known whether it is the best
             return
         with self._writing:
             self._prune(self._saved)
+
+    def _write(self, position: Position, states: TrainState) -> Checkpoint:
+        self._check()
+        try:
+            return checkpoint.save(self._run_dir, position, self._settings, states)
+        finally:
+            try:
+                self._check()
+            except GoneError:  # orbax makes the folders that it misses
+                checkpoint.remove_remains(self._run_dir, position.updates)
+                raise
 
     def _evaluate_saved(
         self,

@@ -503,6 +503,26 @@ def test_removing_the_directory_ends_the_run(tmp_path: Path, how: str, one_cache
     assert not run.exists()
 
 
+@pytest.mark.parametrize("remade", ["empty", "with a file"])
+def test_a_directory_removed_during_a_save_does_not_come_back(
+    tmp_path: Path, remade: str, monkeypatch: pytest.MonkeyPatch
+):
+    write = checkpoint._write_arrays
+
+    def removed_meanwhile(path: Path, *rest: Any) -> None:
+        shutil.rmtree(tmp_path / "run")
+        if remade == "with a file":
+            (tmp_path / "run").mkdir()
+            (tmp_path / "run/mine").touch()
+        write(path, *rest)
+
+    monkeypatch.setattr(checkpoint, "_write_arrays", removed_meanwhile)
+    with pytest.raises(GoneError, match="was removed or renamed"):
+        ppo.run(CONFIG, run_dir=tmp_path / "run", **EVERY_2)
+    left = [path.relative_to(tmp_path) for path in tmp_path.rglob("*")]
+    assert left == ([] if remade == "empty" else [Path("run"), Path("run/mine")])
+
+
 def test_deleting_the_lock_file_does_not_release_the_lock(run_copy: Path):
     with locked(run_copy):
         (run_copy / ".lock").unlink()
