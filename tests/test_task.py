@@ -636,6 +636,7 @@ def test_an_objective_named_on_the_command_line_sets_its_defaults(command: str, 
             assert sorted(set(curves["env_steps"].tolist())) == [256, 512, 768, 1024]
 
 
+@pytest.mark.slow
 def test_a_config_file_with_custom_hyperparameters_trains_again(tmp_path: Path, capsys: Any):
     own = parts.Decay(weight_decay=0.5)
     config = ppo.Config(optimizer="parts:decayed", total_timesteps=512)

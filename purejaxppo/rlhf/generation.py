@@ -124,6 +124,24 @@ def read_prompts(
     return carry, logits[-1]
 
 
+def response_log_probs(
+    network: Network,
+    params: PyTree,
+    prompts: Prompts,
+    tokens: Int[Array, "N R"],
+    lengths: Int[Array, " N"],
+    *,
+    temperature: Any = 1.0,
+) -> Float[Array, " N"]:
+    """Log-probabilities of whole responses: the sum over their first `lengths` tokens."""
+    every = jnp.concatenate([prompts.tokens, tokens], axis=1).T
+    step = jnp.arange(len(every) - 1)[:, None] - (prompts.tokens.shape[1] - 1)
+    obs, start = observe(every[:-1], temperature), step == 1 - prompts.lengths
+    _, logits, _ = network.apply(params, (), obs, start)
+    each = categorical(logits.shape[-1]).distribution(logits).log_prob(every[1:])
+    return jnp.sum(jnp.where((step >= 0) & (step < lengths), each, 0.0), axis=0)
+
+
 def observe(token: Int[Array, "T N"], temperature: Any) -> dict[str, Array]:
     """The decoder's observation: tokens and their temperature."""
     return {

@@ -12,18 +12,17 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from purejaxppo.checks import ConfigError
-from purejaxppo.distributions import categorical
 from purejaxppo.references import called
 from purejaxppo.rlhf.architecture import Architecture
 from purejaxppo.rlhf.config import RLHFConfig, is_prompts_file
 from purejaxppo.rlhf.decoder import make_decoder
-from purejaxppo.rlhf.generation import Prompts, Responses, generate, observe
+from purejaxppo.rlhf.generation import Prompts, Responses, generate
 from purejaxppo.rlhf.prepare import scores_of
 from purejaxppo.rlhf.problem import Problem, Sample, pad_left, texts_of
 from purejaxppo.rlhf.records import Prompt, read_prompts, split
 from purejaxppo.rlhf.reward import Combine, load_reward
 from purejaxppo.rlhf.starts import alphabet_of
-from purejaxppo.rlhf.text import LoadedPolicy, encode_prompt, no_score
+from purejaxppo.rlhf.text import LoadedPolicy, encode_prompt, log_probs_of, no_score
 from purejaxppo.rlhf.text_config import TextConfig
 from purejaxppo.rlhf.texts import read_items
 from purejaxppo.rlhf.tokenizer import Vocabulary
@@ -295,7 +294,10 @@ class Sampler:
             exact = (found[judge.exact] >= judge.problem.exact_score - 1e-6).astype(np.float32)
         if reference is not None:
             log_ratio = np.subtract(*(
-                _log_probs(x.params, prompts, responses, temperature, architecture=x.architecture)
+                log_probs_of(
+                    x.params, prompts, responses.tokens, responses.lengths, temperature,
+                    architecture=x.architecture,
+                )
                 for x in (policy, reference)
             ))  # fmt: skip
         return Scored(found[judge.score], found[judge.select], exact, log_ratio)
@@ -327,22 +329,3 @@ def _respond(
         make_decoder(architecture), params, keys, prompts, max_tokens=length,
         stop_token=stop_token, temperature=temperature,
     )  # fmt: skip
-
-
-@partial(jax.jit, static_argnames="architecture")
-def _log_probs(
-    params: PyTree,
-    prompts: Prompts,
-    responses: Responses,
-    temperature: Any,
-    *,
-    architecture: Architecture,
-) -> Float[Array, " N"]:
-    """Log-probabilities of whole responses, up to the stop token."""
-    tokens = jnp.concatenate([prompts.tokens, responses.tokens], axis=1).T
-    width = prompts.tokens.shape[1]
-    step = jnp.arange(len(tokens) - 1)[:, None] - (width - 1)
-    obs, start = observe(tokens[:-1], temperature), step == 1 - prompts.lengths
-    _, logits, _ = make_decoder(architecture).apply(params, (), obs, start)
-    each = categorical(logits.shape[-1]).distribution(logits).log_prob(tokens[1:])
-    return jnp.sum(jnp.where((step >= 0) & (step < responses.lengths), each, 0.0), axis=0)

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from purejaxppo.checks import ConfigError
 from purejaxppo.host.configfile import Settings
@@ -16,9 +17,10 @@ from purejaxppo.host.load import find_states, task_of
 from purejaxppo.host.rundir import SWEEP, holds
 from purejaxppo.inputs import whole_number
 from purejaxppo.references import called
+from purejaxppo.rlhf.architecture import Architecture
 from purejaxppo.rlhf.config import DecoderConfig, RLHFConfig
 from purejaxppo.rlhf.decoder import make_decoder
-from purejaxppo.rlhf.generation import generate
+from purejaxppo.rlhf.generation import Prompts, generate, response_log_probs
 from purejaxppo.rlhf.prepare import prepared
 from purejaxppo.rlhf.problem import Problem, Sample, pad_left, problem_of, texts_of
 from purejaxppo.rlhf.problems import PROBLEMS, random_reference
@@ -115,6 +117,55 @@ class Generator:
             groups = [sorted(group, key=lambda x: -(x.score or 0.0))[:count] for group in groups]
         return groups
 
+    def log_probs(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        *,
+        temperature: float = 1.0,
+        stop: bool = True,
+    ) -> Float[np.ndarray, " N"]:
+        """Log-probabilities of given completions, in nats.
+
+            generator.log_probs(["3121="], ["1123"])
+
+        Args:
+            prompts: N prompts, one for each completion.
+            completions: an empty one is only the stop token.
+            temperature: divides the logits.
+            stop: include the stop token after the completion; without it, the result is the
+                log-probability that a response begins with the completion.
+
+        Raises:
+            ConfigError: if a text has unknown characters or is too long, a prompt is empty, or
+                there is nothing to predict.
+        """
+        _check_sampling(False, temperature, 0, 1.0)
+        if len(prompts) != len(completions) or not prompts:
+            raise ConfigError(
+                f"{len(prompts)} prompts and {len(completions)} completions: give one prompt for "
+                "each completion, and at least one"
+            )
+        ends = [self._problem.stop_token] * stop
+        tokens = [[*self._problem.text.encode(x), *ends] for x in completions]
+        if not all(tokens):
+            raise ConfigError("a completion is empty: without the stop token, nothing is predicted")
+        rows = [self._encode(x, len(y)) for x, y in zip(prompts, tokens, strict=True)]
+        width, longest = max(map(len, rows)), max(map(len, tokens))
+        batch, found = min(_LOG_PROB_ROWS, len(rows)), []
+        for first in range(0, len(rows), batch):
+            chosen = [min(i, len(rows) - 1) for i in range(first, first + batch)]
+            given = pad_left([rows[i] for i in chosen], width)
+            after = np.zeros((batch, longest), np.int32)
+            for row, i in zip(after, chosen, strict=True):
+                row[: len(tokens[i])] = tokens[i]
+            lengths = jnp.array([len(tokens[i]) for i in chosen])
+            found.append(log_probs_of(
+                self._params, given, jnp.asarray(after), lengths, temperature,
+                architecture=self._architecture,
+            ))  # fmt: skip
+        return np.concatenate(found)[: len(rows)]
+
     def _completions(self, sample: Sample, scores: Any) -> list[Completion]:
         responses = jax.tree.map(np.asarray, sample.responses)
         used = np.arange(responses.tokens.shape[1]) < responses.lengths[:, None]
@@ -167,6 +218,19 @@ class Generator:
                 raise
             return None
         return jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x), tries, axis=0), extras)
+
+
+_LOG_PROB_ROWS = 2048
+
+
+@partial(jax.jit, static_argnames="architecture")
+def log_probs_of(
+    params: PyTree, prompts: Prompts, tokens: Any, lengths: Any, temperature: Any, *,
+    architecture: Architecture,
+) -> Array:  # fmt: skip
+    """Log-probabilities of responses; see `response_log_probs`."""
+    network = make_decoder(architecture)
+    return response_log_probs(network, params, prompts, tokens, lengths, temperature=temperature)
 
 
 def encode_prompt(problem: Problem, text: str, length: int, context: int) -> list[int]:

@@ -85,9 +85,10 @@ def make_text_task(config: TextConfig) -> Task:
     for items in (train, held_out):
         _check_items(config, parts.architecture, items)
     rows = pack(train.tokens, config.row_length)
+    reference = _reference(parts)
     data = {
-        "train": _texts(parts, rows, train),
-        "held_out": _texts(parts, alone(held_out.tokens), held_out),
+        "train": _texts(parts, rows, train, reference),
+        "held_out": _texts(parts, alone(held_out.tokens), held_out, reference),
         "init": () if parts.start is None else parts.start.params,
     }
     loss = make_text_loss(config, parts.network)
@@ -176,15 +177,22 @@ def _check_items(config: TextConfig, architecture: Architecture, items: Items) -
         )
 
 
-def _texts(parts: TextParts, rows: Rows, items: Items) -> Texts:
+def _reference(parts: TextParts) -> PyTree | None:
+    """The parameters of the reference of direct preference optimisation."""
+    if not isinstance(parts.config, DPOConfig):
+        return None
+    start = parts.start and parts.start.params
+    return jax.jit(partial(init_params, parts))(jax.random.key(0), start)
+
+
+def _texts(parts: TextParts, rows: Rows, items: Items, reference: PyTree | None) -> Texts:
     """Rows as arrays on the device, with margins and the reference's log-probabilities."""
     rows = jax.tree.map(jnp.asarray, rows)
     margin = jnp.array([getattr(record, "margin", 0.0) for record in items.records])
-    reference = jnp.zeros(rows.last.shape)
-    if isinstance(parts.config, DPOConfig):
-        params = init_params(parts, jax.random.key(0), parts.start and parts.start.params)
-        reference = over_parts(partial(completion_log_probs, parts.network, params), rows)
-    return Texts(rows, margin[rows.item], reference)
+    log_prob = jnp.zeros(rows.last.shape)
+    if reference is not None:
+        log_prob = over_parts(partial(completion_log_probs, parts.network, reference), rows)
+    return Texts(rows, margin[rows.item], log_prob)
 
 
 def over_parts(function: Any, rows: PyTree) -> Any:

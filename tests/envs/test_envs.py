@@ -331,6 +331,7 @@ print(env.render(state, params))
 """
 
 
+@pytest.mark.slow
 def test_plotting_libraries_are_imported_when_used():
     done = subprocess.run([sys.executable, "-c", DRAWS], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("AxesImage")

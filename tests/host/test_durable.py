@@ -458,6 +458,7 @@ def test_a_checkpoint_being_read_is_not_removed(run_copy: Path):
         assert not exists
 
 
+@pytest.mark.slow
 def test_a_run_can_be_read_while_it_removes_checkpoints(run_copy: Path, tmp_path: Path):
     """Imitates a run with `keep = 1` that saves as fast as possible."""
     source = Path(shutil.copytree(run_copy / "checkpoints/000000006", tmp_path / "source"))
@@ -569,6 +570,7 @@ def test_a_failed_plot_loses_no_results(tmp_path: Path, monkeypatch: pytest.Monk
     assert (run / "learning_curve.png").exists()
 
 
+@pytest.mark.slow
 def test_names_are_escaped_in_plots_and_reports(tmp_path: Path, recwarn: pytest.WarningsRecorder):
     config = dataclasses.replace(CONFIG, env_id=r"my_$env$_$\frac$<script>alert(1)</script>")
     ppo.run(config, env=RandomWalk(), run_dir=tmp_path / "run", **EVERY_2)

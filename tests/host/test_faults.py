@@ -430,6 +430,7 @@ def test_a_second_process_is_refused_and_names_the_first(start: Any, tmp_path: P
     assert "stopped" in out.read_text()
 
 
+@pytest.mark.slow
 def test_a_read_only_directory_is_refused_before_compiling_but_can_be_read(
     start: Any, tmp_path: Path
 ):

@@ -90,6 +90,7 @@ def test_seeds_and_environments_are_both_spread():
     assert_close(spread_rows, rows, atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.slow
 def test_shuffling_on_each_device_learns():
     """Each minibatch has an equal part from each device; episode lengths grow as on one device."""
     config = dataclasses.replace(WHOLE, num_minibatches=4, total_timesteps=8 * 16 * 100)

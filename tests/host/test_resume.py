@@ -124,6 +124,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(whole: Any, copy: Path, updates
     assert summary(copy) == summary(directory)
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_starts_again(whole: Any, copy: Path):
     cut(copy, 0)
     (copy / "checkpoints/000000004.saving").mkdir()
@@ -162,6 +163,7 @@ def of_seed(states: Any, seed: int) -> Any:
     return jax.tree.map(lambda x: x[seed], states)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["linear", pytest.param("constant", marks=pytest.mark.slow)])
 def test_extending_stretches_schedules_over_the_new_length(
     tmp_path: Path, schedule: Any, request: pytest.FixtureRequest

@@ -235,6 +235,7 @@ def test_scores_without_a_stop_token_are_lowered_or_replaced():
     assert rewards(score_clip=2.0, missing_stop_score=-5.0) == [2.0, -5.0]
 
 
+@pytest.mark.slow
 def test_overlong_responses_lose_up_to_1():
     config = config_of("rloo", response_length=6, overlong_buffer=2)
     actor, params, reference = actor_of(config)
@@ -243,6 +244,7 @@ def test_overlong_responses_lose_up_to_1():
     np.testing.assert_allclose(np.sum(rollout.reward, axis=0), [1.0, 1.0, 0.5, 0.0])
 
 
+@pytest.mark.slow
 def test_the_stop_token_may_be_the_padding():
     """Lengths are carried; responses and prompts may contain the padding token."""
     config = config_of("rloo", response_length=4, num_prompts=3, group_size=8, num_minibatches=1)
@@ -298,6 +300,7 @@ def test_a_short_horizon_does_not_make_the_weight_negative():
     assert np.isfinite(beta)
 
 
+@pytest.mark.slow
 def test_the_weight_of_the_penalty_survives_a_resume(tmp_path: Any, fused: Any):
     config = config_of(
         "grpo", total_timesteps=6 * 16 * 3, num_prompts=4, group_size=4, kl_control="halving"

@@ -60,14 +60,18 @@ def cache_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     keep_programs(monkeypatch.setattr)
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with settings, pairs and a finished refresh."""
-    folder = tmp_path_factory.mktemp("refresh")
+def write_settings(folder: Path) -> None:
     (folder / "policy.toml").write_text(POLICY)
     (folder / "reward.toml").write_text(REWARD)
     (folder / "my_labels.py").write_text(LABELS)
     write_records(folder / "pairs.jsonl", letters.preferences(40))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with settings, pairs and a finished refresh."""
+    folder = tmp_path_factory.mktemp("refresh")
+    write_settings(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         keep_programs(patch.setattr)
@@ -207,23 +211,40 @@ def test_labels_by_hand(folder: Path, capsys: Any):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([*WORDS, "done", "--label", "gold", "--seed", "1"], "belongs to a refresh with other"),
-        ([*WORDS, "done"], "belongs to a refresh with other settings"),
         ("rlhf refresh reward.toml reward.toml --run-dir x".split(), "has kind = reward"),
         ("rlhf refresh policy.toml --run-dir x".split(), "rlhf refresh needs REWARD"),
         ([*WORDS, "x", "--rounds", "0"], "rounds"),
         ([*WORDS, ".", "--label", "gold"], "is not empty"),
         ([*WORDS, "x", "--label", "my_labels:missing"], "has no missing"),
+    ],
+)
+def test_bad_settings(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    write_settings(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
+    assert {x.name for x in tmp_path.iterdir()} >= {"policy.toml", "reward.toml", "pairs.jsonl"}
+    assert not list(tmp_path.rglob("config.toml"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([*WORDS, "done", "--label", "gold", "--seed", "1"], "belongs to a refresh with other"),
+        ([*WORDS, "done"], "belongs to a refresh with other settings"),
         (["resume", "done", "--total-timesteps", "500"], "have no effect on a refresh"),
     ],
 )
-def test_bad_settings(words: list[str], message: str, folder: Path, capsys: Any):
-    before = sorted(folder.rglob("*"))
+def test_bad_settings_of_a_finished_refresh(
+    words: list[str], message: str, folder: Path, capsys: Any
+):
+    before = files(folder)
     assert main(words) == 2
     assert message in capsys.readouterr().err
-    assert [x for x in sorted(folder.rglob("*")) if x.suffix == ".toml"] == [
-        x for x in before if x.suffix == ".toml"
-    ]
+    assert files(folder) == before
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from purejaxppo.cli import main
 from purejaxppo.host.checkpoint import data_digests
 from purejaxppo.host.configfile import load_settings
 from purejaxppo.rlhf import (
+    PROBLEMS,
     Problem,
     Prompts,
     RLHFConfig,
@@ -134,6 +135,7 @@ def test_more_chunks_compile_no_more_programs(
     assert counts[1] == counts[2] > 0, counts
 
 
+@pytest.mark.slow
 def test_samples_of_later_updates_are_dropped(tmp_path: Path):
     task = small_task()
     options: dict[str, Any] = {"eval_episodes": 4, "progress": False, "devices": 1}
@@ -149,6 +151,7 @@ def test_samples_of_later_updates_are_dropped(tmp_path: Path):
             ppo.resume(tmp_path / "r", task, total_timesteps=12 * 16 * LENGTH, progress=False)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_fails_later_does_not_end_a_run(tmp_path: Path):
     class Fails:
         calls = 0
@@ -169,6 +172,7 @@ def test_a_tokenizer_that_fails_later_does_not_end_a_run(tmp_path: Path):
     assert (tmp_path / "r/summary.json").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_from_the_command_line(tmp_path: Path, capsys: Any):
     space = ["--sample", "learning_rate=loguniform:1e-4,1e-2", "--grid", "kl_coef=0.0,0.1"]
     given = ["sweep", "sort", *SMALL, "--trials", "2", *space, "--run-dir", str(tmp_path / "s")]
@@ -183,6 +187,7 @@ def test_a_sweep_from_the_command_line(tmp_path: Path, capsys: Any):
     assert main(["resume", str(tmp_path / "s"), "--trial", "best"]) == 0
 
 
+@pytest.mark.slow
 def test_a_population(tmp_path: Path):
     found = ppo.sweep(
         small_task(), {"learning_rate": ppo.loguniform(1e-4, 1e-2)}, hparams=RLHFHParams(),
@@ -252,6 +257,7 @@ def test_a_config_is_enough(tmp_path: Path):
         ppo.make_train(config, env=object())
 
 
+@pytest.mark.slow
 def test_the_original_data_are_needed_to_resume(tmp_path: Path):
     options: dict[str, Any] = {"eval_episodes": 4, "progress": False}
     ppo.run(small_task(), RLHFHParams(), run_dir=tmp_path / "r", **options)
@@ -290,6 +296,34 @@ def test_generate_prints_responses(trained: Path, tmp_path: Path, capsys: Any):
     (kept,) = generator(["21="], best_of=16)[0]
     assert kept.score == max(x.score or 0 for x in every)
     assert np.isfinite([x.log_prob for x in every]).all()
+
+
+def test_log_probs_of_given_completions_are_those_of_generation(trained: Path):
+    generator = load_generator(trained)
+    found = {x.text: x for x in generator(["21="], num_responses=32, temperature=0.8)[0]}
+    texts = [text for text, x in found.items() if x.stopped]
+    assert len(texts) > 1
+    given = generator.log_probs(["21="] * len(texts), texts, temperature=0.8)
+    np.testing.assert_allclose(given, [found[x].log_prob for x in texts], rtol=1e-4)
+    alphabet = PROBLEMS["sort"](digits=3).text.alphabet
+    first = generator.log_probs(["21="] * len(alphabet), list(alphabet), stop=False)
+    np.testing.assert_allclose(np.exp(first).sum(), 1.0, rtol=1e-5)
+    ended = generator.log_probs(["21="], [""])
+    np.testing.assert_allclose(ended, first[alphabet.index(".")], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("completions", "words"),
+    [
+        (["1", "2"], "1 prompts and 2 completions: give one prompt for each"),
+        (["x"], "character 'x'"),
+        ([""], "a completion is empty"),
+        (["1" * 20], "needs a context of 23, but this decoder has"),
+    ],
+)
+def test_log_probs_of_bad_completions(trained: Path, completions: list[str], words: str):
+    with pytest.raises(ppo.ConfigError, match=words):
+        load_generator(trained).log_probs(["21="], completions, stop=False)
 
 
 @pytest.mark.parametrize(

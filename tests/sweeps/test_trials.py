@@ -246,6 +246,7 @@ def test_extracted_trial_has_the_same_devices_per_run_as_in_its_wave(
     assert (found.run.seed, found.run.num_seeds, found.run.devices) == (3, seeds, own)
 
 
+@pytest.mark.slow
 def test_command_line_evaluates_exports_and_resumes_a_trial(tmp_path: Path, capsys: Any):
     sweep, policy = str(tmp_path / "s"), tmp_path / "policy.bin"
     small = "--total-timesteps 64 --num-steps 8 --hidden-sizes 4 --num-minibatches 2".split()
