@@ -74,6 +74,7 @@ parity: ## regenerate the PyTorch reference values for the tests
 
 lock: $(INSTALLED) ## update requirements.lock from pyproject.toml
 	$(BIN)/pip-compile --quiet --upgrade --extra dev --extra docs --extra notebooks --extra tensorboard --extra optuna --extra ray \
+		--extra brax --extra craftax --extra jumanji --extra navix --extra pgx --extra xminigrid \
 		--strip-extras --no-emit-index-url --no-emit-find-links --no-header --output-file requirements.lock pyproject.toml
 
 clean: ## remove virtual environments and caches, but not runs

@@ -1,7 +1,7 @@
 """Actor-critic networks: Flax Linen modules behind one `Network` type."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -295,16 +295,28 @@ def parts_in_cache(network: Network, num_rows: int, divisible: int) -> int:
 
 def _observation_reader(
     config: Config, space: Any
-) -> tuple[Callable[[Array], Array], tuple[int, ...]]:
-    """Return a function that converts observations to floats, and the converted shape."""
+) -> tuple[Callable[[PyTree], Array], tuple[int, ...]]:
+    """Return a function that converts observations to floats, and the converted shape. The entries
+    of a dictionary are flattened and joined, in the order of their names."""
+    parts = parts_of(space)
+    if isinstance(parts, dict) and parts:
+        readers = {name: _observation_reader(config, parts[name]) for name in sorted(parts)}
+        size = sum(math.prod(shape) for _, shape in readers.values())
+        return partial(_joined, readers), (size,)
     if is_discrete(space):
         return lambda obs: jax.nn.one_hot(obs, space.n, dtype=jnp.float32), (int(space.n),)
     if is_box(space):
         return _floats, tuple(space.shape)
     raise ConfigError(
         f"the observation space {space} of {config.env_id} is not supported; supported are Box "
-        "and Discrete (flatten a Dict or Tuple into one Box)"
+        "and Discrete, and dictionaries of them"
     )
+
+
+def _joined(readers: Mapping[str, Any], obs: Mapping[str, Any]) -> Array:
+    """Entries `[T, B, ...]` of an observation as `[T, B, F]`."""
+    read = [(reader(obs[name]), len(shape)) for name, (reader, shape) in readers.items()]
+    return jnp.concatenate([x.reshape((*x.shape[: x.ndim - n], -1)) for x, n in read], axis=-1)
 
 
 def _floats(obs: Array) -> Array:

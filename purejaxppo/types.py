@@ -56,6 +56,8 @@ class Environment(NamedTuple):
     """`keys[N] -> (state[N], obs[N, ...])`."""
     step: Callable[[Key[Array, " N"], PyTree, Array], tuple[PyTree, TimeStep]]
     """`(keys[N], state[N], action[N, ...]) -> (state[N], TimeStep)`."""
+    render: Callable[[PyTree], Any] | None = None
+    """`state of one environment -> image [H, W, 3]`, 8-bit, or None; not compiled."""
 
 
 class Policy(NamedTuple):

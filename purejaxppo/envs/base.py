@@ -1,6 +1,6 @@
-"""Spaces, and conversion of single environments to `Environment`, the interface for N of them."""
+"""Spaces of observations and actions, and checks of environments."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import chex
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Key
 
 from purejaxppo.config import ConfigError
-from purejaxppo.types import Environment, Policy, PyTree, TimeStep
+from purejaxppo.types import Environment, Policy, PyTree
 
 
 class MultiDiscrete:
@@ -70,38 +70,6 @@ def obs_shapes(space: Any) -> Any:
             "Discrete, or a Dict of them"
         )
     return tuple(parts.shape)
-
-
-StepOne = Callable[[Key[Array, ""], PyTree, Array], tuple[PyTree, PyTree, Array, Array, Array]]
-
-
-def reset_on_demand(
-    reset_one: Callable[[Key[Array, ""]], tuple[PyTree, PyTree]], step_one: StepOne
-) -> Callable[[Key[Array, " N"], PyTree, Array], tuple[PyTree, TimeStep]]:
-    """Add auto-reset to N environments.
-
-    Fresh states are computed only in steps in which an episode ends.
-
-    Args:
-        reset_one: `key -> (state, obs)`.
-        step_one: `(key, state, action) -> (state, obs, reward, terminated, truncated)`.
-    """
-
-    def step(keys: Key[Array, " N"], state: PyTree, action: Array) -> tuple[PyTree, TimeStep]:
-        state, final_obs, reward, terminated, truncated = jax.vmap(step_one)(
-            split_each(keys)[0], state, action
-        )
-        done = terminated | truncated
-
-        def reset() -> tuple[PyTree, PyTree]:
-            # Split again here: keys made outside would be computed in every step.
-            fresh = jax.vmap(reset_one)(split_each(keys)[1])
-            return select_rows(done, fresh, (state, final_obs))
-
-        state, obs = jax.lax.cond(jnp.any(done), reset, lambda: (state, final_obs))
-        return state, TimeStep(obs, reward, terminated, truncated, final_obs)
-
-    return step
 
 
 def split_each(keys: Key[Array, " N"]) -> tuple[Key[Array, " N"], Key[Array, " N"]]:

@@ -1,22 +1,41 @@
 """Environments by name."""
 
 import dataclasses
+import fnmatch
 import functools
 from typing import Any
 
-import numpy as np
-
-from purejaxppo.checks import FLOAT_MAX, is_reference, nearest
+from purejaxppo.checks import is_reference, nearest
 from purejaxppo.config import Config, ConfigError
 from purejaxppo.envs.gymnax import from_gymnax, import_gymnax
+from purejaxppo.envs.params import changed_values
+from purejaxppo.envs.single import Single, vectorised
+from purejaxppo.envs.suites import SUITES, make_single, suite_names
 from purejaxppo.references import called, resolve
 from purejaxppo.types import Environment
 
 _NEEDS_DOWNLOAD = "MNISTBandit-bsuite"
 
 
-def available_environments() -> list[str]:
-    """Names that `Config.env_id` accepts, including those registered with gymnax at run time."""
+def available_environments(pattern: str = "") -> list[str]:
+    """Names that `Config.env_id` accepts: gymnax's, including those registered with it at run time,
+    and those of the installed suites with their prefix.
+
+    Args:
+        pattern: a part of a name in upper or lower case, or a pattern such as `brax/*`. With a
+            suite's prefix, only that suite is imported.
+    """
+    pattern = pattern.lower()
+    prefix, slash, _ = pattern.partition("/")
+    if slash and prefix in SUITES:
+        names = suite_names(prefix)
+    else:
+        names = _gymnax_names() + [name for each in SUITES for name in suite_names(each)]
+    wanted = pattern if "*" in pattern else f"*{pattern}*"
+    return [name for name in names if fnmatch.fnmatchcase(name.lower(), wanted)]
+
+
+def _gymnax_names() -> list[str]:
     return [name for name in import_gymnax().registered_envs if name != _NEEDS_DOWNLOAD]
 
 
@@ -24,7 +43,7 @@ def make_environment(config: Config, env: Any = None, env_params: Any = None) ->
     """Make the environment that `config.env_id` names, or use `env` if one is passed.
 
     Args:
-        env: an object with gymnax 1.x's interface.
+        env: an object with gymnax's interface, or a `Single`.
         env_params: its parameters; None uses its defaults, changed by `config.env_params`.
 
     Raises:
@@ -34,6 +53,8 @@ def make_environment(config: Config, env: Any = None, env_params: Any = None) ->
     if env is None and is_reference(config.env_id):
         env = resolve("env_id", config.env_id)
         env = called("env_id", env) if callable(env) else env
+    if isinstance(env, Single) or (env is None and "/" in config.env_id):
+        return _of_single(config, env, env_params)
     if env is None:
         env, default_params = _make_gymnax(config.env_id)
     else:
@@ -48,48 +69,31 @@ def make_environment(config: Config, env: Any = None, env_params: Any = None) ->
     return from_gymnax(config.env_id, env, env_params)
 
 
+def _of_single(config: Config, env: Single | None, env_params: Any) -> Environment:
+    if env_params is not None or (env is not None and config.env_params):
+        raise ConfigError(
+            "env_params: only environments of gymnax take parameters from Python; make the "
+            "environment with these values, and pass it as env"
+        )
+    return vectorised(make_single(config.env_id, config.env_params) if env is None else env)
+
+
 def _changed(config: Config, params: Any) -> Any:
     """An environment's default parameters with the values of `config.env_params`."""
     if not config.env_params:
         return params
-    known = [f.name for f in dataclasses.fields(params)] if dataclasses.is_dataclass(params) else []
-    changed = {}
-    for name, value in config.env_params.items():
-        if name not in known:
-            near = nearest(name, known, 0.4)
-            hint = f"did you mean {near}? " if near else ""
-            listed = ", ".join(known) or "none"
-            raise ConfigError(
-                f"env_params.{name}: {config.env_id} has no such parameter; {hint}It has: {listed}"
-            )
-        changed[name] = _of_type(name, value, getattr(params, name))
+    fields = dataclasses.fields(params) if dataclasses.is_dataclass(params) else ()
+    defaults = {f.name: getattr(params, f.name) for f in fields}
     replaced: Any = params
-    return dataclasses.replace(replaced, **changed)
-
-
-def _of_type(name: str, value: float | int | bool, default: Any) -> Any:
-    """Convert `value` to the type of the parameter's default."""
-    kind = np.asarray(default)
-    whole, truth = kind.dtype.kind in "iu", kind.dtype.kind == "b"
-    if kind.shape != () or kind.dtype.kind not in "iufb":
-        rule = f"its default is {default!r}, not a single number; pass env_params from Python"
-    elif isinstance(value, bool) != truth:
-        rule = f"must be {'true or false' if truth else 'a number'}; the default is {default!r}"
-    elif not -FLOAT_MAX <= value <= FLOAT_MAX:
-        rule = f"must be finite; the default is {default!r}"
-    elif whole and (value != int(value) or abs(value) >= 2**31):
-        rule = f"must be a whole number below 2^31; the default is {default!r}"
-    elif name == "max_steps_in_episode" and value < 1:
-        rule = "must be at least 1"
-    else:
-        return value if truth else int(value) if whole else float(value)
-    raise ConfigError(f"env_params.{name} = {value}: {rule}")
+    return dataclasses.replace(
+        replaced, **changed_values(config.env_id, defaults, config.env_params)
+    )
 
 
 @functools.lru_cache
 def _make_gymnax(env_id: str) -> tuple[Any, Any]:
     """Cached, since each `gymnax.make` makes a new static object, for which jit would recompile."""
-    names = available_environments()
+    names = _gymnax_names()
     if env_id == _NEEDS_DOWNLOAD:
         raise ConfigError(
             f"env_id = {env_id!r} downloads a data set when it is made; make it yourself and "

@@ -1,0 +1,61 @@
+"""Craftax and Craftax-Classic, with symbols or pixels."""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Key
+
+from purejaxppo.envs.params import changed_values
+from purejaxppo.envs.single import Single
+from purejaxppo.envs.spaces import box, discrete
+from purejaxppo.types import PyTree
+
+_NO_LIMIT = 2**30
+
+
+def names() -> list[str]:
+    return [
+        f"Craftax-{kind}v1"
+        for kind in ("Symbolic-", "Pixels-", "Classic-Symbolic-", "Classic-Pixels-")
+    ]
+
+
+def make(name: str, params: Mapping[str, float | int | bool]) -> Single:
+    from craftax.craftax_env import make_craftax_env_from_name
+
+    env: Any = make_craftax_env_from_name(name, auto_reset=False)
+    numbers = {
+        f.name: getattr(env.default_params, f.name)
+        for f in dataclasses.fields(env.default_params)
+        if isinstance(getattr(env.default_params, f.name), bool | int | float)
+    }
+    changed = changed_values(f"craftax/{name}", numbers, params)
+    full = env.default_params.replace(**changed)
+    unlimited = full.replace(max_timesteps=_NO_LIMIT)
+
+    def reset(key: Key[Array, ""]) -> tuple[PyTree, PyTree]:
+        obs, state = env.reset_env(key, full)
+        return state, obs
+
+    def step(key: Key[Array, ""], state: PyTree, action: Array) -> Any:
+        # `done` would be set by deaths and by the time limit.
+        obs, state, reward, _, _ = env.step_env(key, state, action, full)
+        terminated = env.is_terminal(state, unlimited)
+        return state, obs, reward, terminated, state.timestep >= full.max_timesteps
+
+    return Single(
+        name="", observation_space=box(env.observation_space(full).shape, 0.0, 1.0),
+        action_space=discrete(env.action_space(full).n), max_episode_steps=full.max_timesteps,
+        reset=reset, step=step, render=partial(_render, "Classic" in name), slow_reset=True,
+    )  # fmt: skip
+
+
+def _render(classic: bool, state: PyTree) -> np.ndarray:
+    if classic:
+        from craftax.craftax_classic.renderer import make_craftax_pixel_renderer
+    else:
+        from craftax.craftax.renderer import make_craftax_pixel_renderer
+    return np.asarray(make_craftax_pixel_renderer(16)(state)).astype(np.uint8)
