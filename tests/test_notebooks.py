@@ -17,6 +17,15 @@ SHORTER = {
         "total_timesteps=40_000": "total_timesteps=8_192",
         'optimization_level": 1': 'optimization_level": 0',
     },
+    "04_rlhf": {
+        "total_timesteps=400_000": "total_timesteps=20_000",
+        "tokens: int = 1_000_000": "tokens: int = 20_000",
+        "800_000": "20_000",
+        "total_timesteps=250_000": "total_timesteps=5_000",
+        "total_timesteps=150_000": "total_timesteps=5_000",
+        "pairs=3000": "pairs=40",
+        "[:8000]": "[:400]",
+    },
 }
 """Replacements in the code that shorten training."""
 
@@ -30,7 +39,7 @@ def run_notebook(name: str, folder: Path, shorter: dict[str, str]) -> list[Any]:
         for cell in cells:
             cell.source = cell.source.replace(number, written)
     client = nbclient.NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": folder}}
+        notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": folder}}
     )
     client.execute()
     return [out for cell in notebook.cells for out in cell.get("outputs", [])]

@@ -5,7 +5,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -82,7 +82,7 @@ def run_command(command: Any) -> int:
     training = {TrainCommand: _train, SweepCommand: _sweep, Resume: _resume, Refresh: _refresh}
     others = {
         Eval: _eval, Plot: _plot, Generate: _generate, Score: _score, Export: _export,
-        Evaluate: _evaluate, Envs: lambda _: _envs(),
+        Evaluate: _evaluate, Envs: _envs,
     }  # fmt: skip
     kind = type(command)
     with exit_at_second_signal() if kind in training else nullcontext():
@@ -544,21 +544,90 @@ def _export(command: Export) -> int:
     return 0
 
 
-def _envs() -> int:
+def _envs(command: Envs) -> int:
     from purejaxppo.envs import available_environments, make_environment
 
-    rows = []
-    for name in available_environments():
+    names = available_environments(command.pattern or "gymnax/")
+    if not names:
+        raise ConfigError(
+            f"{command.pattern!r}: no environment has such a name; `purejaxppo envs` lists "
+            "gymnax's and the suites"
+        )
+    if command.pattern in names:
+        return _one_env(command.pattern)
+    rows = [("environment", "observation", "action", "time limit")]
+    for name in names:
         env = make_environment(Config(env_id=name))
-        rows.append((name, _space(env.observation_space), _space(env.action_space)))
-    widths = [max(len(row[i]) for row in rows) for i in range(2)]
-    say(f"{'environment':{widths[0]}}  {'observation':{widths[1]}}  action")
-    for name, observation, action in rows:
-        say(f"{name:{widths[0]}}  {observation:{widths[1]}}  {action}")
+        spaces = (_brief(env.observation_space), _space(env.action_space))
+        rows.append((name, *spaces, str(env.max_episode_steps or "none")))
+    _print_table(rows)
+    if not command.pattern:
+        _print_suites()
     return 0
 
 
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        say("  ".join(f"{x:{n}}" for x, n in zip(row, widths, strict=True)).rstrip())
+
+
+def _print_suites() -> None:
+    from purejaxppo.envs.suites import SUITES, is_installed
+
+    say("")
+    rows = [("suite", "")]
+    for prefix, suite in SUITES.items():
+        listing = f"purejaxppo envs {prefix}/"
+        installing = f"not installed: pip install 'purejaxppo[{suite.extra}]'"
+        rows.append((f"{prefix}/", listing if is_installed(prefix) else installing))
+    _print_table(rows)
+
+
+def _one_env(name: str) -> int:
+    """Print all about one environment."""
+    from purejaxppo.envs.registry import make_environment, parameters_of
+    from purejaxppo.envs.suites import SUITES
+
+    env = make_environment(Config(env_id=name))
+    prefix = name.partition("/")[0]
+    numbers = {
+        key: x for key, x in parameters_of(name).items() if isinstance(x, bool | int | float)
+    }
+    rows = [
+        ("environment", name),
+        ("observation", _space(env.observation_space)),
+        ("action", _space(env.action_space)),
+        ("time limit", f"{env.max_episode_steps or 'none'}"),
+        ("renderer", "none" if env.render is None else "yes"),
+        ("parameters", ", ".join(f"{key} = {x}" for key, x in numbers.items()) or "none"),
+    ]
+    if prefix in SUITES:
+        rows.append(("extra", f"pip install 'purejaxppo[{SUITES[prefix].extra}]'"))
+    _print_table(rows)
+    say(f"\npurejaxppo train {name}")
+    return 0
+
+
+def _brief(space: Any) -> str:
+    """A space; of a dictionary only the number of its parts."""
+    from purejaxppo.envs.base import parts_of
+    from purejaxppo.masks import ACTION_MASK, is_masked, without_mask
+
+    parts = parts_of(space)
+    if is_masked(parts):
+        return f"{_brief(without_mask(parts))} + {ACTION_MASK}"
+    return f"{len(parts)} parts" if isinstance(parts, dict) else _space(space)
+
+
 def _space(space: Any) -> str:
+    from purejaxppo.envs.base import parts_of
+
+    parts = parts_of(space)
+    if isinstance(parts, dict):
+        return "{" + ", ".join(f"{name}: {_space(part)}" for name, part in parts.items()) + "}"
     if hasattr(space, "n"):
         return f"Discrete({space.n})"
+    if hasattr(space, "num_categories"):
+        return f"MultiDiscrete{list(space.num_categories)}"
     return f"Box{list(space.shape)}" if hasattr(space, "shape") else repr(space)

@@ -110,13 +110,18 @@ def _kind_of_sweep(args: Sequence[str]) -> Any:
 
 
 def _check_positional(name: str, given: Sequence[str]) -> None:
-    special = {"export": ["RUN_DIR", "FILE"], "envs": [], "rlhf refresh": ["POLICY", "REWARD"]}
-    needed = special.get(name, ["RUN_DIR"])
-    usage = " ".join(["purejaxppo", name, *needed])
-    if len(given) < len(needed):
-        raise ConfigError(f"{name} needs {needed[len(given)]}, as in `{usage}`")
-    if len(given) > len(needed):
-        raise ConfigError(f"{given[len(needed)]!r}: one argument too many for `{usage}`")
+    special = {
+        "export": ["RUN_DIR", "FILE"],
+        "envs": ["[PATTERN]"],
+        "rlhf refresh": ["POLICY", "REWARD"],
+    }
+    accepted = special.get(name, ["RUN_DIR"])
+    usage = " ".join(["purejaxppo", name, *accepted])
+    missing = [x for x in accepted[len(given) :] if not x.startswith("[")]
+    if missing:
+        raise ConfigError(f"{name} needs {missing[0]}, as in `{usage}`")
+    if len(given) > len(accepted):
+        raise ConfigError(f"{given[len(accepted)]!r}: one argument too many for `{usage}`")
 
 
 def _with_settings(name: str, kind: Any, given: Any) -> Any:

@@ -177,7 +177,11 @@ class Plot:
 
 @dataclass
 class Envs:
-    """List the available environments."""
+    """List environments, with their observations and actions, or say all about one."""
+
+    pattern: _Positional[str] = ""
+    """A name, a part of names, or a suite's prefix such as `jumanji/`. Without it, gymnax's
+    environments and the suites are listed."""
 
 
 @dataclass

@@ -31,10 +31,11 @@ def names() -> list[str]:
 
 
 def make(name: str, params: Mapping[str, float | int | bool]) -> Single:
-    limit = changed_values(f"brax/{name}", {"episode_length": EPISODE_LENGTH}, params)
+    defaults = {"episode_length": EPISODE_LENGTH}
+    limit = (defaults | changed_values(f"brax/{name}", defaults, params))["episode_length"]
     backend, _, base = name.rpartition("/")
     env = _brax().get_environment(base, backend=backend or BACKENDS[0])
-    return counted(env, limit.get("episode_length", EPISODE_LENGTH), partial(_render, env))
+    return counted(env, limit, partial(_render, env))._replace(parameters=defaults)
 
 
 def counted(env: Any, limit: int, render: Any) -> Single:

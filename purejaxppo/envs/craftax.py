@@ -50,6 +50,7 @@ def make(name: str, params: Mapping[str, float | int | bool]) -> Single:
         name="", observation_space=box(env.observation_space(full).shape, 0.0, 1.0),
         action_space=discrete(env.action_space(full).n), max_episode_steps=full.max_timesteps,
         reset=reset, step=step, render=partial(_render, "Classic" in name), slow_reset=True,
+        parameters=numbers,
     )  # fmt: skip
 
 

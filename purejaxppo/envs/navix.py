@@ -29,8 +29,8 @@ def names() -> list[str]:
 def make(name: str, params: Mapping[str, float | int | bool]) -> Single:
     import navix
 
-    limit = changed_values(f"navix/{name}", {"max_steps": MAX_STEPS}, params)
-    env = navix.make(name, max_steps=limit.get("max_steps", MAX_STEPS))
+    defaults = {"max_steps": MAX_STEPS}
+    env = navix.make(name, **(defaults | changed_values(f"navix/{name}", defaults, params)))
 
     def reset(key: Key[Array, ""]) -> tuple[PyTree, PyTree]:
         now = env.reset(key)
@@ -48,6 +48,7 @@ def make(name: str, params: Mapping[str, float | int | bool]) -> Single:
         name="", observation_space=box(shape, 0.0, 1.0),
         action_space=discrete(int(env.action_space.maximum) + 1),
         max_episode_steps=env.max_steps, reset=reset, step=step, render=_render, slow_reset=True,
+        parameters=defaults,
     )  # fmt: skip
 
 

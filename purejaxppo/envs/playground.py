@@ -33,7 +33,7 @@ def make(name: str, params: Mapping[str, float | int | bool]) -> Single:
             f"downloaded: {str(error).splitlines()[0]}"
         ) from error
     limit = int(changed.get("episode_length", defaults.episode_length))
-    return counted(env, limit, partial(_render, env))._replace(slow_reset=True)
+    return counted(env, limit, partial(_render, env))._replace(slow_reset=True, parameters=numbers)
 
 
 def _render(env: Any, state: PyTree) -> np.ndarray:

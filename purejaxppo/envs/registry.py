@@ -3,9 +3,10 @@
 import dataclasses
 import fnmatch
 import functools
+from collections.abc import Mapping
 from typing import Any
 
-from purejaxppo.checks import is_reference, nearest
+from purejaxppo.checks import EnvParams, is_reference, nearest
 from purejaxppo.config import Config, ConfigError
 from purejaxppo.envs.gymnax import from_gymnax, import_gymnax
 from purejaxppo.envs.params import changed_values
@@ -22,17 +23,30 @@ def available_environments(pattern: str = "") -> list[str]:
     and those of the installed suites with their prefix.
 
     Args:
-        pattern: a part of a name in upper or lower case, or a pattern such as `brax/*`. With a
-            suite's prefix, only that suite is imported.
+        pattern: a part of a name in upper or lower case, or a pattern such as `*/*snake*`. With
+            `gymnax/` or a suite's prefix, only that suite is imported.
     """
     pattern = pattern.lower()
-    prefix, slash, _ = pattern.partition("/")
-    if slash and prefix in SUITES:
+    prefix, slash, rest = pattern.partition("/")
+    if slash and prefix == "gymnax":
+        names, pattern = _gymnax_names(), rest
+    elif slash and prefix in SUITES:
         names = suite_names(prefix)
     else:
         names = _gymnax_names() + [name for each in SUITES for name in suite_names(each)]
     wanted = pattern if "*" in pattern else f"*{pattern}*"
     return [name for name in names if fnmatch.fnmatchcase(name.lower(), wanted)]
+
+
+def parameters_of(env_id: str) -> Mapping[str, Any]:
+    """The parameters that `Config.env_params` can change, with their defaults.
+
+    Raises:
+        ConfigError: if there is no such environment.
+    """
+    if "/" in env_id:
+        return make_single(env_id, EnvParams()).parameters
+    return _defaults(_make_gymnax(env_id)[1])
 
 
 def _gymnax_names() -> list[str]:
@@ -82,12 +96,14 @@ def _changed(config: Config, params: Any) -> Any:
     """An environment's default parameters with the values of `config.env_params`."""
     if not config.env_params:
         return params
-    fields = dataclasses.fields(params) if dataclasses.is_dataclass(params) else ()
-    defaults = {f.name: getattr(params, f.name) for f in fields}
+    changed = changed_values(config.env_id, _defaults(params), config.env_params)
     replaced: Any = params
-    return dataclasses.replace(
-        replaced, **changed_values(config.env_id, defaults, config.env_params)
-    )
+    return dataclasses.replace(replaced, **changed)
+
+
+def _defaults(params: Any) -> dict[str, Any]:
+    fields = dataclasses.fields(params) if dataclasses.is_dataclass(params) else ()
+    return {f.name: getattr(params, f.name) for f in fields}
 
 
 @functools.lru_cache

@@ -1,6 +1,7 @@
 """From one environment to N that are stepped in parallel and reset themselves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +33,8 @@ class Single(NamedTuple):
     """`state -> image [H, W, 3]`, 8-bit; not compiled."""
     slow_reset: bool = False
     """Whether a reset takes longer than several steps."""
+    parameters: Mapping[str, Any] = MappingProxyType({})
+    """The parameters that `Config.env_params` can change, with their defaults."""
 
 
 RESETS_AT_ONCE = 16

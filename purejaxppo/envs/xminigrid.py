@@ -51,7 +51,7 @@ def make(name: str, params: Mapping[str, float | int | bool]) -> Single:
         observation_space=box((*env.observation_shape(full)[:2], sum(sizes)), 0.0, 1.0),
         action_space=discrete(env.num_actions(full)),
         max_episode_steps=None if limit is None else int(limit),
-        reset=reset, step=step, render=partial(_render, env, full),
+        reset=reset, step=step, render=partial(_render, env, full), parameters=numbers,
     )  # fmt: skip
 
 

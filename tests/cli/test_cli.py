@@ -363,5 +363,22 @@ def test_eval_reports_failed_seeds_and_excludes_them(tmp_path: Path, capsys: Any
 def test_envs_lists_environments(capsys: Any):
     assert main(["envs"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.split() == ["CartPole-v1", "Box[4]", "Discrete(2)"] for line in lines)
+    assert ["CartPole-v1", "Box[4]", "Discrete(2)", "500"] in [line.split() for line in lines]
     assert not any("MNIST" in line for line in lines)
+    assert any("purejaxppo envs jumanji/" in line for line in lines)
+    assert not any("Snake" in line for line in lines)
+
+
+def test_envs_says_all_about_one(capsys: Any):
+    assert main(["envs", "CartPole-v1"]) == 0
+    shown = capsys.readouterr().out
+    for words in ("Box[4]", "Discrete(2)", "500", "masspole = 0.1", "purejaxppo train CartPole-v1"):
+        assert words in shown
+
+
+def test_envs_with_a_pattern(capsys: Any):
+    assert main(["envs", "navix/*Empty-8x8*"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["environment", "navix/Navix-Empty-8x8-v0", "navix/Navix-Empty-Random-8x8-v0"]
+    assert main(["envs", "navix/nothing"]) == 2
+    assert "no environment has such a name" in capsys.readouterr().err

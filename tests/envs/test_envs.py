@@ -111,7 +111,7 @@ def test_an_environment_with_the_old_interface_is_refused(tiny: ppo.Config, key:
         ppo.make_learner(tiny, env=object())
 
 
-@pytest.mark.parametrize("env_id", ppo.available_environments())
+@pytest.mark.parametrize("env_id", ppo.available_environments("gymnax/"))
 def test_every_listed_environment_can_be_trained(env_id: str, key: jax.Array):
     """Traced, not run: types and shapes of the whole run fit."""
     config = ppo.Config(env_id=env_id, num_envs=2, num_steps=4, num_minibatches=2)
@@ -127,7 +127,7 @@ IN_EVERY_SUITE = ("Pendulum-v1", "PointRobot-misc", "Reacher-misc")
     "env_id",
     [
         pytest.param(name, marks=() if name in IN_EVERY_SUITE else pytest.mark.slow)
-        for name in ppo.available_environments()
+        for name in ppo.available_environments("gymnax/")
     ],
 )
 def test_every_listed_environment_trains_and_evaluates_from_the_command_line(
