@@ -54,7 +54,7 @@ def make_learner(
     def init(key: Key[Array, ""], hparams: HParams, data: PyTree = ()) -> TrainState:
         params_key, learner_key, envs_key = jax.random.split(key, 3)
         learner = init_learner(params_key, hparams)._replace(key=learner_key)
-        if learner.obs_stats or learner.reward_stats:
+        if jax.tree.leaves((learner.obs_stats, learner.reward_stats)):
             actors = actor.init(jax.random.fold_in(key, FIRST_STATISTICS), hparams, data)
             learner = first_statistics(learner, actors, actor, hparams, data=data, axis=axis)
         return TrainState(learner, actor.init(envs_key, hparams, data))

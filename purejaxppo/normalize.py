@@ -6,6 +6,7 @@ and when it learns, and the first minibatch's probability ratio is exactly 1.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from jaxtyping import Array, Bool, Float
 
 from purejaxppo.collectives import all_sum
 from purejaxppo.config import HParams
+from purejaxppo.envs.base import is_discrete, parts_of
+from purejaxppo.masks import ACTION_MASK
 from purejaxppo.types import Actor, ActorState, LearnerState, PyTree, Rollout, RunningStats
 
 OBS_CLIP = 10.0
@@ -53,11 +56,26 @@ def update_stats(
     return RunningStats(total, mean, var)
 
 
-def normalize_obs(stats: RunningStats | tuple[()], obs: PyTree) -> PyTree:
+def init_obs_stats(space: Any) -> PyTree:
+    """Statistics of observations; of a dictionary, those of its entries. Discrete observations and
+    action masks have none."""
+    parts = parts_of(space)
+    if isinstance(parts, dict):
+        return {
+            name: () if name == ACTION_MASK else init_obs_stats(part)
+            for name, part in parts.items()
+        }
+    return () if is_discrete(parts) else init_stats(tuple(parts.shape))
+
+
+def normalize_obs(stats: PyTree, obs: PyTree) -> PyTree:
     """Subtract the mean from `obs[..., *shape]`, divide by the standard deviation, clip to +-10.
 
-    With empty statistics (normalisation disabled), return `obs` unchanged.
+    With empty statistics (normalisation disabled), return `obs` unchanged. The entries of a
+    dictionary have their own statistics.
     """
+    if isinstance(stats, dict):
+        return {name: normalize_obs(stats[name], x) for name, x in obs.items()}
     if not isinstance(stats, RunningStats):
         return obs
     scaled = (obs.astype(jnp.float32) - stats.mean) * jax.lax.rsqrt(stats.var + _EPSILON)
@@ -108,9 +126,7 @@ def refresh_statistics(
 ) -> tuple[LearnerState, ActorState]:
     """Add a rollout to the running statistics that the config enables. Its observations and rewards
     are those of the environment, not normalised."""
-    if isinstance(learner.obs_stats, RunningStats):
-        stats = update_stats(learner.obs_stats, raw.obs, raw.mask, axis)
-        learner = learner._replace(obs_stats=stats)
+    learner = learner._replace(obs_stats=_refreshed(learner.obs_stats, raw.obs, raw.mask, axis))
     if isinstance(learner.reward_stats, RunningStats):
         done = raw.terminated | raw.truncated
         running, returns = discounted_returns(
@@ -121,6 +137,12 @@ def refresh_statistics(
             reward_stats=update_stats(learner.reward_stats, returns, raw.mask, axis)
         )
     return learner, actors
+
+
+def _refreshed(stats: PyTree, obs: PyTree, mask: Array, axis: str | None) -> PyTree:
+    if isinstance(stats, dict):
+        return {name: _refreshed(each, obs[name], mask, axis) for name, each in stats.items()}
+    return update_stats(stats, obs, mask, axis) if isinstance(stats, RunningStats) else stats
 
 
 def first_statistics(

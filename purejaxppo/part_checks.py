@@ -11,11 +11,10 @@ import optax
 
 from purejaxppo.checks import is_reference
 from purejaxppo.config import Chosen, Config, ConfigError, HParams
-from purejaxppo.envs.base import parts_of
 from purejaxppo.losses import Terms
 from purejaxppo.objectives.base import Objective
 from purejaxppo.references import called, first_line, resolve
-from purejaxppo.types import Actor, Batch, Environment, Learner, Network, PyTree, Rollout
+from purejaxppo.types import Actor, Batch, Learner, Network, PyTree, Rollout
 
 _OWN_METRICS = (
     "policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "kl", "kl_beta",
@@ -123,15 +122,6 @@ def check_critic(objective: Objective, network: Network) -> None:
         raise ConfigError(
             f"objective = {objective.name}: fits the critic after the policy's step, so its "
             f"modules need names that begin with critic; the network's are {', '.join(names)}"
-        )
-
-
-def check_normalized(config: Config, env: Environment) -> None:
-    """Raise `ConfigError` if `normalize_obs` is set and observations are dictionaries."""
-    if config.normalize_obs and isinstance(parts_of(env.observation_space), dict):
-        raise ConfigError(
-            "normalize_obs = true: normalises a single array, but observations are dictionaries; "
-            "normalise them in the environment"
         )
 
 

@@ -23,14 +23,14 @@ from purejaxppo.collect import make_actor
 from purejaxppo.config import Config, ConfigError, HParams, TaskConfig
 from purejaxppo.distributions import make_policy
 from purejaxppo.envs import make_environment
-from purejaxppo.envs.base import check_contract, is_box, obs_shapes
+from purejaxppo.envs.base import check_contract, obs_shapes
 from purejaxppo.evaluation import episode_returns
 from purejaxppo.improve import make_improve, make_loss
 from purejaxppo.inputs import check_config
 from purejaxppo.learner import make_learner
 from purejaxppo.masks import check_mask
 from purejaxppo.networks import make_network
-from purejaxppo.normalize import init_stats
+from purejaxppo.normalize import init_obs_stats, init_stats
 from purejaxppo.objectives.base import Objective
 from purejaxppo.objectives.episodes import make_episode_advantage, whole_episode_actor
 from purejaxppo.objectives.table import check_objective, objective_of
@@ -231,7 +231,6 @@ def make_task(config: Config, **given: Any) -> Task:
     network = _network(config, env, policy, given)
     check_contract(env, policy)
     check_mask(obs_shapes(env.observation_space), policy)
-    part_checks.check_normalized(config, env)
     part_checks.check_critic(objective, network)
     if (reason := _why_not_divided(config, network, 1)) is not None:
         raise ConfigError(reason)
@@ -351,13 +350,12 @@ def _learner(parts: Callable[[str | None], Parts], axis: str | None) -> Learner:
 def init_learner(parts: Parts, key: Key[Array, ""], hparams: HParams) -> LearnerState:
     """The learner's state before the first update."""
     config, objective, env = parts.config, parts.objective, parts.env
-    normalizes = config.normalize_obs and is_box(env.observation_space)
     params = jax.tree.map(jnp.asarray, parts.network.init(key))  # parameters may be constants
     return LearnerState(
         key=key,
         params=params,
         opt_state=parts.optimizer.init(hparams, params),
-        obs_stats=init_stats(tuple(env.observation_space.shape)) if normalizes else (),
+        obs_stats=init_obs_stats(env.observation_space) if config.normalize_obs else (),
         reward_stats=init_stats(()) if config.normalize_reward else (),
         updates=jnp.zeros((), jnp.int32),
         objective_state=() if objective.kl is None else objective.kl.init(hparams),

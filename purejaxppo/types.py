@@ -154,7 +154,8 @@ class LearnerState(NamedTuple):
     key: Key[Array, ""]
     params: PyTree
     opt_state: PyTree
-    obs_stats: RunningStats | tuple[()]
+    obs_stats: PyTree
+    """A `RunningStats`; for dictionaries, one per entry, or `()` where it is not normalised."""
     reward_stats: RunningStats | tuple[()]
     updates: Int[Array, ""]
     """Number of updates done; schedules depend on it."""

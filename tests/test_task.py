@@ -20,6 +20,7 @@ from toy_envs import RandomWalk
 
 import purejaxppo as ppo
 from purejaxppo.cli import main
+from purejaxppo.learner import FIRST_STATISTICS
 from purejaxppo.objectives.table import READ_BY_SOME
 
 HPARAMS = ppo.HParams(learning_rate=0.3)
@@ -715,12 +716,57 @@ class Nested(Masked):
         return spaces.Dict({"inner": inner, "other": inner.spaces["position"]})
 
 
-def test_nested_masks_and_normalised_dictionaries_are_refused(tiny: ppo.Config):
+def test_nested_masks_are_refused(tiny: ppo.Config):
     config = dataclasses.replace(tiny, hidden_sizes=(64, 64), memory_size=64)
     with pytest.raises(ppo.ConfigError, match="action_mask lies inside another dictionary"):
         ppo.make_task(config, env=Nested(), network=First)
-    with pytest.raises(ppo.ConfigError, match="normalises a single array"):
-        ppo.make_task(dataclasses.replace(config, normalize_obs=True), env=Masked())
+
+
+class Several(RandomWalk):
+    """Two arrays of different scales, a choice and a mask."""
+
+    def get_obs(self, state: Any, params: Any = None, key: Any = None) -> Any:
+        obs = super().get_obs(state, params, key)
+        return {
+            "small": obs, "large": {"inner": 100.0 + 50.0 * obs[:1]},
+            "choice": jnp.int32(obs[0] > 0), "action_mask": jnp.ones(2, bool),
+        }  # fmt: skip
+
+    def observation_space(self, params: Any = None) -> Any:
+        from gymnax.environments import spaces
+
+        small = super().observation_space(params)
+        large = spaces.Dict({"inner": spaces.Box(-1e4, 1e4, (1,))})
+        return spaces.Dict({
+            "small": small, "large": large, "choice": spaces.Discrete(2),
+            "action_mask": spaces.Box(0, 1, (2,), bool),
+        })  # fmt: skip
+
+
+def test_entries_of_an_observation_are_joined_and_normalised_one_by_one(tiny: ppo.Config):
+    config = dataclasses.replace(tiny, normalize_obs=True)
+    task = ppo.make_task(config, env=Several())
+    parts = task.parts(None)  # pyright: ignore
+    state = task.learner(None).init(jax.random.key(0), ppo.HParams(), ())
+    stats = state.learner.obs_stats
+    assert stats["choice"] == stats["action_mask"] == ()
+    start = jax.random.fold_in(jax.random.key(0), FIRST_STATISTICS)
+    actors = parts.actor.init(start, ppo.HParams(), ())
+    _, raw = parts.actor.collect(state.learner._replace(obs_stats=()), actors, ppo.HParams(), ())
+    for found, obs in (
+        (stats["small"], raw.obs["small"]), (stats["large"]["inner"], raw.obs["large"]["inner"]),
+    ):  # fmt: skip
+        flat = np.asarray(obs, np.float64).reshape(-1, obs.shape[-1])
+        np.testing.assert_allclose(found.mean, flat.mean(0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found.var, flat.var(0), rtol=1e-3, atol=1e-5)
+    kernel = state.learner.params["actor"]["encoder"]["Dense_0"]["kernel"]
+    assert kernel.shape[0] == 2 + 1 + raw.obs["small"].shape[-1]
+    trained, metrics = jax.jit(ppo.make_train(task))(jax.random.key(0), ppo.HParams())
+    assert np.isfinite(metrics["policy_loss"]).all()
+    agent = ppo.make_agent(task, jax.tree.map(lambda x: x, trained))
+    obs = jax.tree.map(lambda x: x[0], raw.obs)
+    action, _ = agent.act(jax.random.key(0), obs, agent.initial_carry(4))
+    assert action.shape == (4,)
 
 
 class InTuple(RandomWalk):

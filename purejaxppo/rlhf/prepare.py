@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -34,13 +35,13 @@ def prepared(config: RLHFConfig, problem: Problem, functions: Sequence[Weighted]
         ConfigError: if these runs or functions cannot be used with the problem.
     """
     vocabulary = Vocabulary(problem.text, problem.vocab_size, problem.stop_token)
-    start = start_of(config.init) if config.init else None
+    start = _from(f"init = {config.init}", start_of, config.init) if config.init else None
     if start is not None:
         start.check_vocabulary(vocabulary, problem.name)
     pairs = [weighted(text) for text in config.reward]
     named = [Weighted(w, name, resolve("reward", name)) for w, name in pairs if is_reference(name)]
     models = [
-        Model(w, load_reward(name, config.reward_combine))
+        Model(w, _from(f"reward = {name}", load_reward, name, config.reward_combine))
         for w, name in pairs
         if not is_reference(name)
     ]
@@ -65,6 +66,16 @@ def prepared(config: RLHFConfig, problem: Problem, functions: Sequence[Weighted]
             "package.module:function"
         )
     return problem
+
+
+def _from(setting: str, load: Callable[..., Any], run_dir: str, *rest: Any) -> Any:
+    """Load a run; an error names the setting that names its directory."""
+    if not Path(run_dir).is_dir():
+        raise ConfigError(
+            f"{setting}: there is no such directory in {str(Path.cwd())!r}; relative paths need "
+            "the working directory of the command that made the run"
+        )
+    return load(run_dir, *rest)
 
 
 class Model(NamedTuple):

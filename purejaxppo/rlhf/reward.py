@@ -92,7 +92,11 @@ class RewardModel(NamedTuple):
         for prompt, response in zip(prompts, responses, strict=True):
             if not prompt or not (response or empty):
                 raise ConfigError(f"prompt {prompt!r}, response {response!r}: must not be empty")
-            rows.append([*encode(prompt), *encode(response), stop])
+            try:
+                said = encode(response)
+            except ConfigError as error:  # tokenizers call every text a prompt
+                raise ConfigError(f"response {str(error).removeprefix('prompt ')}") from error
+            rows.append([*encode(prompt), *said, stop])
         longest, context = max(map(len, rows)), self.architecture.context
         if longest > context:
             raise ConfigError(

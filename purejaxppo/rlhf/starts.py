@@ -12,7 +12,7 @@ from purejaxppo.host.configfile import Settings, load_settings
 from purejaxppo.host.load import find_states, task_of
 from purejaxppo.host.rundir import CONFIG
 from purejaxppo.rlhf.architecture import Architecture
-from purejaxppo.rlhf.config import RLHFConfig
+from purejaxppo.rlhf.config import DecoderConfig, RLHFConfig
 from purejaxppo.rlhf.decoder import make_decoder
 from purejaxppo.rlhf.text_config import RewardConfig, TextConfig
 from purejaxppo.rlhf.text_learner import make_text_learner
@@ -79,6 +79,18 @@ def task_to_load(run_dir: str, settings: Settings) -> Task:
         return make_text_learner(config, no_loss, lambda key, data: network.init(key), axis)
 
     return Task(config, learner, evaluate=no_loss, with_config=no_loss)
+
+
+def check_unused(config: DecoderConfig, architecture: Architecture, init: str) -> None:
+    """Raise `ConfigError` if a decoder setting differs from its default and from the decoder of
+    `init`, which replaces it."""
+    for f in dataclasses.fields(DecoderConfig):
+        value, used = getattr(config, f.name), getattr(architecture, f.name)
+        if value not in (f.default, used):
+            raise ConfigError(
+                f"{f.name} = {value}: has no effect, since the decoder is that of init = {init}, "
+                f"whose {f.name} is {used}; leave one of them out"
+            )
 
 
 def decoder_of(settings: Settings, run_dir: str) -> tuple[Architecture, Vocabulary]:

@@ -37,7 +37,7 @@ from purejaxppo.rlhf.plots import frontier_plots
 from purejaxppo.rlhf.prepare import prepared
 from purejaxppo.rlhf.problem import Problem, Sample, problem_of
 from purejaxppo.rlhf.samples import Failures, Samples
-from purejaxppo.rlhf.starts import decoder_of, start_of
+from purejaxppo.rlhf.starts import check_unused, decoder_of, start_of
 from purejaxppo.rlhf.tokenizer import Vocabulary
 from purejaxppo.task import Task
 from purejaxppo.types import (
@@ -152,6 +152,7 @@ def architecture_of(config: RLHFConfig, problem: Problem) -> Architecture:
             f"prompt and response have up to {needed}; use shorter responses, or train it with a "
             "larger context"
         )
+    check_unused(config, first, config.init)
     return dataclasses.replace(first, critic=own.critic)
 
 

@@ -19,7 +19,7 @@ from purejaxppo.rlhf.packing import Rows, Tokens, alone, pack, padding_share
 from purejaxppo.rlhf.plots import reliability_plot
 from purejaxppo.rlhf.problem import pad_left
 from purejaxppo.rlhf.samples import SHOWN, finite
-from purejaxppo.rlhf.starts import Start, start_of
+from purejaxppo.rlhf.starts import Start, check_unused, start_of
 from purejaxppo.rlhf.text_config import DPOConfig, RewardConfig, SFTConfig, TextConfig, TextHParams
 from purejaxppo.rlhf.text_learner import make_text_learner
 from purejaxppo.rlhf.text_losses import (
@@ -157,6 +157,7 @@ def _parts(config: TextConfig, vocabulary: Vocabulary) -> TextParts:
         architecture = config.decoder(vocabulary.size, config.row_length, critic)
     else:
         start.check_vocabulary(vocabulary, config.tokenizer)
+        check_unused(config, start.architecture, config.init)
         architecture = dataclasses.replace(start.architecture, critic=critic)
     return TextParts(config, vocabulary, architecture, make_decoder(architecture), start)
 
