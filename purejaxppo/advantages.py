@@ -98,3 +98,13 @@ def make_advantage(config: Config) -> Advantage:
         "lambda_return": lambda_return,
     }
     return estimators[config.advantage]
+
+
+def clip_rewards(advantage: Advantage, bound: float) -> Advantage:
+    """The estimator with rewards clipped to +-`bound`."""
+
+    def clipped(rollout: Rollout, hparams: Any) -> tuple[Array, ...]:
+        reward = jnp.clip(rollout.reward, -bound, bound)
+        return advantage(rollout._replace(reward=reward), hparams)
+
+    return clipped

@@ -167,6 +167,19 @@ class Config(UpdateConfig):
     env_params: EnvParams = EnvParams()
     """Parameters of the environment by name, such as max_steps_in_episode; the others keep their
     defaults."""
+    frame_stack: int = bounded(1, 1, 1024)
+    """Join the last observations of an episode, this many, along their last axis."""
+    action_repeat: int = bounded(1, 1, 1024)
+    """Carry out each action this many times; the rewards are added up."""
+    sticky_actions: float = bounded(0.0, 0.0, 1.0)
+    """Probability that the last action is repeated instead of the chosen one."""
+    time_limit: int = bounded(0, 0)
+    """Truncate episodes after this many steps; 0: only at the environment's own limit."""
+    obs_clip: float = bounded(math.inf, 0.0, open_low=True)
+    """Clip the numbers of observations to +- this bound."""
+    reward_clip: float = bounded(math.inf, 0.0, open_low=True)
+    """Clip rewards to +- this bound for learning, after their normalisation. Reported returns are
+    not clipped."""
     total_timesteps: int = bounded(500_000, 1)
     """Environment steps of the run, rounded up to whole updates."""
     num_envs: int = bounded(AUTO, 1)

@@ -4,6 +4,7 @@ All parts are built here. The host, sweeps and checkpoints depend only on tasks.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from purejaxppo import part_checks
-from purejaxppo.advantages import make_advantage
+from purejaxppo.advantages import clip_rewards, make_advantage
 from purejaxppo.agent import Agent, agent_of
 from purejaxppo.between import HostCall
 from purejaxppo.checks import is_reference
@@ -282,10 +283,13 @@ def _parts(
         actor = whole_episode_actor(config, objective, env, network, actor)
         space = env.observation_space
         advantage = advantage or make_episode_advantage(config, objective, policy, space, axis)
+    advantage = advantage or make_advantage(config)
+    if math.isfinite(config.reward_clip):
+        advantage = clip_rewards(advantage, config.reward_clip)
     improve = objective.step or make_improve
     return Parts(
-        config, objective, env, policy, network, optimizer, actor,
-        advantage or make_advantage(config), make_loss(objective, network, policy),
+        config, objective, env, policy, network, optimizer, actor, advantage,
+        make_loss(objective, network, policy),
         improve(config, objective, network, policy, optimizer=optimizer, axis=axis), axis,
     )  # fmt: skip
 

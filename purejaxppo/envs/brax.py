@@ -5,9 +5,9 @@ observation; this adapter steps the bare environment and counts the steps itself
 """
 
 import contextlib
+import importlib
 import io
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -35,7 +35,7 @@ def make(name: str, params: Mapping[str, float | int | bool]) -> Single:
     limit = (defaults | changed_values(f"brax/{name}", defaults, params))["episode_length"]
     backend, _, base = name.rpartition("/")
     env = _brax().get_environment(base, backend=backend or BACKENDS[0])
-    return counted(env, limit, partial(_render, env))._replace(parameters=defaults)
+    return counted(env, limit, _renderer(env))._replace(parameters=defaults)
 
 
 def counted(env: Any, limit: int, render: Any) -> Single:
@@ -47,7 +47,9 @@ def counted(env: Any, limit: int, render: Any) -> Single:
 
     def step(key: Key[Array, ""], state: PyTree, action: Array) -> Any:
         before, steps = state
-        now, steps = env.step(before, action), steps + 1
+        # Brax writes into the state's dictionaries.
+        copied = before.replace(metrics=dict(before.metrics), info=dict(before.info))
+        now, steps = env.step(copied, action), steps + 1
         terminated = now.done > 0
         return (now, steps), now.obs, now.reward, terminated, steps >= limit
 
@@ -65,7 +67,23 @@ def _brax() -> Any:
     return brax.envs
 
 
-def _render(env: Any, state: PyTree) -> np.ndarray:
-    from brax.io import image
+def _renderer(env: Any) -> Callable[[PyTree], np.ndarray]:
+    """As Brax's `image.render_array`, but with one renderer for all images, and a camera that
+    follows the robot if the model has one."""
+    made: list[Any] = []
 
-    return np.asarray(image.render_array(env.sys, state[0].pipeline_state, 240, 320))
+    def render(state: PyTree) -> np.ndarray:
+        mujoco: Any = importlib.import_module("mujoco")
+        model = env.sys.mj_model
+        if not made:
+            made.append(mujoco.Renderer(model, 240, 320))
+        now, data = state[0].pipeline_state, mujoco.MjData(model)
+        data.qpos, data.qvel = np.asarray(now.q), np.asarray(now.qd)
+        if hasattr(now, "mocap_pos"):
+            data.mocap_pos, data.mocap_quat = np.asarray(now.mocap_pos), np.asarray(now.mocap_quat)
+        mujoco.mj_forward(model, data)
+        following = np.flatnonzero(model.cam_mode != mujoco.mjtCamLight.mjCAMLIGHT_FIXED)
+        made[0].update_scene(data, camera=int(following[0]) if following.size else -1)
+        return made[0].render()
+
+    return render

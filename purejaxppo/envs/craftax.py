@@ -1,10 +1,12 @@
 """Craftax and Craftax-Classic, with symbols or pixels."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Array, Key
 
@@ -55,8 +57,14 @@ def make(name: str, params: Mapping[str, float | int | bool]) -> Single:
 
 
 def _render(classic: bool, state: PyTree) -> np.ndarray:
+    return np.asarray(_pixels(classic)(state)).astype(np.uint8)
+
+
+@functools.cache
+def _pixels(classic: bool) -> Any:
+    """`state -> image`, compiled: it would take a second per image otherwise."""
     if classic:
         from craftax.craftax_classic.renderer import make_craftax_pixel_renderer
     else:
         from craftax.craftax.renderer import make_craftax_pixel_renderer
-    return np.asarray(make_craftax_pixel_renderer(16)(state)).astype(np.uint8)
+    return jax.jit(make_craftax_pixel_renderer(16))

@@ -5,9 +5,10 @@ one step longer, and truncates at the limit itself.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
@@ -15,7 +16,7 @@ from jaxtyping import Array, Key
 from purejaxppo.config import ConfigError
 from purejaxppo.envs.base import MultiDiscrete
 from purejaxppo.envs.params import changed_values
-from purejaxppo.envs.single import Single
+from purejaxppo.envs.single import Single, is_key
 from purejaxppo.envs.spaces import box, discrete
 from purejaxppo.masks import ACTION_MASK
 from purejaxppo.types import PyTree
@@ -36,7 +37,8 @@ def make(name: str, params: Mapping[str, float | int | bool]) -> Single:
     env: Any = registration.make(name)
     limit: Any = getattr(env, "time_limit", None)
     settable = limit is not None and "time_limit" in inspect.signature(type(env)).parameters
-    changed = changed_values(f"jumanji/{name}", {"time_limit": limit} if settable else {}, params)
+    defaults = {"time_limit": limit} if settable else {}
+    changed = changed_values(f"jumanji/{name}", defaults, params)
     if settable:
         limit = changed.get("time_limit", limit)
         env = registration.make(name, time_limit=limit + 1)
@@ -58,8 +60,61 @@ def make(name: str, params: Mapping[str, float | int | bool]) -> Single:
 
     return Single(
         name="", observation_space=_space(env.observation_spec), action_space=choices.space,
-        max_episode_steps=limit, reset=reset, step=step, slow_reset=True,
+        max_episode_steps=limit, reset=reset, step=step, render=_renderer(env), slow_reset=True,
+        parameters=defaults,
     )  # fmt: skip
+
+
+_DOTS_PER_INCH = 40
+"""Jumanji's figures are 10 inches wide."""
+
+
+def _renderer(env: Any) -> Callable[[PyTree], np.ndarray] | None:
+    """Jumanji's viewer, which draws into a figure of ours rather than on a display."""
+    names = ("_viewer", "_env_viewer", "viewer")
+    viewer: Any = next(getattr(env, name) for name in names if hasattr(env, name))
+    kind = type(viewer).__name__
+    if kind == "MMSTViewer":  # its pictures are empty
+        return None
+    figures: list[Any] = []
+    images: list[np.ndarray] = []
+
+    def figure_and_axes(*_: Any, **given: Any) -> Any:
+        if not figures:
+            figures.append(_make_figure(viewer, **given))
+        return figures[0]
+
+    def keep(figure: Any) -> None:
+        figure.canvas.draw()
+        images[:] = [np.array(figure.canvas.buffer_rgba())[..., :3]]
+
+    def render(state: PyTree) -> np.ndarray:
+        viewer._get_fig_ax, viewer._display = figure_and_axes, keep
+        now = state[0]
+        if kind != "PacManViewer":  # which computes with JAX; others read single numbers
+            now = jax.tree.map(lambda x: x if is_key(x) else np.asarray(x), now)
+        env.render(now)
+        return images[0]
+
+    return render
+
+
+def _make_figure(viewer: Any, **given: Any) -> Any:
+    """A figure and its axes, as the `_get_fig_ax` of the viewer makes them."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    kind = type(viewer).__name__
+    figure = Figure(viewer.figure_size, dpi=_DOTS_PER_INCH, layout="constrained", **given)
+    FigureCanvasAgg(figure)
+    if kind == "RubiksCubeViewer":
+        return figure, list(figure.subplots(3, 2).flat)
+    axes: Any = figure.add_subplot(projection="3d" if kind == "BinPackViewer" else None)
+    if kind == "SearchAndRescueViewer":
+        from jumanji.environments.swarms.common.viewer import format_plot
+
+        return format_plot(figure, axes, viewer.env_size)
+    return figure, axes
 
 
 class _Choices(NamedTuple):

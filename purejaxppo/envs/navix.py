@@ -62,4 +62,5 @@ def one_hot_grid(grid: Array, sizes: tuple[int, ...]) -> Array:
 def _render(state: PyTree) -> np.ndarray:
     import navix
 
-    return np.asarray(navix.observations.rgb(state.state))
+    image = np.asarray(navix.observations.rgb(state.state))  # 8 pixels per cell
+    return image.repeat(3, 0).repeat(3, 1)

@@ -5,8 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Key
 
+from purejaxppo.envs.drawings import channels, game_2048
 from purejaxppo.envs.params import changed_values
 from purejaxppo.envs.single import Single
 from purejaxppo.envs.spaces import box, discrete, masked
@@ -43,7 +45,16 @@ def make(name: str, params: Mapping[str, float | int | bool]) -> Single:
     return Single(
         name="", observation_space=masked(space, env.num_actions) if has_mask else space,
         action_space=discrete(env.num_actions), max_episode_steps=None, reset=reset, step=step,
+        render=_render_2048 if has_mask else _render_grid,
     )  # fmt: skip
+
+
+def _render_2048(state: Any) -> np.ndarray:
+    return game_2048(np.asarray(state._board).reshape(4, 4))
+
+
+def _render_grid(state: Any) -> np.ndarray:
+    return channels(np.asarray(state.observation))
 
 
 def _bounds(env: Any) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from purejaxppo.envs.gymnax import from_gymnax, import_gymnax
 from purejaxppo.envs.params import changed_values
 from purejaxppo.envs.single import Single, vectorised
 from purejaxppo.envs.suites import SUITES, make_single, suite_names
+from purejaxppo.envs.wrappers import wrapped
 from purejaxppo.references import called, resolve
 from purejaxppo.types import Environment
 
@@ -80,7 +81,7 @@ def make_environment(config: Config, env: Any = None, env_params: Any = None) ->
             f"env_params = {config.env_params} in Config, and env_params is passed as an argument "
             "too; remove one of the two"
         )
-    return from_gymnax(config.env_id, env, env_params)
+    return from_gymnax(config.env_id, env, env_params, config)
 
 
 def _of_single(config: Config, env: Single | None, env_params: Any) -> Environment:
@@ -89,7 +90,8 @@ def _of_single(config: Config, env: Single | None, env_params: Any) -> Environme
             "env_params: only environments of gymnax take parameters from Python; make the "
             "environment with these values, and pass it as env"
         )
-    return vectorised(make_single(config.env_id, config.env_params) if env is None else env)
+    single = make_single(config.env_id, config.env_params) if env is None else env
+    return vectorised(wrapped(single, config))
 
 
 def _changed(config: Config, params: Any) -> Any:
