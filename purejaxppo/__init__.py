@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from purejaxppo.host.load import Loaded, load
     from purejaxppo.host.loggers import Logger
     from purejaxppo.host.program import enable_compilation_cache
+    from purejaxppo.host.render import render, render_policy
     from purejaxppo.host.run import Result, resume, run
     from purejaxppo.host.rundir import LostError, StorageError
     from purejaxppo.inputs import vmap_axes
@@ -49,6 +50,7 @@ _NAMES = {
     "host.load": "Loaded load",
     "host.loggers": "Logger",
     "host.program": "enable_compilation_cache",
+    "host.render": "render render_policy",
     "host.run": "Result resume run",
     "host.rundir": "LostError StorageError",
     "inputs": "vmap_axes",
@@ -105,6 +107,8 @@ __all__ = [
     "make_learner",
     "make_task",
     "make_train",
+    "render",
+    "render_policy",
     "resume",
     "resume_sweep",
     "run",

@@ -22,6 +22,7 @@ from purejaxppo.cli.options import (
     Plot,
     ProcessFlags,
     Refresh,
+    Render,
     Resume,
     Score,
     pick,
@@ -36,6 +37,7 @@ from purejaxppo.host.configfile import (
 )
 from purejaxppo.host.rundir import REFRESH, SWEEP, RunWarning, StorageError, holds, write_whole
 from purejaxppo.host.signals import exit_at_second_signal
+from purejaxppo.host.video import check_video, write_video
 from purejaxppo.rlhf.config import RLHFConfig, RLHFHParams
 from purejaxppo.rlhf.text_config import RewardConfig, TextHParams
 from purejaxppo.sweeps.settings import Definition, dump_definition
@@ -82,6 +84,7 @@ def run_command(command: Any) -> int:
     training = {TrainCommand: _train, SweepCommand: _sweep, Resume: _resume, Refresh: _refresh}
     others = {
         Eval: _eval, Plot: _plot, Generate: _generate, Score: _score, Export: _export,
+        Render: _render,
         Evaluate: _evaluate, Envs: _envs,
     }  # fmt: skip
     kind = type(command)
@@ -376,7 +379,7 @@ def _parse_checkpoint(checkpoint: str) -> Any:
 
 
 class _Trained(NamedTuple):
-    """Trained states that `eval` and `export` load from a directory."""
+    """Trained states that `eval`, `export` and `render` load from a directory."""
 
     task: Any
     states: Any
@@ -387,7 +390,7 @@ class _Trained(NamedTuple):
     """Seeds whose loss turned non-finite; their state is the last good one."""
 
 
-def _load_trained(command: Eval | Export, what: str) -> _Trained:
+def _load_trained(command: Eval | Export | Render, what: str) -> _Trained:
     """Load the states of a run's checkpoint, or of a sweep's trial."""
     if holds(command.run_dir, SWEEP):
         return _load_from_sweep(command, what)
@@ -407,7 +410,7 @@ def _load_trained(command: Eval | Export, what: str) -> _Trained:
     return trained if command.seed is None else _select_seed(trained, command.seed)
 
 
-def _load_from_sweep(command: Eval | Export, what: str) -> _Trained:
+def _load_from_sweep(command: Eval | Export | Render, what: str) -> _Trained:
     from purejaxppo.sweeps.settings import load_definition
     from purejaxppo.sweeps.trials import load_trial
 
@@ -541,6 +544,35 @@ def _export(command: Export) -> int:
     takes = ", ".join(str(x) for x in exported.in_avals)
     gives = ", ".join(str(x) for x in exported.out_avals)
     say(f"{command.file}: takes {takes}; gives {gives}")
+    return 0
+
+
+def _render(command: Render) -> int:
+    check_video(command.file, command.fps)
+    for name, value in (("episodes", command.episodes), ("max_steps", command.max_steps)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} = {value}: must be at least 1")
+    RunSettings(seed=command.rollout_seed)
+    import jax
+
+    from purejaxppo.host.program import enable_compilation_cache
+    from purejaxppo.host.render import frames_of, rollout_key, use_offscreen_gl
+
+    use_offscreen_gl()
+    if command.compilation_cache:
+        enable_compilation_cache()
+    task, states, _, failed = _load_trained(command, "rendered")
+    if command.seed in failed:
+        warnings.warn(
+            f"seed {command.seed} failed: rendering its last good state", RunWarning, stacklevel=2
+        )
+    frames = frames_of(
+        task, jax.tree.map(lambda x: x[0], states),
+        rollout_key(command.rollout_seed, command.seed), command.episodes,
+        max_steps=command.max_steps, deterministic=command.deterministic,
+    )  # fmt: skip
+    count = write_video(command.file, frames, command.fps)
+    say(f"{command.file}: {count} images")
     return 0
 
 

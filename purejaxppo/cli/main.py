@@ -112,6 +112,7 @@ def _kind_of_sweep(args: Sequence[str]) -> Any:
 def _check_positional(name: str, given: Sequence[str]) -> None:
     special = {
         "export": ["RUN_DIR", "FILE"],
+        "render": ["RUN_DIR", "FILE"],
         "envs": ["[PATTERN]"],
         "rlhf refresh": ["POLICY", "REWARD"],
     }

@@ -69,7 +69,9 @@ _FIRST = (
 _GROUPS = {
     "common": f"{_FIRST} run_dir",
     "search": " ".join(f.name for f in dataclasses.fields(SweepSettings)),
-    "environment": "env_id",
+    "environment": (
+        "env_id frame_stack action_repeat sticky_actions time_limit obs_clip reward_clip"
+    ),
     "text": (
         "tokenizer init start reward reward_combine retokenize held_out bad_lines loss loss_on "
         "batch_rows row_length accumulation warmup"
@@ -165,6 +167,38 @@ class Export:
     """Of a run: `newest`, `best` (by evaluation), or a number of updates."""
     sample: tyro.conf.FlagCreatePairsOff[bool] = False
     """Sample actions with a key from the caller instead of using the most likely action."""
+
+
+@dataclass
+class Render:
+    """Render episodes of a policy as a GIF or MP4 file.
+
+    purejaxppo render runs/first first.gif
+    """
+
+    run_dir: _Positional[Path]
+    """A directory that `train` or `sweep` wrote."""
+    file: _Positional[Path]
+    """The file to write, .gif or .mp4; must not exist yet."""
+    trial: str | None = None
+    """Of a sweep: trial to use, `best` or its number; None uses the best."""
+    seed: int = 0
+    """Render the policy of this seed, counted from 0."""
+    checkpoint: str = "newest"
+    """Of a run: `newest`, `best` (by evaluation), or a number of updates."""
+    episodes: int = 3
+    """Number of episodes."""
+    max_steps: int | None = None
+    """Maximum number of steps of an episode; None uses the environment's time limit, or 1,000 steps
+    if it has none."""
+    deterministic: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Use the policy's most likely action instead of sampling."""
+    rollout_seed: int = 0
+    """Random seed of the episodes."""
+    fps: int = 30
+    """Images per second; at most 50 in a GIF. There is one image per step."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder."""
 
 
 @dataclass
@@ -500,6 +534,7 @@ COMMANDS = {
     "resume": Resume,
     "eval": Eval,
     "export": Export,
+    "render": Render,
     "plot": Plot,
     "envs": Envs,
 }
@@ -555,7 +590,7 @@ def join_help_lines() -> None:
         Outputs, SweepOutputs,
     )  # fmt: skip
     texts = {}
-    for table in (*tables, Resume, Eval, Export, Plot, Generate, Refresh, Score, Evaluate):
+    for table in (*tables, Resume, Eval, Export, Render, Plot, Generate, Refresh, Score, Evaluate):
         own = {p.arg_name: p.description for p in parse_from_object(table).params}
         for f in dataclasses.fields(table):
             if f.name in own:

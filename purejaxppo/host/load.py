@@ -58,16 +58,22 @@ def load(
     given = {"env": env, "env_params": env_params, **parts}
     found, states = find_states(Path(run_dir), which, lambda x: task_of(x, task, given))
     settings = found.settings
-    if seed is not None and whole_number("seed", seed, 0) >= settings.num_runs:
-        raise ConfigError(
-            f"seed = {seed}: the run has seeds 0 to {settings.num_runs - 1}, counted from 0 "
-            "whatever its `seed` setting"
-        )
+    if seed is not None:
+        check_seed(seed, settings)
     state = states if seed is None else jax.tree.map(lambda x: x[seed], states)
     hparams = settings.hparams
     if settings.trials and seed is not None:
         hparams = settings.trials[seed // settings.run.num_seeds]
     return Loaded(settings.config, hparams, state)
+
+
+def check_seed(seed: int, settings: Settings) -> None:
+    """Raise `ConfigError` if a run has no seed of this index."""
+    if whole_number("seed", seed, 0) >= settings.num_runs:
+        raise ConfigError(
+            f"seed = {seed}: the run has seeds 0 to {settings.num_runs - 1}, counted from 0 "
+            "whatever its `seed` setting"
+        )
 
 
 def find_states(
