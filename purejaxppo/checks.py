@@ -36,6 +36,10 @@ class ConfigError(Exception):
         super().__init__(message)
 
 
+class RunWarning(RuntimeWarning):
+    """A problem that does not stop a run."""
+
+
 class HostCallError(Exception):
     """A Python function that runs between compiled calls failed; the state before it is intact."""
 

@@ -63,11 +63,11 @@ def make_actor(
     Args:
         keep_outputs: store the policy's outputs in rollouts.
     """
-    stepper = _Stepper(config, env, network, policy, keep_outputs, axis)
+    stepper = Stepper(config, env, network, policy, keep_outputs, axis)
     return Actor(stepper.init, stepper.collect)
 
 
-class _Stepper(NamedTuple):
+class Stepper(NamedTuple):
     """N environments stepped by a policy."""
 
     config: Config
@@ -84,9 +84,16 @@ class _Stepper(NamedTuple):
     def collect(
         self, learner: LearnerState, actors: ActorState, hparams: Any, data: PyTree
     ) -> tuple[ActorState, Rollout]:
-        keys, step_keys, noise = _draw(self.config, self.policy, actors.keys)
+        keys, *draws = draw(self.config, self.policy, actors.keys)
+        return self.rollout(learner, actors._replace(keys=keys), tuple(draws))
+
+    def rollout(
+        self, learner: LearnerState, actors: ActorState, inputs: PyTree
+    ) -> tuple[ActorState, Rollout]:
+        """Scan `step` over inputs `[T, ...]`, and evaluate the policy and the critic on all steps
+        at once."""
         step = partial(self.step, learner)
-        moved, (raw_obs, action, cut_value, result) = jax.lax.scan(step, actors, (step_keys, noise))
+        moved, (raw_obs, action, cut_value, result) = jax.lax.scan(step, actors, inputs)
         obs = normalize_obs(learner.obs_stats, raw_obs)
         done = result.terminated | result.truncated
         start = jnp.concatenate([actors.start[None], done[:-1]])
@@ -114,7 +121,7 @@ class _Stepper(NamedTuple):
             carry=actors.carry,
             policy_outputs=policy_outputs,
         )
-        return moved._replace(keys=keys), rollout
+        return moved, rollout
 
     def step(
         self, learner: LearnerState, actors: ActorState, draws: tuple[Array, Array]
@@ -147,7 +154,7 @@ def _one_step(obs: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x[None], obs)
 
 
-def _draw(config: Config, policy: Policy, keys: Key[Array, " N"]) -> tuple[Array, Array, Array]:
+def draw(config: Config, policy: Policy, keys: Key[Array, " N"]) -> tuple[Array, Array, Array]:
     """Draw all random numbers of a rollout, from one key per environment.
 
     Returns:

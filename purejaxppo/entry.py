@@ -6,7 +6,7 @@ import jax
 from jaxtyping import Array, Bool, Float
 
 from purejaxppo.agent import Agent
-from purejaxppo.config import HParams, TaskConfig
+from purejaxppo.config import ConfigError, HParams, TaskConfig
 from purejaxppo.inputs import as_key, check_fits, check_hparams, check_state
 from purejaxppo.task import PartsAndHParams, Task, as_task
 from purejaxppo.train import Train, train_chunk
@@ -38,6 +38,7 @@ def make_learner(
             hyperparameters, or a state of several seeds or of a config with different shapes.
     """
     task = as_task(config, "make_learner", env=env, env_params=env_params, **parts)
+    _check_compiled(task, "make_learner")
     return checked(task.learner(axis), task, spread=axis is not None)
 
 
@@ -97,6 +98,7 @@ def make_train(
             hyperparameter.
     """
     task = as_task(config, "make_train", env=env, env_params=env_params, **parts)
+    _check_compiled(task, "make_train")
     learner = checked(task.learner(None), task)
 
     def train(key: KeyLike, hparams: HParams) -> tuple[TrainState, Metrics]:
@@ -107,6 +109,15 @@ def make_train(
         return train_chunk(learner, state, hparams, task.config.num_updates)
 
     return train
+
+
+def _check_compiled(task: Task, function: str) -> None:
+    """Raise `ConfigError` if the environment is stepped in Python."""
+    if task.update_call is not None and task.parts is not None:
+        raise ConfigError(
+            f"{function}: {task.config.label} is stepped in Python between compiled parts, so "
+            "training is not a pure function; use ppo.run"
+        )
 
 
 def make_agent(

@@ -1,7 +1,7 @@
 """Checks of the types and shapes of parts that users pass, by `jax.eval_shape`."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from purejaxppo.config import Chosen, Config, ConfigError, HParams
 from purejaxppo.losses import Terms
 from purejaxppo.objectives.base import Objective
 from purejaxppo.references import called, first_line, resolve
-from purejaxppo.types import Actor, Batch, Learner, Network, PyTree, Rollout
+from purejaxppo.types import Actor, Batch, Environment, Learner, Network, PyTree, Rollout
 
 _OWN_METRICS = (
     "policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "kl", "kl_beta",
@@ -123,6 +123,19 @@ def check_critic(objective: Objective, network: Network) -> None:
             f"objective = {objective.name}: fits the critic after the policy's step, so its "
             f"modules need names that begin with critic; the network's are {', '.join(names)}"
         )
+
+
+def check_in_python(objective: Objective, env: Environment, given: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` if a part needs a compiled environment, and this one is not."""
+    if env.in_python is None:
+        return
+    if objective.whole_episodes:
+        raise ConfigError(
+            f"objective = {objective.name}: collects whole episodes of a compiled environment, but "
+            f"{env.name} is stepped in Python; use another objective"
+        )
+    if "collect" in given:
+        raise ConfigError(f"collect: cannot step {env.name}, which is stepped in Python")
 
 
 def as_actor(collect: Any, parts: Any) -> Actor:

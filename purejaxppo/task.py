@@ -36,6 +36,7 @@ from purejaxppo.objectives.base import Objective
 from purejaxppo.objectives.episodes import make_episode_advantage, whole_episode_actor
 from purejaxppo.objectives.table import check_objective, objective_of
 from purejaxppo.optimizer import ADAM, Optimizer
+from purejaxppo.recorded import Python, recorded_actor, recorded_returns
 from purejaxppo.references import resolve
 from purejaxppo.types import (
     Actor,
@@ -231,9 +232,10 @@ def make_task(config: Config, **given: Any) -> Task:
     policy = make_policy(config, env.action_space)
     network = _network(config, env, policy, given)
     check_contract(env, policy)
+    part_checks.check_in_python(objective, env, given)
     check_mask(obs_shapes(env.observation_space), policy)
     part_checks.check_critic(objective, network)
-    if (reason := _why_not_divided(config, network, 1)) is not None:
+    if (reason := _why_not_divided(config, env, network, 1)) is not None:
         raise ConfigError(reason)
     hparams = given.get("hparams", HParams())
     optimizer = _optimizer(config, network, given, hparams)
@@ -251,16 +253,21 @@ def make_task(config: Config, **given: Any) -> Task:
     first = parts(None)
     learner = partial(_learner, parts)
     part_checks.check_update(first, learner(None), passed, hparams)
+    update_call = evaluation_call = None
+    if env.in_python is not None:
+        update_call, evaluation_call = Python(config, env, network, policy).calls()
     return Task(
         config=config,
         learner=learner,
-        evaluate=partial(_evaluate, first),
+        evaluate=partial(_evaluate, first) if update_call is None else recorded_returns,
         make_agent=lambda state, function: agent_of(env, policy, network, state, function),
         with_config=partial(_remake, given),
         parts=parts,
         hparams=hparams,
         passed=passed,
-        why_not_divided=partial(_why_not_divided, config, network),
+        why_not_divided=partial(_why_not_divided, config, env, network),
+        update_call=update_call,
+        evaluation_call=evaluation_call,
         costs=partial(_costs, env, network),
         warning=partial(_no_episode, config, objective),
     )
@@ -278,7 +285,10 @@ def _parts(
     axis: str | None,
 ) -> Parts:
     keep = objective.needs_policy_outputs or objective.needs_kl
-    actor = make_actor(config, env, network, policy, keep_outputs=keep, axis=axis)
+    if env.in_python is not None:
+        actor = recorded_actor(config, env, network, policy, keep_outputs=keep)
+    else:
+        actor = make_actor(config, env, network, policy, keep_outputs=keep, axis=axis)
     if objective.whole_episodes:
         actor = whole_episode_actor(config, objective, env, network, actor)
         space = env.observation_space
@@ -414,7 +424,11 @@ def _advantage(config: Config, given: dict[str, Any]) -> Advantage | None:
     return part
 
 
-def _why_not_divided(config: Config, network: Network, devices: int) -> str | None:
+def _why_not_divided(
+    config: Config, env: Environment, network: Network, devices: int
+) -> str | None:
+    if env.in_python is not None and devices > 1:
+        return f"{env.name} is stepped in Python, on one device"
     if config.num_envs % devices:
         return (
             f"num_envs = {config.num_envs} is not divisible by devices = {devices}; use a multiple"

@@ -58,6 +58,9 @@ class Environment(NamedTuple):
     """`(keys[N], state[N], action[N, ...]) -> (state[N], TimeStep)`."""
     render: Callable[[PyTree], Any] | None = None
     """`state of one environment -> image [H, W, 3]`, 8-bit, or None; not compiled."""
+    in_python: Callable[[int], Any] | None = None
+    """`N -> environments` with Gymnasium's vector interface, if they are stepped in Python; `reset`
+    and `step` then only give shapes."""
 
 
 class Policy(NamedTuple):

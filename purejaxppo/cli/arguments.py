@@ -13,6 +13,7 @@ from purejaxppo.config import Config, ConfigError
 from purejaxppo.host.configfile import KINDS
 from purejaxppo.rlhf.config import RLHFConfig, is_prompts_file
 from purejaxppo.rlhf.text_config import TextConfig
+from purejaxppo.suites import names_a_world
 
 _PREFIXES = ("--hparams.", "--run.", "--sweep.")
 _ALIASES = {
@@ -207,6 +208,8 @@ def find_config(text: str, default: Any) -> Any:
         return default(data=text)
     if default is RLHFConfig and is_prompts_file(text):
         return RLHFConfig(task=text)
+    if not exists and default is Config and names_a_world(text) and not text.endswith(".toml"):
+        return Config(env_id=text)
     if exists or "/" in text or text.endswith(".toml"):
         return path
     shipped = shipped_configs()

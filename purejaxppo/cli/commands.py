@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from purejaxppo.checks import RunWarning
 from purejaxppo.cli.arguments import find_config
 from purejaxppo.cli.options import (
     SETTINGS_OF,
@@ -35,7 +36,7 @@ from purejaxppo.host.configfile import (
     kind_of,
     load_settings,
 )
-from purejaxppo.host.rundir import REFRESH, SWEEP, RunWarning, StorageError, holds, write_whole
+from purejaxppo.host.rundir import REFRESH, SWEEP, StorageError, holds, write_whole
 from purejaxppo.host.signals import exit_at_second_signal
 from purejaxppo.host.video import check_video, write_video
 from purejaxppo.rlhf.config import RLHFConfig, RLHFHParams
@@ -587,12 +588,18 @@ def _envs(command: Envs) -> int:
         )
     if command.pattern in names:
         return _one_env(command.pattern)
-    rows = [("environment", "observation", "action", "time limit")]
+    rows, failed = [("environment", "observation", "action", "time limit")], []
     for name in names:
-        env = make_environment(Config(env_id=name))
+        try:
+            env = make_environment(Config(env_id=name))
+        except ConfigError:
+            failed.append(name)
+            continue
         spaces = (_brief(env.observation_space), _space(env.action_space))
         rows.append((name, *spaces, str(env.max_episode_steps or "none")))
     _print_table(rows)
+    if failed:
+        say(f"\ncannot be made here (train one to see why): {', '.join(failed)}")
     if not command.pattern:
         _print_suites()
     return 0
@@ -605,7 +612,8 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def _print_suites() -> None:
-    from purejaxppo.envs.suites import SUITES, is_installed
+    from purejaxppo.envs.suites import is_installed
+    from purejaxppo.suites import SUITES
 
     say("")
     rows = [("suite", "")]
@@ -613,13 +621,14 @@ def _print_suites() -> None:
         listing = f"purejaxppo envs {prefix}/"
         installing = f"not installed: pip install 'purejaxppo[{suite.extra}]'"
         rows.append((f"{prefix}/", listing if is_installed(prefix) else installing))
+    rows.append(("gymnasium/", "purejaxppo envs gymnasium/ (stepped in Python)"))
     _print_table(rows)
 
 
 def _one_env(name: str) -> int:
     """Print all about one environment."""
     from purejaxppo.envs.registry import make_environment, parameters_of
-    from purejaxppo.envs.suites import SUITES
+    from purejaxppo.suites import SUITES
 
     env = make_environment(Config(env_id=name))
     prefix = name.partition("/")[0]

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from purejaxppo.checks import HostCallError, nearest
+from purejaxppo.checks import HostCallError, RunWarning, nearest
 from purejaxppo.cli import commands, options
 from purejaxppo.cli.arguments import find_config, kind_of_file, read_arguments
 from purejaxppo.cli.options import (
@@ -28,7 +28,7 @@ from purejaxppo.cli.options import (
 )
 from purejaxppo.config import AUTO, Chosen, ConfigError, TaskConfig
 from purejaxppo.host.configfile import Settings, load_settings, train_command
-from purejaxppo.host.rundir import LostError, RunWarning, StorageError
+from purejaxppo.host.rundir import LostError, StorageError
 from purejaxppo.rlhf.config import TASKS
 from purejaxppo.sweeps.settings import RUN_ONLY, Definition, SweepSettings, load_definition
 from purejaxppo.sweeps.space import swept_setting

@@ -8,12 +8,14 @@ from typing import Any
 
 from purejaxppo.checks import EnvParams, is_reference, nearest
 from purejaxppo.config import Config, ConfigError
+from purejaxppo.envs.gymnasium import make_python_environment, python_names
 from purejaxppo.envs.gymnax import from_gymnax, import_gymnax
 from purejaxppo.envs.params import changed_values
 from purejaxppo.envs.single import Single, vectorised
-from purejaxppo.envs.suites import SUITES, make_single, suite_names
-from purejaxppo.envs.wrappers import wrapped
+from purejaxppo.envs.suites import make_single, suite_names
+from purejaxppo.envs.wrappers import changes, wrapped
 from purejaxppo.references import called, resolve
+from purejaxppo.suites import GYMNASIUM, SUITES
 from purejaxppo.types import Environment
 
 _NEEDS_DOWNLOAD = "MNISTBandit-bsuite"
@@ -21,7 +23,7 @@ _NEEDS_DOWNLOAD = "MNISTBandit-bsuite"
 
 def available_environments(pattern: str = "") -> list[str]:
     """Names that `Config.env_id` accepts: gymnax's, including those registered with it at run time,
-    and those of the installed suites with their prefix.
+    those of the installed suites with their prefix, and Gymnasium's.
 
     Args:
         pattern: a part of a name in upper or lower case, or a pattern such as `*/*snake*`. With
@@ -31,10 +33,13 @@ def available_environments(pattern: str = "") -> list[str]:
     prefix, slash, rest = pattern.partition("/")
     if slash and prefix == "gymnax":
         names, pattern = _gymnax_names(), rest
+    elif slash and prefix == GYMNASIUM:
+        names = python_names()
     elif slash and prefix in SUITES:
         names = suite_names(prefix)
     else:
         names = _gymnax_names() + [name for each in SUITES for name in suite_names(each)]
+        names += python_names()
     wanted = pattern if "*" in pattern else f"*{pattern}*"
     return [name for name in names if fnmatch.fnmatchcase(name.lower(), wanted)]
 
@@ -45,6 +50,8 @@ def parameters_of(env_id: str) -> Mapping[str, Any]:
     Raises:
         ConfigError: if there is no such environment.
     """
+    if env_id.startswith(f"{GYMNASIUM}/"):
+        return {}
     if "/" in env_id:
         return make_single(env_id, EnvParams()).parameters
     return _defaults(_make_gymnax(env_id)[1])
@@ -68,6 +75,8 @@ def make_environment(config: Config, env: Any = None, env_params: Any = None) ->
     if env is None and is_reference(config.env_id):
         env = resolve("env_id", config.env_id)
         env = called("env_id", env) if callable(env) else env
+    if env is None and config.env_id.startswith(f"{GYMNASIUM}/"):
+        return _in_python(config, env_params)
     if isinstance(env, Single) or (env is None and "/" in config.env_id):
         return _of_single(config, env, env_params)
     if env is None:
@@ -82,6 +91,16 @@ def make_environment(config: Config, env: Any = None, env_params: Any = None) ->
             "too; remove one of the two"
         )
     return from_gymnax(config.env_id, env, env_params, config)
+
+
+def _in_python(config: Config, env_params: Any) -> Environment:
+    if env_params is not None or changes(config):
+        raise ConfigError(
+            f"{', '.join([*changes(config), *(['env_params'] * (env_params is not None))])}: have "
+            f"no effect on {config.env_id}, which is stepped in Python; register a changed "
+            "environment with Gymnasium"
+        )
+    return make_python_environment(config.env_id, config.env_params)
 
 
 def _of_single(config: Config, env: Single | None, env_params: Any) -> Environment:

@@ -1,4 +1,4 @@
-"""Environment suites by prefix: `brax/ant`, `jumanji/Snake-v1`, ...
+"""Environments of suites by name, with the suite's prefix.
 
 Each suite has an adapter module in this package with two functions, `names()` and
 `make(name, params) -> Single`. A suite is imported when it is first used.
@@ -9,34 +9,11 @@ import importlib
 import importlib.util
 from collections.abc import Mapping
 from types import ModuleType
-from typing import NamedTuple
 
 from purejaxppo.checks import nearest
 from purejaxppo.config import ConfigError
 from purejaxppo.envs.single import Single
-
-
-class Suite(NamedTuple):
-    """A suite of environments."""
-
-    package: str
-    """The module that the suite installs."""
-    extra: str
-    """The optional dependency of this package that installs it."""
-    unavailable: Mapping[str, str] = {}
-    """Environments that cannot be made, and why."""
-
-
-SUITES = {
-    "brax": Suite("brax", "brax", {"fast": "has no physics backend"}),
-    "craftax": Suite("craftax", "craftax"),
-    "jumanji": Suite("jumanji", "jumanji", {"Sokoban-v0": "downloads its levels"}),
-    "navix": Suite("navix", "navix"),
-    "pgx": Suite("pgx", "pgx"),
-    "playground": Suite("mujoco_playground", "playground"),
-    "xminigrid": Suite("xminigrid", "xminigrid"),
-}
-"""Suites by prefix."""
+from purejaxppo.suites import SUITES
 
 
 def is_installed(prefix: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import numpy as np
 
-from purejaxppo.checks import HostCallError
+from purejaxppo.checks import HostCallError, RunWarning
 from purejaxppo.config import ConfigError, Words
 from purejaxppo.evaluation import FRESH_EVALUATION
 from purejaxppo.host.checkpoint import (
@@ -44,10 +44,7 @@ from purejaxppo.host.program import (
     enable_compilation_cache,
 )
 from purejaxppo.host.progress import Progress
-from purejaxppo.host.rundir import (
-    RunWarning,
-    resume_command,
-)
+from purejaxppo.host.rundir import resume_command
 from purejaxppo.host.saver import Saver
 from purejaxppo.host.session import Session, cannot_log
 from purejaxppo.host.signals import StopRequest, stop_requests

@@ -7,13 +7,13 @@ from typing import Any, Literal, NamedTuple, Unpack
 
 import jax
 
-from purejaxppo.checks import is_reference
+from purejaxppo.checks import RunWarning, is_reference
 from purejaxppo.config import Config, ConfigError, HParams
 from purejaxppo.host import checkpoint, checkpoints
 from purejaxppo.host.checkpoint import Checkpoint
 from purejaxppo.host.configfile import Settings, load_settings
 from purejaxppo.host.program import stacked_hparams
-from purejaxppo.host.rundir import CONFIG, SUMMARY, RunWarning
+from purejaxppo.host.rundir import CONFIG, SUMMARY
 from purejaxppo.inputs import whole_number
 from purejaxppo.task import PartArguments, Task, own_class, task_of_config
 from purejaxppo.types import Learner, TrainState

@@ -10,14 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from purejaxppo.checks import HostCallError
+from purejaxppo.checks import HostCallError, RunWarning
 from purejaxppo.host.checkpoint import Checkpoint, Position
 from purejaxppo.host.hostcalls import InterruptedChunkError
 from purejaxppo.host.loggers import SECONDS, AppendedLogger, HostMetrics, RowLogger
 from purejaxppo.host.parallel import needs_all_threads
 from purejaxppo.host.processes import agree
 from purejaxppo.host.program import CHUNK_CAPACITY, Prepared, stacked_hparams
-from purejaxppo.host.rundir import RunWarning
 from purejaxppo.host.saver import Saver
 from purejaxppo.host.session import Session, cannot_log
 from purejaxppo.host.signals import StopRequest

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from purejaxppo.checks import RunWarning
 from purejaxppo.curves import POINTS, means_of_stretches
-from purejaxppo.host.rundir import RunWarning
 from purejaxppo.host.stats import FEW_SEEDS, bootstrap_mean_interval, mean_interval
 
 RETURNS = "episode_return"

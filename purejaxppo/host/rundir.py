@@ -38,10 +38,6 @@ class DamagedError(Exception):
     """A file has changed since it was written; the message says how."""
 
 
-class RunWarning(RuntimeWarning):
-    """A problem that does not stop a run."""
-
-
 class StorageError(Exception):
     """Something could not be written; the message says what, why, and how to continue."""
 

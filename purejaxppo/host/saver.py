@@ -10,12 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from purejaxppo.checks import RunWarning
 from purejaxppo.host import checkpoint, checkpoints
 from purejaxppo.host.checkpoint import Checkpoint, Position
 from purejaxppo.host.configfile import Settings
 from purejaxppo.host.evaluations import DETERMINISTIC, SAMPLED, EvalLog
 from purejaxppo.host.processes import is_first
-from purejaxppo.host.rundir import GoneError, Held, RunWarning, StorageError, resume_command
+from purejaxppo.host.rundir import GoneError, Held, StorageError, resume_command
 from purejaxppo.host.samples import SampleLog
 from purejaxppo.host.signals import StopRequest
 from purejaxppo.host.stats import episode_mean

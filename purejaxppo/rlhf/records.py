@@ -11,8 +11,8 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from purejaxppo.checks import FLOAT_MAX, ConfigError, nearest
-from purejaxppo.host.rundir import RunWarning, StorageError, write_whole
+from purejaxppo.checks import FLOAT_MAX, ConfigError, RunWarning, nearest
+from purejaxppo.host.rundir import StorageError, write_whole
 
 _MAX_LINE = 16 * 2**20
 """Size limit of a line, in bytes."""

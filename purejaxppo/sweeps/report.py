@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from purejaxppo.checks import RunWarning
 from purejaxppo.host.page import PAGE, figure
 from purejaxppo.host.plots import band_label
-from purejaxppo.host.rundir import REPORT, RunWarning, StorageError
+from purejaxppo.host.rundir import REPORT, StorageError
 from purejaxppo.sweeps import files
 from purejaxppo.sweeps.pictures import (
     SHOWN_CURVES,

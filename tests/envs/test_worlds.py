@@ -14,8 +14,9 @@ from purejaxppo.envs import available_environments
 from purejaxppo.envs.base import MultiDiscrete, is_discrete, parts_of
 from purejaxppo.envs.registry import make_environment
 from purejaxppo.envs.single import Single, reset_on_demand
-from purejaxppo.envs.suites import SUITES, is_installed, make_single
+from purejaxppo.envs.suites import is_installed, make_single
 from purejaxppo.masks import ACTION_MASK, is_masked
+from purejaxppo.suites import SUITES
 
 N, STEPS = 4, 300
 SHORT = (
@@ -24,6 +25,7 @@ SHORT = (
 """Environments of the short form."""
 EXPENSIVE = {"brax": ("inverted_pendulum", "spring/hopper"), "playground": ("CartpoleBalance",)}
 """Suites whose environments take half a minute or more to compile: only these are walked over."""
+WRONG_SPACES = {"jumanji/TSP-v1": "the position is -1 before the first city"}
 LIMITS = {
     "brax/inverted_pendulum": "episode_length", "craftax/Craftax-Classic-Symbolic-v1":
     "max_timesteps", "jumanji/Snake-v1": "time_limit", "navix/Navix-Empty-8x8-v0": "max_steps",
@@ -122,8 +124,9 @@ def walk(env_id: str) -> None:
     _, (result, same) = jax.jit(functools.partial(jax.lax.scan, step))(
         (state, obs), jax.random.split(jax.random.key(2), STEPS)
     )
-    contains(env.observation_space, result.final_obs)
-    contains(env.observation_space, result.obs)
+    if env_id not in WRONG_SPACES:
+        contains(env.observation_space, result.final_obs)
+        contains(env.observation_space, result.obs)
     assert np.isfinite(result.reward).all()
     assert same.all(), "resets of few environments and of all differ"
     ended = np.asarray(result.terminated | result.truncated)
@@ -195,7 +198,7 @@ def test_a_time_limit_truncates(env_id: str):
     step = jax.jit(single.step)
     for t in range(1, 6):
         action = random_action(single.action_space, jax.random.key(t), obs)
-        if is_discrete(single.action_space):
+        if is_discrete(single.action_space) and not is_masked(obs):
             action = jnp.zeros_like(action)  # does not reach a goal
         state, obs, _, terminated, truncated = step(jax.random.key(t), state, action)
         if not bool(terminated):

@@ -21,11 +21,12 @@ from hypothesis import HealthCheck, given, settings
 from faults import scenario  # isort: skip
 
 import purejaxppo as ppo
+from purejaxppo.checks import RunWarning
 from purejaxppo.cli import main
 from purejaxppo.config import Config, ConfigError, HParams
 from purejaxppo.host import checkpoint, checkpoints
 from purejaxppo.host.configfile import RunSettings, Settings, dump_settings, load_settings
-from purejaxppo.host.rundir import RunWarning, sealed, unsealed
+from purejaxppo.host.rundir import sealed, unsealed
 from purejaxppo.host.summary import METRICS_DIGEST
 from purejaxppo.sweeps.engine import resume_sweep
 from purejaxppo.sweeps.report import write_report

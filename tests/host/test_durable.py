@@ -23,13 +23,14 @@ from toy_envs import RandomWalk
 from faults import scenario  # isort: skip
 
 import purejaxppo as ppo
+from purejaxppo.checks import RunWarning
 from purejaxppo.cli import main
 from purejaxppo.host import checkpoint, checkpoints, rundir
 from purejaxppo.host.configfile import dump_settings
 from purejaxppo.host.evaluations import EvalLog, evaluation_curve
 from purejaxppo.host.load import find_states
 from purejaxppo.host.memory import _group_bytes
-from purejaxppo.host.rundir import BusyError, GoneError, RunWarning, StorageError, locked
+from purejaxppo.host.rundir import BusyError, GoneError, StorageError, locked
 from purejaxppo.sweeps.engine import resume_sweep
 
 CONFIG = ppo.Config(total_timesteps=6 * 32, num_steps=8, hidden_sizes=(8,))

@@ -13,11 +13,12 @@ from commands import evaluated, logged
 from toy_envs import ConstantChain, RandomWalk
 
 import purejaxppo as ppo
+from purejaxppo.checks import RunWarning
 from purejaxppo.cli import main
 from purejaxppo.evaluation import FINAL_EVALUATION, FRESH_EVALUATION, evaluation_keys
 from purejaxppo.host.checkpoint import Position
 from purejaxppo.host.evaluations import EvalLog, evaluation_curve
-from purejaxppo.host.rundir import RunWarning, unsealed
+from purejaxppo.host.rundir import unsealed
 
 LENGTH = 12
 CONFIG = ppo.Config(

@@ -21,9 +21,9 @@ from regression import line_task, longer, peaked_task
 from toy_envs import Params, RandomWalk
 
 import purejaxppo as ppo
+from purejaxppo.checks import RunWarning
 from purejaxppo.host import checkpoint, checkpoints, loop
 from purejaxppo.host.configfile import RunSettings, load_settings
-from purejaxppo.host.rundir import RunWarning
 from purejaxppo.host.saver import Saver
 from purejaxppo.host.signals import StopRequest
 from purejaxppo.types import Learner

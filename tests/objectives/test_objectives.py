@@ -15,10 +15,10 @@ from jax.flatten_util import ravel_pytree
 from toy_envs import Countdown, RandomWalk, Tabular
 
 import purejaxppo as ppo
+from purejaxppo.checks import RunWarning
 from purejaxppo.cli import main
 from purejaxppo.collect import first_steps
 from purejaxppo.distributions import categorical
-from purejaxppo.host.rundir import RunWarning
 from purejaxppo.host.stats import mean_interval
 from purejaxppo.improve import make_loss
 from purejaxppo.learner import make_batch

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import purejaxppo as ppo
-from purejaxppo.host.rundir import RunWarning
+from purejaxppo.checks import RunWarning
 from purejaxppo.rlhf import records
 from purejaxppo.rlhf.problems import PROBLEMS
 from purejaxppo.rlhf.records import (

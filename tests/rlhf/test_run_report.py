@@ -15,10 +15,10 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
+from purejaxppo.checks import RunWarning
 from purejaxppo.host.checkpoint import Position
 from purejaxppo.host.configfile import RunSettings, Settings
 from purejaxppo.host.evaluations import SAMPLED, EvalLog
-from purejaxppo.host.rundir import RunWarning
 from purejaxppo.host.summary import Training, write_results
 from purejaxppo.rlhf import (
     Architecture,

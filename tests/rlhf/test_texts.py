@@ -18,9 +18,9 @@ from enumerable import random_params
 from kept import keep_programs
 
 import purejaxppo as ppo
+from purejaxppo.checks import RunWarning
 from purejaxppo.cli import main
 from purejaxppo.host.configfile import load_settings
-from purejaxppo.host.rundir import RunWarning
 from purejaxppo.rlhf import (
     Architecture,
     Characters,
