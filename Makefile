@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install train test lint docs docs-serve test-slow test-faults bench bench-full bench-checkpoints bench-search bench-family bench-rlhf bench-over-optimization results parity lock clean
+.PHONY: help install train test lint docs docs-serve test-slow test-faults bench bench-full bench-checkpoints bench-search bench-family bench-rlhf bench-over-optimization bench-worlds results parity lock clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -63,6 +63,9 @@ bench-rlhf: $(INSTALLED) ## tune and compare the objectives for language models;
 
 bench-over-optimization: $(INSTALLED) ## policies against a learned reward and the exact optimum; update the page (a quarter of an hour)
 	$(BIN)/python benchmarks/over_optimization.py
+
+bench-worlds: $(INSTALLED) ## compare the speed of suites' environments with their own auto-reset; update the table (ten minutes)
+	$(BIN)/python benchmarks/worlds.py
 
 results: $(INSTALLED) ## train each config with 10 seeds; update the table (half an hour)
 	$(BIN)/python benchmarks/results.py

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from purejaxppo.checks import FLOAT_MAX, ConfigError, EnvParams, check_fields, is_reference
 from purejaxppo.combinations import check_combinations
+from purejaxppo.draws import parse_draws
 from purejaxppo.objectives.base import Objective
 from purejaxppo.objectives.table import DEFAULTS, READ_BY_SOME, objective_of
 
@@ -167,6 +168,9 @@ class Config(UpdateConfig):
     env_params: EnvParams = EnvParams()
     """Parameters of the environment by name, such as max_steps_in_episode; the others keep their
     defaults."""
+    randomize: tuple[str, ...] = ()
+    """Parameters of the environment to draw anew for each episode, such as
+    masspole=uniform:0.05,0.5 (or loguniform:LOW,HIGH, or choice:A,B,C)."""
     frame_stack: int = bounded(1, 1, 1024)
     """Join the last observations of an episode, this many, along their last axis."""
     action_repeat: int = bounded(1, 1, 1024)
@@ -268,6 +272,7 @@ class Config(UpdateConfig):
         object.__setattr__(self, "env_params", EnvParams(self.env_params))
         self._choose()
         check_fields(self)
+        parse_draws(self.randomize)
         if any(not 1 <= size <= MAX_WIDTH for size in self.hidden_sizes):
             raise ConfigError(
                 f"hidden_sizes = {list(self.hidden_sizes)}: each width must be at least 1 and at "

@@ -466,9 +466,36 @@ def _eval(command: Eval) -> int:
     keys = evaluation_keys(command.eval_seed, max(trained.seeds) + 1, LATER_EVALUATION)
 
     rows = np.asarray(trained.seeds)
+    if command.grid is not None:
+        return _eval_grid(command, trained, keys[rows])
     returns = Returns(trained.task, command.episodes)
     episodes = returns(trained.states, keys[rows], np.full(len(rows), command.deterministic))
     _report(command, trained, episodes)
+    return 0
+
+
+def _eval_grid(command: Eval, trained: _Trained, keys: Any) -> int:
+    from purejaxppo.host.grid import draw_grid, grid_returns, parse_grid
+    from purejaxppo.host.stats import mean_interval
+
+    grid = parse_grid(command.grid or "")
+    returns = grid_returns(
+        trained.task, trained.states, keys, grid, episodes=command.episodes,
+        deterministic=command.deterministic,
+    )  # fmt: skip
+    path = command.run_dir / f"grid_{grid.name}.png"
+    draw_grid(path, trained.task.config, grid, returns)
+    if command.json:
+        say(json.dumps({"parameter": grid.name, "values": grid.values,
+                        "return_per_seed": returns.tolist()}))  # fmt: skip
+        return 0
+    mean, low, high = mean_interval(returns)
+    rows = [(grid.name, "return", "95% interval")]
+    for value, *x in zip(grid.values, mean, low, high, strict=True):
+        interval = "" if x[1] != x[1] else f"{x[1]:.2f} to {x[2]:.2f}"
+        rows.append((f"{value:g}", f"{x[0]:.2f}", interval))
+    _print_table(rows)
+    say(f"picture: {path}")
     return 0
 
 

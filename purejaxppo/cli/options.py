@@ -70,7 +70,7 @@ _GROUPS = {
     "common": f"{_FIRST} run_dir",
     "search": " ".join(f.name for f in dataclasses.fields(SweepSettings)),
     "environment": (
-        "env_id frame_stack action_repeat sticky_actions time_limit obs_clip reward_clip"
+        "env_id randomize frame_stack action_repeat sticky_actions time_limit obs_clip reward_clip"
     ),
     "text": (
         "tokenizer init start reward reward_combine retokenize held_out bad_lines loss loss_on "
@@ -145,6 +145,9 @@ class Eval:
     """Use the policy's most likely action instead of sampling."""
     eval_seed: int = 0
     """Random seed of the evaluation."""
+    grid: str | None = None
+    """Evaluate with each of these values of a parameter of the environment, such as
+    masspole=0.05,0.1,0.5, and draw the returns in `grid_<name>.png`."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object."""
     compilation_cache: bool = True

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from purejaxppo.envs.params import changed_values
-from purejaxppo.envs.single import Single
+from purejaxppo.envs.single import ResetOne, Single, StepOne
 from purejaxppo.envs.spaces import box, discrete
 from purejaxppo.types import PyTree
 
@@ -38,21 +38,27 @@ def make(name: str, params: Mapping[str, float | int | bool]) -> Single:
     full = env.default_params.replace(**changed)
     unlimited = full.replace(max_timesteps=_NO_LIMIT)
 
-    def reset(key: Key[Array, ""]) -> tuple[PyTree, PyTree]:
-        obs, state = env.reset_env(key, full)
-        return state, obs
+    def with_values(values: Mapping[str, Any]) -> tuple[ResetOne, StepOne]:
+        own, endless = full.replace(**values), unlimited.replace(**values)
 
-    def step(key: Key[Array, ""], state: PyTree, action: Array) -> Any:
-        # `done` would be set by deaths and by the time limit.
-        obs, state, reward, _, _ = env.step_env(key, state, action, full)
-        terminated = env.is_terminal(state, unlimited)
-        return state, obs, reward, terminated, state.timestep >= full.max_timesteps
+        def reset(key: Key[Array, ""]) -> tuple[PyTree, PyTree]:
+            obs, state = env.reset_env(key, own)
+            return state, obs
 
+        def step(key: Key[Array, ""], state: PyTree, action: Array) -> Any:
+            # `done` would be set by deaths and by the time limit.
+            obs, state, reward, _, _ = env.step_env(key, state, action, own)
+            terminated = env.is_terminal(state, endless)
+            return state, obs, reward, terminated, state.timestep >= full.max_timesteps
+
+        return reset, step
+
+    reset, step = with_values({})
     return Single(
         name="", observation_space=box(env.observation_space(full).shape, 0.0, 1.0),
         action_space=discrete(env.action_space(full).n), max_episode_steps=full.max_timesteps,
         reset=reset, step=step, render=partial(_render, "Classic" in name), slow_reset=True,
-        parameters=numbers,
+        parameters=numbers, with_values=with_values,
     )  # fmt: skip
 
 

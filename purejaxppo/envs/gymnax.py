@@ -14,7 +14,8 @@ from jaxtyping import Array, Key
 
 from purejaxppo.config import Config, ConfigError
 from purejaxppo.envs.drawings import drawing_of
-from purejaxppo.envs.single import Single, StepOne, like, number, vectorised
+from purejaxppo.envs.params import fields_of, replaced
+from purejaxppo.envs.single import ResetOne, Single, StepOne, like, number, vectorised
 from purejaxppo.envs.wrappers import changes, wrapped
 from purejaxppo.types import Environment, PyTree, TimeStep
 
@@ -73,13 +74,18 @@ def from_gymnax(name: str, env: Any, params: Any, config: Config) -> Environment
     with jax.ensure_compile_time_eval():
         observation_space, action_space = env.observation_space(params), env.action_space(params)
 
-    def reset(key: Key[Array, ""]) -> tuple[PyTree, PyTree]:
-        obs, state = env.reset(key, params)
-        return state, obs
+    def with_values(values: Mapping[str, Any]) -> tuple[ResetOne, StepOne]:
+        own = replaced(params, values)
+
+        def reset(key: Key[Array, ""]) -> tuple[PyTree, PyTree]:
+            obs, state = env.reset(key, own)
+            return state, obs
+
+        return reset, _inner_step(env, own)
 
     single = Single(
-        name, observation_space, action_space, _time_limit(params), reset,
-        _inner_step(env, params), _renderer(env, params),
+        name, observation_space, action_space, _time_limit(params), *with_values({}),
+        render=_renderer(env, params), parameters=fields_of(params), with_values=with_values,
     )  # fmt: skip
     if _steps_without_reset(env):
         return vectorised(wrapped(single, config))

@@ -1,6 +1,7 @@
 """Values of `Config.env_params` for an environment."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,32 @@ from purejaxppo.config import ConfigError
 
 LIMITS = ("max_steps_in_episode", "max_steps", "max_timesteps", "time_limit", "episode_length")
 """Parameters that are time limits."""
+
+
+_DERIVED: dict[str, tuple[tuple[str, str], Callable[[Any, Any], Any]]] = {
+    "total_mass": (("masscart", "masspole"), lambda cart, pole: cart + pole),
+    "polemass_length": (("masspole", "length"), lambda mass, length: mass * length),
+}
+"""Parameters of gymnax's CartPole that follow from others, but are stored beside them."""
+
+
+def fields_of(params: Any) -> dict[str, Any]:
+    """The parameters of a dataclass and their values."""
+    fields = dataclasses.fields(params) if dataclasses.is_dataclass(params) else ()
+    return {f.name: getattr(params, f.name) for f in fields}
+
+
+def replaced(params: Any, values: Mapping[str, Any]) -> Any:
+    """The dataclass with other values. Parameters that follow from these are computed again, unless
+    they are given too."""
+    if not values:
+        return params
+    params = dataclasses.replace(params, **values)
+    for name, (sources, rule) in _DERIVED.items():
+        if hasattr(params, name) and name not in values and not values.keys().isdisjoint(sources):
+            derived = rule(*(getattr(params, x) for x in sources))
+            params = dataclasses.replace(params, **{name: derived})
+    return params
 
 
 def changed_values(

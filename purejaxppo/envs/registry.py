@@ -1,6 +1,5 @@
 """Environments by name."""
 
-import dataclasses
 import fnmatch
 import functools
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from purejaxppo.checks import EnvParams, is_reference, nearest
 from purejaxppo.config import Config, ConfigError
 from purejaxppo.envs.gymnasium import make_python_environment, python_names
 from purejaxppo.envs.gymnax import from_gymnax, import_gymnax
-from purejaxppo.envs.params import changed_values
+from purejaxppo.envs.params import changed_values, fields_of, replaced
 from purejaxppo.envs.single import Single, vectorised
 from purejaxppo.envs.suites import make_single, suite_names
 from purejaxppo.envs.wrappers import changes, wrapped
@@ -54,7 +53,7 @@ def parameters_of(env_id: str) -> Mapping[str, Any]:
         return {}
     if "/" in env_id:
         return make_single(env_id, EnvParams()).parameters
-    return _defaults(_make_gymnax(env_id)[1])
+    return fields_of(_make_gymnax(env_id)[1])
 
 
 def _gymnax_names() -> list[str]:
@@ -117,14 +116,7 @@ def _changed(config: Config, params: Any) -> Any:
     """An environment's default parameters with the values of `config.env_params`."""
     if not config.env_params:
         return params
-    changed = changed_values(config.env_id, _defaults(params), config.env_params)
-    replaced: Any = params
-    return dataclasses.replace(replaced, **changed)
-
-
-def _defaults(params: Any) -> dict[str, Any]:
-    fields = dataclasses.fields(params) if dataclasses.is_dataclass(params) else ()
-    return {f.name: getattr(params, f.name) for f in fields}
+    return replaced(params, changed_values(config.env_id, fields_of(params), config.env_params))
 
 
 @functools.lru_cache

@@ -35,6 +35,9 @@ class Single(NamedTuple):
     """Whether a reset takes longer than several steps."""
     parameters: Mapping[str, Any] = MappingProxyType({})
     """The parameters that `Config.env_params` can change, with their defaults."""
+    with_values: Callable[[Mapping[str, Any]], tuple[ResetOne, StepOne]] | None = None
+    """`values by name -> (reset, step)` with other values of parameters, which may be traced; None
+    if they are fixed when the environment is made."""
 
 
 RESETS_AT_ONCE = 16

@@ -12,12 +12,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from purejaxppo.config import Config, ConfigError
+from purejaxppo.draws import Draw, parse_draws
 from purejaxppo.envs.base import is_box, is_discrete, parts_of
+from purejaxppo.envs.params import LIMITS
 from purejaxppo.envs.single import Single
 from purejaxppo.masks import ACTION_MASK
 from purejaxppo.types import PyTree
 
-OPTIONS = ("sticky_actions", "action_repeat", "time_limit", "obs_clip", "frame_stack")
+OPTIONS = ("randomize", "sticky_actions", "action_repeat", "time_limit", "obs_clip", "frame_stack")
 """The settings that change an environment, in the order in which they are applied."""
 
 
@@ -33,12 +35,62 @@ def wrapped(single: Single, config: Config) -> Single:
         ConfigError: if the environment cannot be changed so.
     """
     makers: dict[str, Callable[[Single, Any], Single]] = {
-        "sticky_actions": sticky_actions, "action_repeat": action_repeat, "time_limit": time_limit,
-        "obs_clip": obs_clip, "frame_stack": frame_stack,
+        "randomize": randomize, "sticky_actions": sticky_actions, "action_repeat": action_repeat,
+        "time_limit": time_limit, "obs_clip": obs_clip, "frame_stack": frame_stack,
     }  # fmt: skip
     for name in changes(config):
         single = makers[name](single, getattr(config, name))
     return single
+
+
+def randomize(single: Single, texts: tuple[str, ...]) -> Single:
+    """Draw parameters at the start of each episode (domain randomisation, Tobin et al. 2017,
+    arXiv:1703.06907).
+
+    Raises:
+        ConfigError: if the environment has no such parameters, or they cannot change.
+    """
+    draws = parse_draws(texts)
+    make = single.with_values
+    for draw in draws:
+        default = single.parameters.get(draw.name)
+        if make is None or draw.name in LIMITS or not isinstance(default, int | float):
+            able = [] if make is None else [
+                name for name, x in single.parameters.items()
+                if isinstance(x, int | float) and name not in LIMITS
+            ]  # fmt: skip
+            raise ConfigError(
+                f"randomize: {single.name} has no parameter {draw.name!r} that can differ between "
+                f"episodes; it has: {', '.join(able) or 'none'}"
+            )
+    assert make is not None
+
+    def reset(key: Key[Array, ""]) -> tuple[PyTree, PyTree]:
+        own, inner = jax.random.split(key)
+        keys = jax.random.split(own, len(draws))
+        values = {
+            draw.name: jnp.asarray(_drawn(draw, k), jnp.asarray(single.parameters[draw.name]).dtype)
+            for draw, k in zip(draws, keys, strict=True)
+        }
+        state, obs = make(values)[0](inner)
+        return (state, values), obs
+
+    def step(key: Key[Array, ""], state: PyTree, action: Array) -> Any:
+        inner, values = state
+        inner, *rest = make(values)[1](key, inner, action)
+        return (inner, values), *rest
+
+    return _outer(single, reset, step)
+
+
+def _drawn(draw: Draw, key: Key[Array, ""]) -> Array:
+    values = jnp.asarray(draw.values)
+    if draw.kind == "choice":
+        return jax.random.choice(key, values)
+    if draw.kind == "loguniform":
+        low, high = jnp.log(values)
+        return jnp.exp(jax.random.uniform(key, minval=low, maxval=high))
+    return jax.random.uniform(key, minval=values[0], maxval=values[1])
 
 
 def sticky_actions(single: Single, chance: float) -> Single:

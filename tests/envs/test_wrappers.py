@@ -1,6 +1,8 @@
 """Settings that change an environment, against loops over the unchanged one."""
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,9 +12,11 @@ import pytest
 from toy_envs import RandomWalk
 
 import purejaxppo as ppo
+from purejaxppo.cli import main
 from purejaxppo.envs import spaces
 from purejaxppo.envs.registry import make_environment
 from purejaxppo.envs.single import Single
+from purejaxppo.evaluation import LATER_EVALUATION, evaluation_keys
 
 N, STEPS = 3, 40
 Config = ppo.Config
@@ -132,6 +136,83 @@ def test_rewards_are_clipped_for_learning_only(tiny: ppo.Config):
             for c in (tiny, clipped)]  # fmt: skip
     returns = [np.asarray(x["episode_return"])[0] for x in runs]
     np.testing.assert_array_equal(*returns)
+
+
+def test_parameters_are_drawn_for_each_episode():
+    """Each episode of CartPole moves with its own mass and force, and its trajectory is that of an
+    environment made with them."""
+    randomize = ("masspole=uniform:0.05,0.5", "force_mag=choice:5,10")
+    env = make_environment(Config(randomize=randomize))
+    state, _ = env.reset(jax.random.split(jax.random.key(0), 200))
+    values = state[1]
+    assert (values["masspole"].min() >= 0.05) & (values["masspole"].max() <= 0.5)
+    assert abs(float(values["masspole"].mean()) - 0.275) < 0.03
+    assert set(values["force_mag"].tolist()) == {5.0, 10.0}
+    params = {name: float(x[7]) for name, x in values.items()}
+    plain = make_environment(Config(env_params=params))
+    action = jnp.ones(200, int)
+    keys = jax.random.split(jax.random.key(1), 200)
+    moved, result = env.step(keys, state, action)
+    _, expected = plain.step(keys, state[0], action)
+    np.testing.assert_allclose(result.final_obs[7], expected.final_obs[7], rtol=1e-6)
+    assert not np.allclose(result.final_obs[8], expected.final_obs[8], rtol=1e-6)
+    before = moved[1]["masspole"]
+    for _ in range(60):
+        moved, result = env.step(keys, moved, action)
+    assert (np.asarray(moved[1]["masspole"]) != np.asarray(before)).all()  # all have ended once
+
+
+def test_values_that_follow_from_others_are_computed_again():
+    """gymnax stores CartPole's total mass beside the two masses."""
+    changed = make_environment(Config(env_params={"masspole": 0.5, "length": 0.7}))
+    given = {"masspole": 0.5, "length": 0.7, "total_mass": 1.5, "polemass_length": 0.35}
+    same = make_environment(Config(env_params=given))
+    keys = jax.random.split(jax.random.key(0), 2)
+    state, _ = changed.reset(keys)
+    results = [env.step(keys, state, jnp.array([0, 1]))[1] for env in (changed, same)]
+    np.testing.assert_allclose(results[0].final_obs, results[1].final_obs, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("randomize", "words"),
+    [
+        (("masspole=0.1",), "must be NAME=uniform:LOW,HIGH"),
+        (("masspole=uniform:0.5,0.1",), "the lower bound must be below"),
+        (("masspole=loguniform:0,1",), "must be above 0"),
+        (("mass=uniform:0,1",), "no parameter 'mass' that can differ between episodes; it has"),
+        (("tau=uniform:0,1", "tau=choice:1"), "tau given twice"),
+        (("max_steps_in_episode=choice:5,9",), "no parameter 'max_steps_in_episode' that can"),
+    ],
+)
+def test_bad_randomization(randomize: tuple[str, ...], words: str):
+    with pytest.raises(ppo.ConfigError, match=words):
+        ppo.make_task(Config(randomize=randomize))
+
+
+def test_a_grid_evaluates_each_value(tmp_path: Path, capsys: Any):
+    """The returns are those of runs that have each value."""
+    run = tmp_path / "run"
+    config = Config(
+        total_timesteps=96, num_envs=4, num_steps=8, hidden_sizes=(8,),
+        randomize=("masspole=uniform:0.05,0.5",),
+    )  # fmt: skip
+    result = ppo.run(config, run_dir=run, num_seeds=2, eval_episodes=4, progress=False)
+    words = ["eval", str(run), "--episodes", "6", "--grid"]
+    assert main([*words, "masspole=0.9,0.1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["values"] == [0.1, 0.9]
+    keys = evaluation_keys(0, 2, LATER_EVALUATION)
+    for value, returns in zip(found["values"], found["return_per_seed"], strict=True):
+        fixed = dataclasses.replace(config, randomize=(), env_params={"masspole": value})
+        for seed in range(2):
+            state = jax.tree.map(lambda x, s=seed: x[s], result.states)
+            actors = ppo.evaluate(fixed, state._replace(actors=()), keys[seed], 6)
+            np.testing.assert_allclose(returns[seed], np.mean(actors), rtol=1e-5)
+    assert (run / "grid_masspole.png").stat().st_size > 5000
+    assert main([*words, "mass=1"]) == 2
+    assert "no such parameter" in capsys.readouterr().err
+    assert main([*words, "masspole"]) == 2
+    assert "must be NAME=V1,V2" in capsys.readouterr().err
 
 
 def test_a_discrete_observation_cannot_be_stacked():
