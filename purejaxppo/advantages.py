@@ -108,3 +108,26 @@ def clip_rewards(advantage: Advantage, bound: float) -> Advantage:
         return advantage(rollout._replace(reward=reward), hparams)
 
     return clipped
+
+
+def alternating(advantage: Advantage) -> Advantage:
+    """The estimator for two players with opposite rewards who take turns: the value of the next
+    state is the negative of its value for the player who then moves. With GAE:
+
+        delta_t = r_t - gamma (1 - terminated_t) V(s'_t) - V(s_t)
+        A_t     = delta_t - gamma lambda (1 - done_t) A_{t+1}
+
+    Signs that alternate over time turn this into the estimator for one player.
+    """
+
+    def estimate(rollout: Rollout, hparams: Any) -> tuple[Array, ...]:
+        sign = 1.0 - 2.0 * (jnp.arange(rollout.reward.shape[0]) % 2)[:, None]
+        one_player = rollout._replace(
+            reward=sign * rollout.reward,
+            value=sign * rollout.value,
+            next_value=-sign * rollout.next_value,
+        )
+        found, target, *weight = advantage(one_player, hparams)
+        return sign * found, sign * target, *weight
+
+    return estimate

@@ -138,6 +138,22 @@ def check_in_python(objective: Objective, env: Environment, given: Mapping[str, 
         raise ConfigError(f"collect: cannot step {env.name}, which is stepped in Python")
 
 
+def check_alternating(config: Config, objective: Objective, env: Environment) -> None:
+    """Raise `ConfigError` if a setting does not fit a game of two players."""
+    if not env.alternating:
+        return
+    if objective.whole_episodes:
+        raise ConfigError(
+            f"objective = {objective.name}: adds up the rewards of an episode, but in {env.name} "
+            "they belong to two players; use another objective"
+        )
+    if config.memory != "none":
+        raise ConfigError(
+            f"memory = {config.memory}: the memory would see both players' views of {env.name}, "
+            "but one player's in evaluations; use memory = none"
+        )
+
+
 def as_actor(collect: Any, parts: Any) -> Actor:
     """Call `collect`. Raises `ConfigError` if it does not return an `Actor`."""
     actor = called("collect", collect, parts)

@@ -20,7 +20,16 @@ SUITES = {
     "craftax": Suite("craftax", "craftax"),
     "jumanji": Suite("jumanji", "jumanji", {"Sokoban-v0": "downloads its levels"}),
     "navix": Suite("navix", "navix"),
-    "pgx": Suite("pgx", "pgx"),
+    "pgx": Suite(
+        "pgx",
+        "pgx",
+        {
+            "backgammon": "its players do not alternate",
+            "kuhn_poker": "has hidden information",
+            "leduc_holdem": "has hidden information",
+            "sparrow_mahjong": "has three players",
+        },
+    ),
     "playground": Suite("mujoco_playground", "playground"),
     "xminigrid": Suite("xminigrid", "xminigrid"),
 }

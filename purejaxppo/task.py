@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from purejaxppo import part_checks
-from purejaxppo.advantages import clip_rewards, make_advantage
+from purejaxppo.advantages import alternating, clip_rewards, make_advantage
 from purejaxppo.agent import Agent, agent_of
 from purejaxppo.between import HostCall
 from purejaxppo.checks import is_reference
@@ -233,6 +233,7 @@ def make_task(config: Config, **given: Any) -> Task:
     network = _network(config, env, policy, given)
     check_contract(env, policy)
     part_checks.check_in_python(objective, env, given)
+    part_checks.check_alternating(config, objective, env)
     check_mask(obs_shapes(env.observation_space), policy)
     part_checks.check_critic(objective, network)
     if (reason := _why_not_divided(config, env, network, 1)) is not None:
@@ -294,6 +295,8 @@ def _parts(
         space = env.observation_space
         advantage = advantage or make_episode_advantage(config, objective, policy, space, axis)
     advantage = advantage or make_advantage(config)
+    if env.alternating:
+        advantage = alternating(advantage)
     if math.isfinite(config.reward_clip):
         advantage = clip_rewards(advantage, config.reward_clip)
     improve = objective.step or make_improve
@@ -377,8 +380,9 @@ def init_learner(parts: Parts, key: Key[Array, ""], hparams: HParams) -> Learner
 
 
 def _evaluate(parts: Parts, state: TrainState, key: Any, num_episodes: int, **more: Any) -> Array:
-    agent = agent_of(parts.env, parts.policy, parts.network, state, "evaluate")
-    return episode_returns(parts.env, agent, key, num_episodes, **more)
+    env = parts.env.evaluation or parts.env
+    agent = agent_of(env, parts.policy, parts.network, state, "evaluate")
+    return episode_returns(env, agent, key, num_episodes, **more)
 
 
 def _objective(config: Config, given: dict[str, Any]) -> Objective:

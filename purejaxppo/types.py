@@ -58,6 +58,11 @@ class Environment(NamedTuple):
     """`(keys[N], state[N], action[N, ...]) -> (state[N], TimeStep)`."""
     render: Callable[[PyTree], Any] | None = None
     """`state of one environment -> image [H, W, 3]`, 8-bit, or None; not compiled."""
+    alternating: bool = False
+    """Whether two players with opposite rewards take turns. Rewards and values are then those of
+    the player who moves."""
+    evaluation: "Environment | None" = None
+    """The environment of evaluations, if it is another one, such as a game against an opponent."""
     in_python: Callable[[int], Any] | None = None
     """`N -> environments` with Gymnasium's vector interface, if they are stepped in Python; `reset`
     and `step` then only give shapes."""

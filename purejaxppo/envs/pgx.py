@@ -1,4 +1,8 @@
-"""Pgx: the games of one player (2048 and MinAtar), with masks of legal actions."""
+"""Pgx: games of one player (2048 and MinAtar), and board games of two players who alternate.
+
+In a game of two, each step is a move of the player whose turn it is, and the observation is that
+player's view, so the policy plays both sides.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,11 +19,21 @@ from purejaxppo.envs.spaces import box, discrete, masked
 from purejaxppo.masks import ACTION_MASK
 from purejaxppo.types import PyTree
 
+BOARD_GAMES = (
+    "animal_shogi", "chess", "connect_four", "gardner_chess", "go_9x9", "go_19x19", "hex",
+    "othello", "shogi", "tic_tac_toe",
+)  # fmt: skip
+"""Games of two players who alternate, with perfect information."""
+
 
 def names() -> list[str]:
     import pgx
 
-    return [name for name in pgx.available_envs() if name == "2048" or "minatar" in name]
+    return [
+        name
+        for name in pgx.available_envs()
+        if name == "2048" or "minatar" in name or name in BOARD_GAMES
+    ]
 
 
 def make(name: str, params: Mapping[str, float | int | bool]) -> Single:
@@ -38,15 +52,48 @@ def make(name: str, params: Mapping[str, float | int | bool]) -> Single:
         return state, observe(state)
 
     def step(key: Key[Array, ""], state: PyTree, action: Array) -> Any:
+        mover = state.current_player
         state = env.step(state, action, key)
-        return state, observe(state), state.rewards[0], state.terminated, state.truncated
+        return state, observe(state), state.rewards[mover], state.terminated, state.truncated
 
     space = box(env.observation_shape, *_bounds(env))
-    return Single(
+    single = Single(
         name="", observation_space=masked(space, env.num_actions) if has_mask else space,
         action_space=discrete(env.num_actions), max_episode_steps=None, reset=reset, step=step,
-        render=_render_2048 if has_mask else _render_grid,
+        render=_render_2048 if name == "2048" else _render_grid,
     )  # fmt: skip
+    if name not in BOARD_GAMES:
+        return single
+    single = single._replace(render=None)
+    return single._replace(alternating=True, evaluation=against_random(single, env, observe))
+
+
+def against_random(single: Single, env: Any, observe: Any) -> Single:
+    """The game against an opponent who plays random legal moves. Who begins is random; the reward
+    is that of the policy's side."""
+
+    def reply(state: Any, key: Key[Array, ""]) -> Any:
+        draw, move = jax.random.split(key)
+        logits = jnp.where(state.legal_action_mask, 0.0, -jnp.inf)
+        return env.step(state, jax.random.categorical(draw, logits), move)
+
+    def reset(key: Key[Array, ""]) -> tuple[PyTree, PyTree]:
+        begin, first = jax.random.split(key)
+        state = env.init(begin)
+        other = state.current_player != 0
+        replied = reply(state, first)
+        state = jax.tree.map(lambda x, y: jnp.where(other, x, y), replied, state)
+        return state, observe(state)
+
+    def step(key: Key[Array, ""], state: PyTree, action: Array) -> Any:
+        own, other = jax.random.split(key)
+        moved = env.step(state, action, own)
+        replied = reply(moved, other)  # after the end, a move changes nothing and earns nothing
+        reward = moved.rewards[0] + jnp.where(moved.terminated, 0.0, replied.rewards[0])
+        state = jax.tree.map(lambda x, y: jnp.where(moved.terminated, x, y), moved, replied)
+        return state, observe(state), reward, state.terminated, state.truncated
+
+    return single._replace(reset=reset, step=step)
 
 
 def _render_2048(state: Any) -> np.ndarray:

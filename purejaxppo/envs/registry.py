@@ -109,6 +109,10 @@ def _of_single(config: Config, env: Single | None, env_params: Any) -> Environme
             "environment with these values, and pass it as env"
         )
     single = make_single(config.env_id, config.env_params) if env is None else env
+    if single.alternating and changes(config):
+        raise ConfigError(
+            f"{', '.join(changes(config))}: cannot change {single.name}, a game of two players"
+        )
     return vectorised(wrapped(single, config))
 
 

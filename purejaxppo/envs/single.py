@@ -31,6 +31,11 @@ class Single(NamedTuple):
     """`(key, state, action) -> (state, obs, reward, terminated, truncated)`."""
     render: Callable[[PyTree], np.ndarray] | None = None
     """`state -> image [H, W, 3]`, 8-bit; not compiled."""
+    alternating: bool = False
+    """Whether two players with opposite rewards take turns. Rewards and values are then those of
+    the player who moves."""
+    evaluation: "Single | None" = None
+    """The environment of evaluations, if it is another one."""
     slow_reset: bool = False
     """Whether a reset takes longer than several steps."""
     parameters: Mapping[str, Any] = MappingProxyType({})
@@ -75,6 +80,8 @@ def vectorised(single: Single) -> Environment:
         reset=jax.vmap(reset_one),
         step=reset_on_demand(reset_one, step_one, slow_reset=single.slow_reset),
         render=single.render,
+        alternating=single.alternating,
+        evaluation=None if single.evaluation is None else vectorised(single.evaluation),
     )
 
 
