@@ -235,12 +235,19 @@ class Config(UpdateConfig):
     of a function that makes one for a number of policy outputs."""
     encoder: Literal["auto", "mlp", "cnn"] = "auto"
     """Observation encoder; auto uses cnn for [height, width, channels], mlp for others."""
-    memory: Literal["none", "gru", "lstm"] = "none"
-    """Recurrent cell after the encoder, for partially observed environments."""
+    memory: Literal["none", "gru", "lstm", "gtrxl"] = "none"
+    """Memory after the encoder, for partially observed environments: a recurrent cell, or gtrxl, a
+    gated transformer over the last memory_window steps of the episode."""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """Widths of the dense layers (after the convolutions of a cnn)."""
     memory_size: int = bounded(64, 1, MAX_WIDTH)
-    """Width of the recurrent cell; no effect if memory = none."""
+    """Width of the memory; no effect if memory = none."""
+    memory_window: int = bounded(32, 1, 4096, memory=("gtrxl",))
+    """Steps of the episode that gtrxl attends to."""
+    memory_layers: int = bounded(1, 1, 64, memory=("gtrxl",))
+    """Blocks of gtrxl."""
+    memory_heads: int = bounded(4, 1, 1024, memory=("gtrxl",))
+    """Attention heads of gtrxl; a divisor of memory_size."""
     activation: Literal["tanh", "relu", "gelu", "silu"] = "tanh"
     """Activation function of the hidden layers."""
     shared_trunk: bool = False
@@ -273,6 +280,11 @@ class Config(UpdateConfig):
         self._choose()
         check_fields(self)
         parse_draws(self.randomize)
+        if self.memory == "gtrxl" and self.memory_size % self.memory_heads:
+            raise ConfigError(
+                f"memory_size = {self.memory_size}: must be a multiple of memory_heads = "
+                f"{self.memory_heads}"
+            )
         if any(not 1 <= size <= MAX_WIDTH for size in self.hidden_sizes):
             raise ConfigError(
                 f"hidden_sizes = {list(self.hidden_sizes)}: each width must be at least 1 and at "

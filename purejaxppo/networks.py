@@ -14,6 +14,7 @@ from purejaxppo.config import Config, ConfigError
 from purejaxppo.envs.base import is_box, is_discrete, parts_of
 from purejaxppo.masks import honour_mask, is_masked, without_mask
 from purejaxppo.types import Network, Policy, PyTree
+from purejaxppo.window import Window, empty_cache
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": nn.tanh,
@@ -175,17 +176,16 @@ class Trunk(nn.Module):
     """An encoder and an optional memory, over rows: R = T * B."""
 
     encoder: Callable[..., Encoder]
-    memory: str
-    memory_size: int
+    memory: Callable[..., nn.Module] | None
 
     @nn.compact
     def __call__(
         self, carry: PyTree, obs: Float[Array, "R ..."], start: Bool[Array, "T B"]
     ) -> tuple[PyTree, Float[Array, "R F"]]:
         features = self.encoder(name="encoder")(obs)
-        if self.memory == "none":
+        if self.memory is None:
             return carry, features
-        memory = Memory(self.memory, self.memory_size, name="memory")
+        memory: Any = self.memory(name="memory")
         carry, features = memory(carry, features.reshape((*start.shape, -1)), start)
         return carry, features.reshape((obs.shape[0], -1))
 
@@ -246,7 +246,7 @@ def make_network(config: Config, observation_space: Any, policy: Policy) -> Netw
         )
 
     def trunk(**kwargs: Any) -> Trunk:
-        return Trunk(encoder, config.memory, config.memory_size, **kwargs)
+        return Trunk(encoder, _memory(config), **kwargs)
 
     module = ActorCritic(
         trunk, config.shared_trunk, policy.num_outputs, policy.num_free, config.log_std_init
@@ -255,8 +255,7 @@ def make_network(config: Config, observation_space: Any, policy: Policy) -> Netw
     def initial_carry(n: int) -> PyTree:
         if config.memory == "none":
             return ()
-        state = jnp.zeros((n, config.memory_size), jnp.float32)
-        one = state if config.memory == "gru" else (state, state)
+        one = _empty_memory(config, n)
         return one if config.shared_trunk else (one, one)
 
     def init(key: Key[Array, ""]) -> PyTree:
@@ -280,6 +279,24 @@ def make_network(config: Config, observation_space: Any, policy: Policy) -> Netw
     width, sequential = max(x.size for x in made), config.memory != "none"
     network = Network(init, initial_carry, apply, width, sequential)
     return honour_mask(network, policy) if masked else network
+
+
+def _memory(config: Config) -> Callable[..., nn.Module] | None:
+    """The module of the memory, which takes its name."""
+    if config.memory == "none":
+        return None
+    if config.memory == "gtrxl":
+        return partial(Window, config.memory_size, config.memory_layers, config.memory_heads)
+    return partial(Memory, config.memory, config.memory_size)
+
+
+def _empty_memory(config: Config, rows: int) -> PyTree:
+    """The memory's carry at the start of an episode."""
+    if config.memory == "gtrxl":
+        size, layers = config.memory_size, config.memory_layers
+        return empty_cache(rows, layers, config.memory_window, size)
+    state = jnp.zeros((rows, config.memory_size), jnp.float32)
+    return state if config.memory == "gru" else (state, state)
 
 
 def parts_in_cache(network: Network, num_rows: int, divisible: int) -> int:

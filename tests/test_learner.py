@@ -592,7 +592,9 @@ def test_continuous_actions_learn_the_best_one_within_bounds(kind: Any):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("memory", "low", "high"), [("gru", 0.9, 1.0), ("none", -0.35, 0.35)])
+@pytest.mark.parametrize(
+    ("memory", "low", "high"), [("gru", 0.9, 1.0), ("gtrxl", 0.9, 1.0), ("none", -0.35, 0.35)]
+)
 def test_memory_chain_needs_a_memory(memory: Any, low: float, high: float):
     """The answer is visible in the first steps and needed in the last: a policy without a memory
     has an expected return of 0."""

@@ -11,6 +11,7 @@ import purejaxppo as ppo
 from purejaxppo.distributions import make_policy
 from purejaxppo.networks import PatchConv, make_network, product
 from purejaxppo.types import Network
+from purejaxppo.window import Block, empty_cache
 
 VECTOR = spaces.Box(-1, 1, (3,))
 
@@ -82,14 +83,15 @@ def test_a_seed_is_initialised_equally_alone_and_under_vmap():
 
 
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("memory", ["none", "gru", "lstm"])
+@pytest.mark.parametrize("memory", ["none", "gru", "lstm", "gtrxl"])
 def test_a_sequence_equals_its_single_steps(memory: str, shared: bool):
     """With episodes that start inside the sequence, at different times in each row."""
-    network = network_for(memory=memory, shared_trunk=shared)
+    window = {"memory_window": 3, "memory_layers": 2} if memory == "gtrxl" else {}
+    network = network_for(memory=memory, shared_trunk=shared, **window)
     key = jax.random.key(1)
     params, obs = network.init(key), jax.random.normal(key, (12, 5, 3))
     start = jax.random.bernoulli(key, 0.25, (12, 5))
-    carry = jax.tree.map(lambda x: x + 0.3, network.initial_carry(5))
+    carry = jax.tree.map(lambda x: x + jnp.asarray(0.3, x.dtype), network.initial_carry(5))
     end, outputs, value = network.apply(params, carry, obs, start)
     apply = jax.jit(network.apply)
     for t in range(12):
@@ -99,7 +101,57 @@ def test_a_sequence_equals_its_single_steps(memory: str, shared: bool):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), carry, end)
 
 
-@pytest.mark.parametrize("memory", ["gru", "lstm"])
+def test_a_window_is_attention_over_the_last_steps():
+    """Against attention computed with NumPy over whole sequences."""
+    size, heads, window, steps = 8, 2, 3, 7
+    block = Block(heads)
+    rng = np.random.default_rng(0)
+    xs = rng.normal(size=(steps, 1, size)).astype(np.float32)
+    cache = empty_cache(1, 1, window, size)
+    seen = np.zeros((1, window), bool)
+    params: Any = block.init(jax.random.key(0), xs[0], cache.keys[:, 0], cache.values[:, 0], seen)
+    place = rng.normal(size=(heads, window)).astype(np.float32)
+    params["params"]["place"] = jnp.asarray(place)
+    p = jax.tree.map(np.asarray, params["params"])
+
+    def dense(name: str, x: np.ndarray) -> np.ndarray:
+        return x @ p[name]["kernel"] + p[name].get("bias", 0.0)
+
+    def norm(name: str, x: np.ndarray) -> np.ndarray:
+        scaled = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+        return scaled * p[name]["scale"] + p[name]["bias"]
+
+    def gate(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        g, sigmoid = p[name], lambda x: 1 / (1 + np.exp(-x))
+
+        def both(part: str, x: np.ndarray) -> np.ndarray:
+            return (y @ g[f"{part}_y"]["kernel"] + g[f"{part}_y"]["bias"]
+                    + x @ g[f"{part}_x"]["kernel"])  # fmt: skip
+
+        r, z = sigmoid(both("reset", x)), sigmoid(both("update", x) - 2.0)
+        return (1 - z) * x + z * np.tanh(both("new", r * x))
+
+    keys, values = cache.keys[:, 0], cache.values[:, 0]
+    for t in range(steps):
+        seen = np.arange(window)[None] >= window - (t + 1)
+        found, keys, values = block.apply(params, xs[t], keys, values, seen)
+        past = norm("LayerNorm_0", xs[max(0, t + 1 - window) : t + 1, 0])
+        k, v = dense("key", past), dense("value", past)
+        q = dense("query", norm("LayerNorm_0", xs[t, 0]))
+        read = []
+        for h in range(heads):
+            part = slice(h * size // heads, (h + 1) * size // heads)
+            scores = k[:, part] @ q[part] / np.sqrt(size // heads) + place[h, -len(past) :]
+            weight = np.exp(scores - scores.max())
+            read.append(weight / weight.sum() @ v[:, part])
+        attended = np.maximum(dense("out", np.concatenate(read)), 0)
+        x = gate("gate_attention", xs[t, 0], attended)
+        hidden = np.maximum(dense("Dense_0", norm("LayerNorm_1", x)), 0)
+        expected = gate("gate_mlp", x, np.maximum(dense("Dense_1", hidden), 0))
+        np.testing.assert_allclose(found[0], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("memory", ["gru", "lstm", "gtrxl"])
 def test_start_resets_the_memory(memory: str):
     network = network_for(memory=memory)
     key = jax.random.key(2)
@@ -139,7 +191,7 @@ def test_discrete_observations_are_one_hot(key: jax.Array):
     ("space", "settings", "words"),
     [
         (VECTOR, {"encoder": "cnn"}, r"\[3\]; use auto or mlp"),
-        (spaces.Dict({"a": VECTOR}), {}, "flatten"),
+        (spaces.Dict({"a": spaces.Tuple([VECTOR])}), {}, "dictionaries of them"),
     ],
 )
 def test_unsupported_observations_are_refused(space: object, settings: dict, words: str):

@@ -83,7 +83,8 @@ _GROUPS = {
         "lr_schedule clip_schedule optimizer cg_iterations line_search_steps"
     ),
     "network": (
-        "network encoder memory hidden_sizes memory_size activation shared_trunk "
+        "network encoder memory hidden_sizes memory_size memory_window memory_layers memory_heads "
+        "activation shared_trunk "
         "action_distribution log_std_init num_layers width num_heads num_kv_heads mlp_width "
         "positions norm tied_embeddings context critic critic_init"
     ),
