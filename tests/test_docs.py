@@ -29,7 +29,7 @@ STEPS = 1024
 
 SLOW = (
     "get-started", "sweeps", "docs/index", "rlhf/index", "rlhf/preferences",
-    "your-own-parts", "runs",
+    "your-own-parts", "runs", "rendering",
 )  # fmt: skip
 """Pages whose code compiles much that the other pages compile too."""
 

@@ -19,9 +19,7 @@ from purejaxppo.masks import ACTION_MASK, is_masked
 from purejaxppo.suites import SUITES
 
 N, STEPS = 4, 300
-SHORT = (
-    "jumanji/Snake-v1", "navix/Navix-Empty-5x5-v0", "pgx/2048", "xminigrid/MiniGrid-Empty-5x5",
-)  # fmt: skip
+SHORT = "jumanji/Snake-v1", "navix/Navix-Empty-5x5-v0"
 """Environments of the short form."""
 EXPENSIVE = {"brax": ("inverted_pendulum", "spring/hopper"), "playground": ("CartpoleBalance",)}
 """Suites whose environments take half a minute or more to compile: only these are walked over."""
@@ -167,7 +165,7 @@ def check_lengths(limit: int | None, ended: np.ndarray, truncated: np.ndarray) -
             assert limit is None or steps < limit
 
 
-@pytest.mark.parametrize("env_id", SHORT[:2])
+@pytest.mark.parametrize("env_id", SHORT[:1])
 def test_two_updates(env_id: str):
     train(env_id)
 

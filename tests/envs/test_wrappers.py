@@ -189,6 +189,7 @@ def test_bad_randomization(randomize: tuple[str, ...], words: str):
         ppo.make_task(Config(randomize=randomize))
 
 
+@pytest.mark.slow
 def test_a_grid_evaluates_each_value(tmp_path: Path, capsys: Any):
     """The returns are those of runs that have each value."""
     run = tmp_path / "run"

@@ -54,7 +54,7 @@ def assert_close(a: Any, b: Any, **tolerance: float) -> None:
     [
         {},
         pytest.param({"memory": "gru", "memory_size": 4}, marks=pytest.mark.slow),
-        {"objective": "trpo", "cg_iterations": 3},
+        pytest.param({"objective": "trpo", "cg_iterations": 3}, marks=pytest.mark.slow),
         pytest.param({"objective": "ppo_kl_adaptive"}, marks=pytest.mark.slow),
         pytest.param(
             {
