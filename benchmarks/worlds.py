@@ -26,7 +26,7 @@ from purejaxppo.envs.registry import make_environment
 RESULTS = Path(__file__).parent / "results/worlds.json"
 ENVIRONMENTS = (
     "brax/spring/inverted_pendulum", "craftax/Craftax-Classic-Symbolic-v1",
-    "craftax/Craftax-Symbolic-v1", "jumanji/Maze-v0", "jumanji/Snake-v1",
+    "jumanji/Maze-v0", "jumanji/Snake-v1",
     "navix/Navix-DoorKey-8x8-v0", "navix/Navix-Dynamic-Obstacles-8x8-v0", "pgx/minatar-breakout",
     "xminigrid/MiniGrid-DoorKey-8x8",
 )  # fmt: skip
