@@ -30,6 +30,7 @@ STEPS = 1024
 SLOW = (
     "get-started", "sweeps", "docs/index", "rlhf/index", "rlhf/preferences",
     "your-own-parts", "runs", "rendering",
+    "environments",
 )  # fmt: skip
 """Pages whose code compiles much that the other pages compile too."""
 

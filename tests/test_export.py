@@ -65,7 +65,8 @@ def test_exported_policy_gives_the_agents_actions_without_the_package(
     assert "already exists" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("memory", ["gru", pytest.param("lstm", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", ["gru", "lstm"])
 def test_exported_memory_is_an_input_and_output(memory: Any):
     config = small(memory=memory, memory_size=4)
     state = trained(config)

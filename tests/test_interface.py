@@ -384,6 +384,7 @@ print(*(counts.get(f"/jax/compilation_cache/cache_{x}", 0) for x in ("hits", "mi
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_compiles_nothing(tmp_path: Path):
     variables = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
     variables["XDG_CACHE_HOME"] = str(tmp_path)

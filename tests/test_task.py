@@ -122,6 +122,7 @@ def learned(config: ppo.Config, **given: Any) -> Any:
     return jax.jit(train)(jax.random.key(0), ppo.HParams(learning_rate=0.01))
 
 
+@pytest.mark.slow
 def test_reimplemented_parts_equal_the_built_in_ones(tiny: ppo.Config):
     _, ours = learned(tiny)
     _, own = learned(tiny, objective=parts.clipped)

@@ -168,6 +168,7 @@ def test_a_failing_call(watched: Watched, library: Path, tmp_path: Path, count: 
     assert {call: what for call, what in found.items() if what} == {}
 
 
+@pytest.mark.slow
 @some_or_all
 def test_a_second_kill_during_the_resume(
     watched: Watched, library: Path, tmp_path: Path, count: int | None

@@ -231,6 +231,7 @@ def test_no_code_is_run_from_a_checkpoint(copy: Path, monkeypatch: Any, seen: li
     assert not (copy / "pwned").exists()
 
 
+@pytest.mark.slow
 def test_no_code_is_run_from_a_sweep(tmp_path: Path, monkeypatch: Any, seen: list[str]):
     """Replaces each file in turn by a pickle, with valid digests."""
     monkeypatch.chdir(tmp_path)
@@ -370,6 +371,7 @@ def test_very_long_numbers_are_refused(tmp_path: Path, key: str, number: str):
         assert load(tmp_path / "any.toml", f"{section}{key} = {value}\n".encode()) is None
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     assignments=st.fixed_dictionaries(

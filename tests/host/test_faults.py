@@ -271,6 +271,7 @@ EVALUATED = "--num-envs=64 --eval-episodes=1000000 --env-id=Pendulum-v1 --hidden
 """Arguments with which each evaluation takes minutes."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.faults)])
 def test_a_stop_does_not_wait_for_the_evaluation_of_a_checkpoint(
     start: Any, tmp_path: Path, devices: int
@@ -311,6 +312,7 @@ def test_a_second_signal_exits_at_once(start: Any, tmp_path: Path):
     assert rows(tmp_path / "r") == 0
 
 
+@pytest.mark.slow
 def test_a_signal_during_run_in_python_saves_and_raises(tmp_path: Path):
     """In a script that calls `run`, a signal raises Python's own exceptions."""
     code = """
@@ -380,6 +382,7 @@ def test_a_run_ended_by_a_full_disk_can_be_resumed(
     assert_same_end(undisturbed(*arguments), run)
 
 
+@pytest.mark.slow
 def test_an_unwritable_checkpoint_folder_gives_a_message(start: Any, tmp_path: Path):
     """The process exits without waiting for orbax's threads."""
     run = tmp_path / "r"

@@ -79,6 +79,7 @@ def test_two_processes_equal_one_with_two_devices_even_after_a_kill(
     assert_same_end(alone, run)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_both(start_two: Any, tmp_path: Path):
     run = tmp_path / "r"
     first, second = start_two(

@@ -133,7 +133,8 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(whole: Any, copy:
     assert not (copy / "checkpoints/000000004.saving").exists()
 
 
-@pytest.mark.parametrize("what", ["reward", pytest.param("obs", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["reward", "obs"])
 def test_nan_in_one_seed_does_not_affect_others_and_is_kept_on_resume(tmp_path: Path, what: str):
     """NaN in one episode of one of 8 seeds: the one in progress after 8 of 12 updates."""
     config = dataclasses.replace(CONFIG, num_envs=1, num_minibatches=1, total_timesteps=8 * LENGTH)

@@ -319,6 +319,7 @@ def test_the_weight_of_the_penalty_survives_a_resume(tmp_path: Any, fused: Any):
     assert np.isfinite(penalties).all()
 
 
+@pytest.mark.slow
 def test_the_first_ratio_is_1_and_the_first_divergence_0():
     for name in ("ppo_clip", "gspo", "grpo"):
         config = config_of(name, num_prompts=4, group_size=4, num_minibatches=1)

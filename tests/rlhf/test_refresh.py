@@ -102,6 +102,7 @@ def files(run: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_round_uses_all_pairs_and_continues_the_policy(folder: Path):
     first, later = (folder / f"done/round-{n}" for n in (1, 2))
     old, every = read_preferences("pairs.jsonl"), read_preferences(later / "pairs.jsonl")
@@ -130,7 +131,7 @@ def test_a_round_uses_all_pairs_and_continues_the_policy(folder: Path):
     "lost",
     [
         pytest.param("round-2", marks=pytest.mark.slow),
-        "round-2/policy",
+        pytest.param("round-2/policy", marks=pytest.mark.slow),
         pytest.param("round-2/reward", marks=pytest.mark.slow),
         pytest.param("round-1/policy/summary.json", marks=pytest.mark.slow),
     ],

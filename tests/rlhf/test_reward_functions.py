@@ -201,6 +201,7 @@ def test_bad_functions(reward: str, status: int, message: str, folder: Path, cap
     assert Path("run").exists() == (status == 1)
 
 
+@pytest.mark.slow
 def test_a_score_that_is_not_finite_names_the_texts(folder: Path, capsys: Any):
     words = ["rlhf", "letters", *OPTIONS, "--reward", "my_rewards:not_finite", "--run-dir", "run"]
     assert main(words) == 1

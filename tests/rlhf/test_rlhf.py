@@ -56,6 +56,7 @@ def test_first_rollout_has_kl_0_and_its_rewards_are_scores(temperature: float):
 # Rollouts
 
 
+@pytest.mark.slow
 def test_each_position_of_a_rollout_equals_a_loop():
     """Prompts of 1 to 3 tokens, padded on the left, and responses that stop early."""
     length, beta, temperature, rows = 4, 0.3, 0.7, 48

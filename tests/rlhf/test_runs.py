@@ -89,6 +89,7 @@ def test_samples_are_logged_and_shown(trained: Path):
     assert 'id="training"' in page
 
 
+@pytest.mark.slow
 def test_resume_from_the_command_line_equals_one_run(trained: Path, tmp_path: Path, fused: Any):
     """With samples and evaluations; the first part ends after three updates."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -508,6 +509,7 @@ def learned(objective: Any, digits: int, tokens: int, num_seeds: int) -> Any:
     return ppo.run(config, hparams, num_seeds=num_seeds, eval_episodes=128, progress=False)
 
 
+@pytest.mark.slow
 def test_reversing_digits_is_being_learned():
     result = learned("grpo", digits=3, tokens=20 * 512 * 6, num_seeds=1)
     assert result.metrics["score"][0, 0] < 0.3

@@ -112,6 +112,7 @@ def test_slots_are_counted_from_the_resources_of_machines():
     assert count_slots([node(CPU=96.0, TPU=8.0)], chips) == Slots(2, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
