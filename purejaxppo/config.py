@@ -172,7 +172,7 @@ class Config(UpdateConfig):
     """Parameters of the environment to draw for each episode, such as
     masspole=uniform:0.05,0.5 (or loguniform:LOW,HIGH, or choice:A,B,C)."""
     frame_stack: int = bounded(1, 1, 1024)
-    """Join the last observations of an episode, this many, along their last axis."""
+    """Join this many of the last observations of an episode along their last axis."""
     action_repeat: int = bounded(1, 1, 1024)
     """Carry out each action this many times; the rewards are added up."""
     sticky_actions: float = bounded(0.0, 0.0, 1.0)

@@ -231,10 +231,7 @@ def make_task(config: Config, **given: Any) -> Task:
     env = make_environment(config, given.get("env"), given.get("env_params"))
     policy = make_policy(config, env.action_space)
     network = _network(config, env, policy, given)
-    check_contract(env, policy)
-    part_checks.check_in_python(objective, env, given)
-    part_checks.check_alternating(config, objective, env)
-    check_mask(obs_shapes(env.observation_space), policy)
+    _check_environment(config, objective, env, policy, given)
     part_checks.check_critic(objective, network)
     if (reason := _why_not_divided(config, env, network, 1)) is not None:
         raise ConfigError(reason)
@@ -254,9 +251,7 @@ def make_task(config: Config, **given: Any) -> Task:
     first = parts(None)
     learner = partial(_learner, parts)
     part_checks.check_update(first, learner(None), passed, hparams)
-    update_call = evaluation_call = None
-    if env.in_python is not None:
-        update_call, evaluation_call = Python(config, env, network, policy).calls()
+    update_call, evaluation_call = _calls(config, env, network, policy)
     return Task(
         config=config,
         learner=learner,
@@ -272,6 +267,24 @@ def make_task(config: Config, **given: Any) -> Task:
         costs=partial(_costs, env, network),
         warning=partial(_no_episode, config, objective),
     )
+
+
+def _calls(
+    config: Config, env: Environment, network: Network, policy: Policy
+) -> tuple[HostCall | None, HostCall | None]:
+    """The calls of Python code that updates and evaluations need."""
+    if env.in_python is None:
+        return None, None
+    return Python(config, env, network, policy).calls()
+
+
+def _check_environment(
+    config: Config, objective: Objective, env: Environment, policy: Policy, given: dict[str, Any]
+) -> None:
+    check_contract(env, policy)
+    part_checks.check_in_python(objective, env, given)
+    part_checks.check_alternating(config, objective, env)
+    check_mask(obs_shapes(env.observation_space), policy)
 
 
 def _parts(

@@ -60,7 +60,10 @@ class Block(nn.Module):
         new = (nn.Dense(size, name=name)(inner) for name in ("key", "value"))
         keys, values = (_pushed(old, row) for old, row in zip((keys, values), new, strict=True))
         query = nn.Dense(size, name="query")(inner)
-        split = lambda x: x.reshape((*x.shape[:-1], self.heads, -1))  # noqa: E731
+
+        def split(x: Array) -> Array:
+            return x.reshape((*x.shape[:-1], self.heads, -1))
+
         scores = jnp.einsum("bhd,bwhd->bhw", split(query), split(keys))
         place = self.param("place", nn.initializers.zeros, (self.heads, window))
         scores = scores / math.sqrt(size // self.heads) + place

@@ -654,14 +654,13 @@ def _print_suites() -> None:
 
 def _one_env(name: str) -> int:
     """Print all about one environment."""
+    from purejaxppo.envs.params import numbers_of
     from purejaxppo.envs.registry import make_environment, parameters_of
     from purejaxppo.suites import SUITES
 
     env = make_environment(Config(env_id=name))
     prefix = name.partition("/")[0]
-    numbers = {
-        key: x for key, x in parameters_of(name).items() if isinstance(x, bool | int | float)
-    }
+    numbers = numbers_of(parameters_of(name))
     rows = [
         ("environment", name),
         ("observation", _space(env.observation_space)),

@@ -1,6 +1,5 @@
 """Craftax and Craftax-Classic, with symbols or pixels."""
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from functools import partial
@@ -10,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
-from purejaxppo.envs.params import changed_values
+from purejaxppo.envs.params import changed_values, fields_of, numbers_of
 from purejaxppo.envs.single import ResetOne, Single, StepOne
 from purejaxppo.envs.spaces import box, discrete
 from purejaxppo.types import PyTree
@@ -29,11 +28,7 @@ def make(name: str, params: Mapping[str, float | int | bool]) -> Single:
     from craftax.craftax_env import make_craftax_env_from_name
 
     env: Any = make_craftax_env_from_name(name, auto_reset=False)
-    numbers = {
-        f.name: getattr(env.default_params, f.name)
-        for f in dataclasses.fields(env.default_params)
-        if isinstance(getattr(env.default_params, f.name), bool | int | float)
-    }
+    numbers = numbers_of(fields_of(env.default_params))
     changed = changed_values(f"craftax/{name}", numbers, params)
     full = env.default_params.replace(**changed)
     unlimited = full.replace(max_timesteps=_NO_LIMIT)

@@ -3,14 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
 from purejaxppo.envs.params import changed_values
 from purejaxppo.envs.single import Single
-from purejaxppo.envs.spaces import box, discrete
+from purejaxppo.envs.spaces import box, discrete, one_hot_grid
 from purejaxppo.types import PyTree
 
 _SIZES = (11, 6, 4)
@@ -50,13 +48,6 @@ def make(name: str, params: Mapping[str, float | int | bool]) -> Single:
         max_episode_steps=env.max_steps, reset=reset, step=step, render=_render, slow_reset=True,
         parameters=defaults,
     )  # fmt: skip
-
-
-def one_hot_grid(grid: Array, sizes: tuple[int, ...]) -> Array:
-    """A grid of categories `[H, W, K]` as `[H, W, C]`, where `sizes` are the numbers of categories,
-    and C is their sum."""
-    parts = [jax.nn.one_hot(grid[..., i], n, dtype=jnp.float32) for i, n in enumerate(sizes)]
-    return jnp.concatenate(parts, axis=-1)
 
 
 def _render(state: PyTree) -> np.ndarray:

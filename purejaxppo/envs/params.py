@@ -26,6 +26,11 @@ def fields_of(params: Any) -> dict[str, Any]:
     return {f.name: getattr(params, f.name) for f in fields}
 
 
+def numbers_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that are single numbers or truth values."""
+    return {name: x for name, x in values.items() if isinstance(x, bool | int | float)}
+
+
 def replaced(params: Any, values: Mapping[str, Any]) -> Any:
     """The dataclass with other values. Parameters that follow from these are computed again, unless
     they are given too."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from purejaxppo.config import ConfigError
 from purejaxppo.envs.brax import counted
-from purejaxppo.envs.params import changed_values
+from purejaxppo.envs.params import changed_values, numbers_of
 from purejaxppo.envs.single import Single
 from purejaxppo.types import PyTree
 
@@ -23,7 +23,7 @@ def make(name: str, params: Mapping[str, float | int | bool]) -> Single:
     from mujoco_playground import registry  # pyright: ignore[reportMissingImports]
 
     defaults = registry.get_default_config(name)
-    numbers = {key: x for key, x in defaults.items() if isinstance(x, bool | int | float)}
+    numbers = numbers_of(defaults)
     changed = changed_values(f"playground/{name}", numbers, params)
     try:
         env = registry.load(name, config_overrides={"impl": "jax", **changed})

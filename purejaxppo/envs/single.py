@@ -128,8 +128,11 @@ def _reset_few(
         chosen = jnp.nonzero(left, size=few, fill_value=rows)[0]  # `rows` is out of range: dropped
         own = keys.at[chosen].get(mode="clip")
         fresh = jax.vmap(reset_one)(split_each(own)[1])
-        write = lambda x, y: x.at[chosen].set(y, mode="drop")  # noqa: E731
-        return left.at[chosen].set(False, mode="drop"), jax.tree.map(write, now, fresh)
+
+        def write(old: Array, new: Any) -> Array:
+            return old.at[chosen].set(new, mode="drop")
+
+        return write(left, False), jax.tree.map(write, now, fresh)
 
     return jax.lax.while_loop(lambda carry: jnp.any(carry[0]), reset, (done, now))[1]
 

@@ -1,6 +1,5 @@
 """XLand-MiniGrid. Observations are views of tiles and colours, one-hot."""
 
-import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -8,10 +7,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Key
 
-from purejaxppo.envs.navix import one_hot_grid
-from purejaxppo.envs.params import changed_values
+from purejaxppo.envs.params import changed_values, fields_of, numbers_of
 from purejaxppo.envs.single import Single
-from purejaxppo.envs.spaces import box, discrete
+from purejaxppo.envs.spaces import box, discrete, one_hot_grid
 from purejaxppo.types import PyTree
 
 
@@ -27,11 +25,7 @@ def make(name: str, params: Mapping[str, float | int | bool]) -> Single:
 
     made: Any = registration.make(name)
     env, full = made
-    numbers = {
-        f.name: getattr(full, f.name)
-        for f in dataclasses.fields(full)
-        if isinstance(getattr(full, f.name), bool | int | float)
-    }
+    numbers = numbers_of(fields_of(full))
     full = full.replace(**changed_values(f"xminigrid/{name}", numbers, params))
     sizes = (NUM_TILES, NUM_COLORS)
 

@@ -82,6 +82,17 @@ class Extras(NamedTuple):
     progress: bool = True
 
 
+def _saver(session: Session, evaluate: Any, stop: StopRequest) -> Saver | None:
+    """What saves and evaluates checkpoints; those of a sweep's waves are not evaluated."""
+    if session.directory is None:
+        return None
+    alone = not session.settings.trials
+    return Saver(
+        session.directory, session.settings, evaluate if alone else None, session.start.checkpoint,
+        stop, held=session.held, sample=session.task.samples if alone else None,
+    )  # fmt: skip
+
+
 def conduct(session: Session, prepare: Callable[[], Prepared], extras: Extras) -> Result:
     """Compile the programs, train, evaluate, and write the results."""
     settings, directory, start = session.settings, session.directory, session.start
@@ -98,14 +109,8 @@ def conduct(session: Session, prepare: Callable[[], Prepared], extras: Extras) -
         prepared = prepare()
         loggers = _open_loggers(session, prepared.program.columns, own)
         stack.callback(close_all, loggers)
-        saver = None
-        if directory is not None:
-            evaluate = None if settings.trials else prepared.evaluation
-            sample = None if settings.trials else session.task.samples
-            saver = Saver(
-                directory, settings, evaluate, start.checkpoint, stop, held=session.held,
-                sample=sample,
-            )  # fmt: skip
+        saver = _saver(session, prepared.evaluation, stop)
+        if saver is not None:
             stack.callback(saver.close)
         if agreed(stop):
             _exit_after_save(stop, progress, directory)

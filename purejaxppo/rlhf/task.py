@@ -90,17 +90,7 @@ def make_rlhf_task(
     network = make_decoder(architecture)
     reference = called(f"reference of {problem.name}", problem.reference, architecture)
     check_fits(f"reference of {problem.name}", reference, _shapes(network))
-    held_out = problem.held_out
-    data = {
-        "prompts": problem.prompts,
-        "extras": problem.extras,
-        "shared": problem.shared,
-        "reference": reference,
-        "held_out": problem.prompts if held_out is None else held_out,
-        "held_out_extras": problem.extras if held_out is None else problem.held_out_extras,
-    }
-    if config.start:
-        data["start"] = _params_to_start_from(config, problem, network)
+    data = _data_of(config, problem, network, reference)
     parts = TokenParts(config, problem, network)
     update_call, evaluation_call = host_calls(parts)
     return Task(
@@ -123,6 +113,23 @@ def make_rlhf_task(
         plots=partial(frontier_plots, config.batch_size, problem.gold is not None),
         explain=Failures(parts, data),
     )
+
+
+def _data_of(
+    config: RLHFConfig, problem: Problem, network: Network, reference: PyTree
+) -> dict[str, PyTree]:
+    held_out = problem.held_out
+    data = {
+        "prompts": problem.prompts,
+        "extras": problem.extras,
+        "shared": problem.shared,
+        "reference": reference,
+        "held_out": problem.prompts if held_out is None else held_out,
+        "held_out_extras": problem.extras if held_out is None else problem.held_out_extras,
+    }
+    if config.start:
+        data["start"] = _params_to_start_from(config, problem, network)
+    return data
 
 
 def _params_to_start_from(config: RLHFConfig, problem: Problem, network: Network) -> PyTree:

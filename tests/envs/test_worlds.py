@@ -84,9 +84,7 @@ def contains(space: Any, obs: Any) -> None:
 
 
 def rows(tree: Any) -> list[np.ndarray]:
-    as_data = lambda x: jax.random.key_data(x) if jnp.issubdtype(  # noqa: E731
-        x.dtype, jax.dtypes.prng_key) else x  # fmt: skip
-    return [np.asarray(as_data(x)) for x in jax.tree.leaves(tree)]
+    return [np.asarray(data_of(x)) for x in jax.tree.leaves(tree)]
 
 
 @pytest.mark.parametrize("env_id", SHORT)
