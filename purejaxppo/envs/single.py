@@ -92,7 +92,7 @@ def reset_on_demand(
 
     Fresh states are computed only in steps in which an episode ends: for all environments, or with
     `slow_reset` for a few at a time, until all that have ended are reset. A state depends only on
-    the key of its environment, so both give the same.
+    the key of its environment, so both give the same, in physics up to rounding.
     """
 
     def step(keys: Key[Array, " N"], state: PyTree, action: Array) -> tuple[PyTree, TimeStep]:

@@ -103,6 +103,9 @@ def walk(env_id: str) -> None:
     single = single_of(env_id)
     env = make_environment(ppo.Config(env_id=env_id))
     space = env.action_space
+    # Products of matrices round differently in batches of other sizes: 5e-10 was measured.
+    physics = env_id.partition("/")[0] in EXPENSIVE
+    agree = functools.partial(jnp.allclose if physics else jnp.array_equal, equal_nan=True)
     always = reset_on_demand(*plain(single), slow_reset=not single.slow_reset)
 
     def step(carry: Any, key: jax.Array) -> Any:
@@ -111,9 +114,8 @@ def walk(env_id: str) -> None:
         action = jax.vmap(functools.partial(random_action, space))(act, obs)
         state, result = env.step(move, state, action)
         other, _ = always(move, carry[0], action)
-        same = [jnp.array_equal(x, y, equal_nan=True) for x, y in zip(
-            *(map(data_of, jax.tree.leaves(tree)) for tree in (state, other)), strict=True
-        )]  # fmt: skip
+        pairs = zip(*(map(data_of, jax.tree.leaves(tree)) for tree in (state, other)), strict=True)
+        same = [agree(x, y) for x, y in pairs]
         return (state, result.obs), (result, jnp.stack(same).all())
 
     state, obs = jax.jit(env.reset)(jax.random.split(jax.random.key(1), N))
