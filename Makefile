@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install train test lint docs docs-serve test-slow test-faults bench bench-full bench-checkpoints bench-search bench-family bench-rlhf bench-over-optimization bench-worlds results parity lock clean
+.PHONY: help install train test lint docs docs-serve test-slow test-faults bench bench-full bench-checkpoints bench-search bench-family bench-rlhf bench-over-optimization bench-worlds results results-worlds parity lock clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -69,6 +69,9 @@ bench-worlds: $(INSTALLED) ## compare the speed of suites' environments with the
 
 results: $(INSTALLED) ## train each config with 10 seeds; update the table (half an hour)
 	$(BIN)/python benchmarks/results.py
+
+results-worlds: $(INSTALLED) ## train on environments of suites with 5 seeds; update the table (two hours)
+	$(BIN)/python benchmarks/world_scores.py
 
 parity: ## regenerate the PyTorch reference values for the tests
 	$(PYTHON) -m venv .venv-torch
