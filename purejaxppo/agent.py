@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from purejaxppo.checks import is_traced
 from purejaxppo.distributions import draw_noise
-from purejaxppo.envs.base import obs_shapes
+from purejaxppo.envs.base import named_parts, obs_shapes
 from purejaxppo.inputs import (
     as_key,
     check_carry,
@@ -81,7 +81,7 @@ def agent_of(
         return carry, policy_outputs[0], value[0]
 
     def checked(obs: PyTree, carry: PyTree, function: str) -> tuple[PyTree, Any]:
-        rows = jax.tree.map(jnp.asarray, obs)
+        rows = jax.tree.map(jnp.asarray, named_parts(obs))
         n = check_obs(rows, shapes, function)
         check_carry(carry, one_row, n, function)
         return rows, n

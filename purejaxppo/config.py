@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from purejaxppo.checks import FLOAT_MAX, ConfigError, EnvParams, check_fields, is_reference
 from purejaxppo.combinations import check_combinations
-from purejaxppo.draws import parse_draws
+from purejaxppo.draws import parse_draws, parse_encoders
 from purejaxppo.objectives.base import Objective
 from purejaxppo.objectives.table import DEFAULTS, READ_BY_SOME, objective_of
 
@@ -233,8 +233,9 @@ class Config(UpdateConfig):
     network: Literal["auto"] | str = "auto"
     """Network: auto builds one from the settings below; or package.module:name of a Flax module, or
     of a function that makes one for a number of policy outputs."""
-    encoder: Literal["auto", "mlp", "cnn"] = "auto"
-    """Observation encoder; auto uses cnn for [height, width, channels], mlp for others."""
+    encoder: str = "auto"
+    """Observation encoder: auto, mlp or cnn; auto uses cnn for [height, width, channels], mlp for
+    others. Or encoders of entries of the observation, such as view=cnn,direction=mlp."""
     memory: Literal["none", "gru", "lstm", "gtrxl"] = "none"
     """Memory after the encoder, for partially observed environments: a recurrent cell, or gtrxl, a
     gated transformer over the last memory_window steps of the episode."""
@@ -280,6 +281,7 @@ class Config(UpdateConfig):
         self._choose()
         check_fields(self)
         parse_draws(self.randomize)
+        parse_encoders(self.encoder)
         if self.memory == "gtrxl" and self.memory_size % self.memory_heads:
             raise ConfigError(
                 f"memory_size = {self.memory_size}: must be a multiple of memory_heads = "
@@ -306,6 +308,11 @@ class Config(UpdateConfig):
         except (KeyError, TypeError):  # unknown objective; check_fields raises
             chosen = DEFAULTS
         fill_auto(self, chosen)
+
+    @property
+    def encoders(self) -> dict[str, str]:
+        """The encoders of entries of the observation by name; empty if there is one for all."""
+        return parse_encoders(self.encoder)
 
     @property
     def batch_size(self) -> int:

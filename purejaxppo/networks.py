@@ -129,6 +129,28 @@ class Encoder(nn.Module):
         return x
 
 
+class PartsEncoder(nn.Module):
+    """Encodes named entries of an observation each by its own `Encoder`, with one dense layer; the
+    dense layers that follow read these features and the other entries together."""
+
+    kinds: tuple[tuple[str, str], ...]
+    """Names of entries and their kinds of encoder, `mlp` or `cnn`."""
+    hidden_sizes: tuple[int, ...]
+    activation: str
+
+    @nn.compact
+    def __call__(self, obs: Mapping[str, Float[Array, "B ..."]]) -> Float[Array, "B F"]:
+        features = dict(obs)
+        for name, kind in self.kinds:
+            encoder = Encoder(
+                kind == "cnn", self.hidden_sizes[:1], self.activation, name=f"encoder_{name}"
+            )
+            features[name] = encoder(obs[name])
+        flat = [x.reshape((x.shape[0], -1)) for _, x in sorted(features.items())]
+        joined = Encoder(False, self.hidden_sizes, self.activation, name="joined")
+        return joined(jnp.concatenate(flat, axis=-1))
+
+
 def _convolutions(image: tuple[int, ...]) -> list[nn.Module]:
     """The layers of Mnih et al. 2015 for pixel images, a small one (Young and Tian 2019, MinAtar)
     for grids. Call it inside a compact module, so that they become its submodules."""
@@ -175,19 +197,19 @@ class Memory(nn.Module):
 class Trunk(nn.Module):
     """An encoder and an optional memory, over rows: R = T * B."""
 
-    encoder: Callable[..., Encoder]
+    encoder: Callable[..., Encoder | PartsEncoder]
     memory: Callable[..., nn.Module] | None
 
     @nn.compact
     def __call__(
-        self, carry: PyTree, obs: Float[Array, "R ..."], start: Bool[Array, "T B"]
+        self, carry: PyTree, obs: PyTree, start: Bool[Array, "T B"]
     ) -> tuple[PyTree, Float[Array, "R F"]]:
         features = self.encoder(name="encoder")(obs)
         if self.memory is None:
             return carry, features
         memory: Any = self.memory(name="memory")
         carry, features = memory(carry, features.reshape((*start.shape, -1)), start)
-        return carry, features.reshape((obs.shape[0], -1))
+        return carry, features.reshape((start.size, -1))
 
 
 class ActorCritic(nn.Module):
@@ -205,7 +227,7 @@ class ActorCritic(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: PyTree, obs: Float[Array, "R ..."], start: Bool[Array, "T B"]
+        self, carry: PyTree, obs: PyTree, start: Bool[Array, "T B"]
     ) -> tuple[PyTree, Float[Array, "R P"], Float[Array, " R"]]:
         if self.shared:
             carry, actor = self.trunk(name="shared")(carry, obs, start)
@@ -234,20 +256,9 @@ def make_network(config: Config, observation_space: Any, policy: Policy) -> Netw
     """
     spaces = parts_of(observation_space)
     masked = is_masked(spaces)
-    prepare, shape = _observation_reader(config, without_mask(spaces) if masked else spaces)
-    convolutions = _uses_convolutions(config, shape)
-
-    def encoder(**kwargs: Any) -> Encoder:
-        return Encoder(
-            convolutions=convolutions,
-            hidden_sizes=config.hidden_sizes,
-            activation=config.activation,
-            **kwargs,
-        )
-
-    def trunk(**kwargs: Any) -> Trunk:
-        return Trunk(encoder, _memory(config), **kwargs)
-
+    spaces = without_mask(spaces) if masked else spaces
+    read, zeros = _observation_reader(config, spaces)
+    trunk = partial(Trunk, _encoder(config, zeros), _memory(config))
     module = ActorCritic(
         trunk, config.shared_trunk, policy.num_outputs, policy.num_free, config.log_std_init
     )
@@ -259,21 +270,21 @@ def make_network(config: Config, observation_space: Any, policy: Policy) -> Netw
         return one if config.shared_trunk else (one, one)
 
     def init(key: Key[Array, ""]) -> PyTree:
-        obs, start = jnp.zeros((1, *shape), jnp.float32), jnp.ones((1, 1), bool)
-        return module.init(key, initial_carry(1), obs, start)["params"]
+        start = jnp.ones((1, 1), bool)
+        return module.init(key, initial_carry(1), _rows(zeros, 1), start)["params"]
 
     def apply(
-        params: PyTree, carry: PyTree, obs: Array, start: Bool[Array, "T B"]
+        params: PyTree, carry: PyTree, obs: PyTree, start: Bool[Array, "T B"]
     ) -> tuple[PyTree, Float[Array, "T B P"], Float[Array, "T B"]]:
-        rows = prepare(obs).reshape((-1, *shape))
+        rows = jax.tree.map(lambda x, one: x.reshape((-1, *one.shape)), read(obs), zeros)
         result: Any = module.apply({"params": params}, carry, rows, start)
         carry, policy_outputs, value = result
         return carry, policy_outputs.reshape((*start.shape, -1)), value.reshape(start.shape)
 
     def layers(key: Key[Array, ""]) -> PyTree:
-        obs, start = jnp.zeros((1, *shape), jnp.float32), jnp.ones((1, 1), bool)
-        variables = module.init(key, initial_carry(1), obs, start)
-        return module.apply(variables, initial_carry(1), obs, start, capture_intermediates=True)[1]
+        inputs = initial_carry(1), _rows(zeros, 1), jnp.ones((1, 1), bool)
+        variables = module.init(key, *inputs)
+        return module.apply(variables, *inputs, capture_intermediates=True)[1]
 
     made = jax.tree.leaves(jax.eval_shape(layers, jax.random.key(0)))
     width, sequential = max(x.size for x in made), config.memory != "none"
@@ -310,14 +321,34 @@ def parts_in_cache(network: Network, num_rows: int, divisible: int) -> int:
     return next(n for n in range(min(wanted, divisible), 0, -1) if divisible % n == 0)
 
 
-def _observation_reader(
-    config: Config, space: Any
-) -> tuple[Callable[[PyTree], Array], tuple[int, ...]]:
+def _observation_reader(config: Config, space: Any) -> tuple[Callable[[PyTree], PyTree], PyTree]:
+    """A function that converts observations to floats, and one converted observation of zeros.
+    Entries of a dictionary stay apart if `encoder` names some of them."""
+    parts = parts_of(space)
+    if not config.encoders:
+        read, shape = _flat_reader(config, parts)
+        return read, jax.ShapeDtypeStruct(shape, jnp.float32)
+    known = parts if isinstance(parts, dict) else {}
+    for name in config.encoders:
+        if name not in known:
+            has = f"has the entries {', '.join(known)}" if known else "is a single array"
+            raise ConfigError(
+                f"encoder = {config.encoder!r}: there is no entry {name!r}; the observation of "
+                f"{config.env_id} {has}"
+            )
+    readers = {name: _flat_reader(config, part) for name, part in parts.items()}
+    shapes = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, (_, shape) in readers.items()
+    }
+    return lambda obs: {name: read(obs[name]) for name, (read, _) in readers.items()}, shapes
+
+
+def _flat_reader(config: Config, space: Any) -> tuple[Callable[[PyTree], Array], tuple[int, ...]]:
     """Return a function that converts observations to floats, and the converted shape. The entries
     of a dictionary are flattened and joined, in the order of their names."""
     parts = parts_of(space)
     if isinstance(parts, dict) and parts:
-        readers = {name: _observation_reader(config, parts[name]) for name in sorted(parts)}
+        readers = {name: _flat_reader(config, parts[name]) for name in sorted(parts)}
         size = sum(math.prod(shape) for _, shape in readers.values())
         return partial(_joined, readers), (size,)
     if is_discrete(space):
@@ -326,7 +357,7 @@ def _observation_reader(
         return _floats, tuple(space.shape)
     raise ConfigError(
         f"the observation space {space} of {config.env_id} is not supported; supported are Box "
-        "and Discrete, and dictionaries of them"
+        "and Discrete, and dictionaries and tuples of them"
     )
 
 
@@ -341,10 +372,25 @@ def _floats(obs: Array) -> Array:
     return obs.astype(jnp.float32) / 255.0 if obs.dtype == jnp.uint8 else obs.astype(jnp.float32)
 
 
-def _uses_convolutions(config: Config, shape: tuple[int, ...]) -> bool:
-    if config.encoder == "cnn" and len(shape) != 3:
+def _rows(one: PyTree, n: int) -> PyTree:
+    return jax.tree.map(lambda x: jnp.zeros((n, *x.shape), x.dtype), one)
+
+
+def _encoder(config: Config, one: PyTree) -> Callable[..., Encoder | PartsEncoder]:
+    """The module that encodes observations of these shapes, and takes its name."""
+    more = {"hidden_sizes": config.hidden_sizes, "activation": config.activation}
+    if not config.encoders:
+        return partial(Encoder, _uses_convolutions(config, config.encoder, one.shape), **more)
+    for name, kind in config.encoders.items():
+        _uses_convolutions(config, kind, one[name].shape, f" {name}")
+    return partial(PartsEncoder, tuple(sorted(config.encoders.items())), **more)
+
+
+def _uses_convolutions(config: Config, kind: str, shape: tuple[int, ...], entry: str = "") -> bool:
+    if kind == "cnn" and len(shape) != 3:
         raise ConfigError(
-            f"encoder = 'cnn' reads observations [height, width, channels], but those of "
-            f"{config.env_id} have the shape {list(shape)}; use auto or mlp"
+            f"encoder = {config.encoder!r} reads observations [height, width, channels], but those "
+            f"{entry.strip() and f'named{entry} '}of {config.env_id} have the shape {list(shape)}; "
+            "use auto or mlp"
         )
-    return config.encoder == "cnn" or (config.encoder == "auto" and len(shape) == 3)
+    return kind == "cnn" or (kind == "auto" and len(shape) == 3)

@@ -17,6 +17,7 @@ from purejaxppo.between import HostCall
 from purejaxppo.checks import ConfigError, HostCallError, RunWarning
 from purejaxppo.collect import Stepper, draw, truncation_value
 from purejaxppo.config import Config
+from purejaxppo.envs.base import named_parts
 from purejaxppo.evaluation import MAX_STEPS_WITHOUT_LIMIT
 from purejaxppo.normalize import normalize_obs
 from purejaxppo.types import (
@@ -200,7 +201,10 @@ class Python:
         return self._env.in_python(count)
 
     def _typed(self, obs: PyTree) -> PyTree:
-        return jax.tree.map(lambda x: np.array(x, jax.dtypes.canonicalize_dtype(x.dtype)), obs)
+        def typed(x: Any) -> np.ndarray:
+            return np.array(x, jax.dtypes.canonicalize_dtype(x.dtype))
+
+        return jax.tree.map(typed, named_parts(obs))
 
     def _step(self, envs: Any, action: np.ndarray) -> TimeStep:
         try:
@@ -212,7 +216,7 @@ class Python:
         obs = self._typed(obs)
         final = jax.tree.map(np.copy, obs)
         for n in map(int, np.flatnonzero(terminated | truncated)):
-            _write_row(final, n, _row(info["final_obs"], n))
+            _write_row(final, n, named_parts(_row(info["final_obs"], n)))
         return TimeStep(obs, reward.astype(np.float32), terminated, truncated, final)
 
     # Evaluations

@@ -9,6 +9,7 @@ from gymnax.environments import spaces
 
 import purejaxppo as ppo
 from purejaxppo.distributions import make_policy
+from purejaxppo.envs.base import MultiDiscrete
 from purejaxppo.networks import PatchConv, make_network, product
 from purejaxppo.types import Network
 from purejaxppo.window import Block, empty_cache
@@ -191,7 +192,7 @@ def test_discrete_observations_are_one_hot(key: jax.Array):
     ("space", "settings", "words"),
     [
         (VECTOR, {"encoder": "cnn"}, r"\[3\]; use auto or mlp"),
-        (spaces.Dict({"a": spaces.Tuple([VECTOR])}), {}, "dictionaries of them"),
+        (spaces.Dict({"a": MultiDiscrete((2, 3))}), {}, "dictionaries and tuples of them"),
     ],
 )
 def test_unsupported_observations_are_refused(space: object, settings: dict, words: str):

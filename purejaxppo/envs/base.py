@@ -1,6 +1,7 @@
 """Spaces of observations and actions, and checks of environments."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import chex
@@ -50,9 +51,27 @@ def is_box(space: Any) -> bool:
 
 
 def parts_of(space: Any) -> Any:
-    """A dictionary of spaces as a `dict`; any other space as it is."""
+    """A dictionary or tuple of spaces as a `dict`, with names as in `named_parts`; any other space
+    as it is."""
     inner = getattr(space, "spaces", space)
+    if isinstance(inner, Sequence) and inner and getattr(space, "shape", None) is None:
+        return {str(i): x for i, x in enumerate(inner)}
     return dict(inner) if isinstance(inner, Mapping) else space
+
+
+def named_parts(obs: PyTree) -> PyTree:
+    """An observation with every dataclass, named tuple and mapping in it as a `dict` by name, and
+    every other tuple as a `dict` with the names `0`, `1` and so on."""
+    if isinstance(obs, Mapping):
+        parts = dict(obs)
+    elif dataclasses.is_dataclass(obs) and not isinstance(obs, type):
+        parts = {f.name: getattr(obs, f.name) for f in dataclasses.fields(obs)}
+    elif isinstance(obs, tuple):
+        names = getattr(obs, "_fields", None) or map(str, range(len(obs)))
+        parts = dict(zip(names, obs, strict=True))
+    else:
+        return obs
+    return {name: named_parts(x) for name, x in parts.items()}
 
 
 def obs_shapes(space: Any) -> Any:
@@ -67,7 +86,7 @@ def obs_shapes(space: Any) -> Any:
     if not hasattr(parts, "shape"):
         raise ConfigError(
             f"observation space of type {type(space).__name__}: not supported; use a Box, a "
-            "Discrete, or a Dict of them"
+            "Discrete, or a Dict or Tuple of them"
         )
     return tuple(parts.shape)
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Key
 
 from purejaxppo.checks import nearest
 from purejaxppo.config import ConfigError
-from purejaxppo.envs.base import MultiDiscrete
+from purejaxppo.envs.base import MultiDiscrete, named_parts, parts_of
 from purejaxppo.envs.spaces import box, discrete
 from purejaxppo.suites import GYMNASIUM
 from purejaxppo.types import Environment, PyTree, TimeStep
@@ -41,7 +41,7 @@ def make_python_environment(env_id: str, params: Mapping[str, float | int | bool
     observation_space = _space(env_id, envs.single_observation_space)
     action_space = _space(env_id, envs.single_action_space)
     limit = None if envs.spec is None else envs.spec.max_episode_steps
-    like = jax.tree.map(np.asarray, envs.reset(seed=0)[0])
+    like = jax.tree.map(np.asarray, named_parts(envs.reset(seed=0)[0]))
     envs.close()
 
     def reset(keys: Key[Array, " N"]) -> tuple[PyTree, PyTree]:
@@ -91,9 +91,9 @@ def _space(env_id: str, space: Any) -> Any:
         return discrete(space.n)
     if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim == 1:
         return MultiDiscrete(tuple(int(n) for n in space.nvec))
-    if isinstance(space, spaces.Dict):
-        return {name: _space(env_id, part) for name, part in space.items()}
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        return {name: _space(env_id, part) for name, part in parts_of(space).items()}
     raise ConfigError(
         f"env_id = {env_id!r}: its space {space} is not supported; supported are Box, Discrete "
-        "from 0, MultiDiscrete and Dict"
+        "from 0, MultiDiscrete, Dict and Tuple"
     )

@@ -13,6 +13,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Key
 
 from purejaxppo.config import Config, ConfigError
+from purejaxppo.envs.base import named_parts
 from purejaxppo.envs.drawings import drawing_of
 from purejaxppo.envs.params import fields_of, replaced
 from purejaxppo.envs.single import ResetOne, Single, StepOne, like, number, vectorised
@@ -79,7 +80,7 @@ def from_gymnax(name: str, env: Any, params: Any, config: Config) -> Environment
 
         def reset(key: Key[Array, ""]) -> tuple[PyTree, PyTree]:
             obs, state = env.reset(key, own)
-            return state, obs
+            return state, named_parts(obs)
 
         return reset, _inner_step(env, own)
 
@@ -128,7 +129,8 @@ def _inner_step(env: Any, params: Any) -> StepOne:
             truncated = env.is_truncated(next_state, params)
         else:
             truncated = jnp.bool_(info.get("truncated", False))
-        return next_state, obs, reward, over if is_new else over & ~truncated, truncated
+        terminated = over if is_new else over & ~truncated
+        return next_state, named_parts(obs), reward, terminated, truncated
 
     return step_one
 
@@ -164,11 +166,11 @@ def _public_step(single: Single, env: Any, params: Any) -> Any:
             )
         obs, next_state, reward, terminated, truncated, info = result
         return like(name, "state", next_state, state), TimeStep(
-            obs=like(name, "observation", obs, obs_like),
+            obs=like(name, "observation", named_parts(obs), obs_like),
             reward=number(reward, jnp.float32, "reward"),
             terminated=number(terminated, bool, "terminated"),
             truncated=number(truncated, bool, "truncated"),
-            final_obs=like(name, "observation", info["final_observation"], obs_like),
+            final_obs=like(name, "observation", named_parts(info["final_observation"]), obs_like),
         )
 
     return step_one

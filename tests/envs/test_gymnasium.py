@@ -123,6 +123,31 @@ def test_a_rollout_is_what_happened_in_python(memory: str):
         np.testing.assert_allclose(rollout.next_value[cut], np.asarray(last)[cut], rtol=1e-4)
 
 
+class TupleWalk(PythonWalk):
+    """`PythonWalk` with its observation in two parts."""
+
+    observation_space = gymnasium.spaces.Tuple([gymnasium.spaces.Box(-20.0, 20.0, (1,))] * 2)
+
+    def observed(self) -> Any:
+        return tuple(np.float32([x]) for x in super().observed())
+
+
+def test_a_tuple_of_observations_is_read_as_one_array():
+    """Both environments lead to the same rollouts, including the values of last observations."""
+    registry.pop(NAME)
+    register(NAME, entry_point=TupleWalk, max_episode_steps=LIMIT)
+    _, rollout, _ = collected(ppo.make_task(config()))
+    registry.pop(NAME)
+    register(NAME, entry_point=PythonWalk, max_episode_steps=LIMIT)
+    _, expected, _ = collected(ppo.make_task(config()))
+    assert np.asarray(expected.truncated).any()
+    joined = np.concatenate([rollout.obs["0"], rollout.obs["1"]], axis=-1)
+    np.testing.assert_allclose(joined, expected.obs, rtol=1e-6)
+    for name in ("action", "reward", "terminated", "truncated", "value", "next_value"):
+        found, wanted = getattr(rollout, name), getattr(expected, name)
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, err_msg=name)
+
+
 def test_a_run_is_evaluated_and_resumed_with_new_episodes(tmp_path: Path, capsys: Any):
     run = tmp_path / "run"
     result = ppo.run(config(), run_dir=run, num_seeds=2, eval_episodes=5, progress=False)
