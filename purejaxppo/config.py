@@ -184,6 +184,13 @@ class Config(UpdateConfig):
     reward_clip: float = bounded(math.inf, 0.0, open_low=True)
     """Clip rewards to +- this bound for learning, after their normalisation. Reported returns are
     not clipped."""
+    opponent: Literal["self", "pool"] = "self"
+    """In games of two players: the policy itself plays the other side, or a pool of its earlier
+    versions."""
+    opponent_pool: int = bounded(8, 1, 1024, opponent=("pool",))
+    """Number of opponents in the pool; a divisor of num_envs."""
+    opponent_every: int = bounded(10, 1, opponent=("pool",))
+    """Replace the oldest opponent by the policy every this many updates."""
     total_timesteps: int = bounded(500_000, 1)
     """Environment steps of the run, rounded up to whole updates."""
     num_envs: int = bounded(AUTO, 1)

@@ -139,9 +139,23 @@ def check_in_python(objective: Objective, env: Environment, given: Mapping[str, 
 
 
 def check_alternating(config: Config, objective: Objective, env: Environment) -> None:
-    """Raise `ConfigError` if a setting does not fit a game of two players."""
+    """Raise `ConfigError` if a setting does not fit a game of two players, or needs one."""
+    if not env.alternating and config.opponent != "self":
+        raise ConfigError(
+            f"opponent = {config.opponent}: {env.name} has no second player; leave it out"
+        )
     if not env.alternating:
         return
+    if config.opponent == "pool" and config.normalize_obs:
+        raise ConfigError(
+            "normalize_obs: opponents of a pool do not store the statistics of observations; leave "
+            "it out, or use opponent = self"
+        )
+    if config.opponent == "pool" and config.num_envs % config.opponent_pool:
+        raise ConfigError(
+            f"num_envs = {config.num_envs}: must be a multiple of opponent_pool = "
+            f"{config.opponent_pool}, since each opponent plays in as many environments"
+        )
     if objective.whole_episodes:
         raise ConfigError(
             f"objective = {objective.name}: adds up the rewards of an episode, but in {env.name} "

@@ -35,6 +35,7 @@ from purejaxppo.normalize import init_obs_stats, init_stats
 from purejaxppo.objectives.base import Objective
 from purejaxppo.objectives.episodes import make_episode_advantage, whole_episode_actor
 from purejaxppo.objectives.table import check_objective, objective_of
+from purejaxppo.opponents import against_pool, with_pool
 from purejaxppo.optimizer import ADAM, Optimizer
 from purejaxppo.recorded import Python, recorded_actor, recorded_returns
 from purejaxppo.references import resolve
@@ -233,6 +234,8 @@ def make_task(config: Config, **given: Any) -> Task:
     network = _network(config, env, policy, given)
     _check_environment(config, objective, env, policy, given)
     part_checks.check_critic(objective, network)
+    if config.opponent == "pool":
+        env = against_pool(env, network, policy, config)
     if (reason := _why_not_divided(config, env, network, 1)) is not None:
         raise ConfigError(reason)
     hparams = given.get("hparams", HParams())
@@ -303,6 +306,8 @@ def _parts(
         actor = recorded_actor(config, env, network, policy, keep_outputs=keep)
     else:
         actor = make_actor(config, env, network, policy, keep_outputs=keep, axis=axis)
+    if config.opponent == "pool":
+        actor = with_pool(actor, config)
     if objective.whole_episodes:
         actor = whole_episode_actor(config, objective, env, network, actor)
         space = env.observation_space
@@ -446,6 +451,8 @@ def _why_not_divided(
 ) -> str | None:
     if env.in_python is not None and devices > 1:
         return f"{env.name} is stepped in Python, on one device"
+    if config.opponent == "pool" and devices > 1:
+        return "opponent = pool: the opponents play on one device"
     if config.num_envs % devices:
         return (
             f"num_envs = {config.num_envs} is not divisible by devices = {devices}; use a multiple"

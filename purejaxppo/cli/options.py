@@ -70,7 +70,8 @@ _GROUPS = {
     "common": f"{_FIRST} run_dir",
     "search": " ".join(f.name for f in dataclasses.fields(SweepSettings)),
     "environment": (
-        "env_id randomize frame_stack action_repeat sticky_actions time_limit obs_clip reward_clip"
+        "env_id randomize frame_stack action_repeat sticky_actions time_limit obs_clip reward_clip "
+        "opponent opponent_pool opponent_every"
     ),
     "text": (
         "tokenizer init start reward reward_combine retokenize held_out bad_lines loss loss_on "

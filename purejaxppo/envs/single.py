@@ -81,6 +81,7 @@ def vectorised(single: Single) -> Environment:
         step=reset_on_demand(reset_one, step_one, slow_reset=single.slow_reset),
         render=single.render,
         alternating=single.alternating,
+        game=single if single.alternating else None,
         evaluation=None if single.evaluation is None else vectorised(single.evaluation),
     )
 

@@ -165,6 +165,77 @@ def test_rewards_are_those_of_the_mover():
         assert winner(tuple(board)) == 1
 
 
+POOL = ppo.Config(
+    env_id="pgx/tic_tac_toe", num_envs=64, num_steps=24, total_timesteps=64 * 24 * 6,
+    hidden_sizes=(8,), num_minibatches=2, update_epochs=1, opponent="pool", opponent_pool=2,
+    opponent_every=2,
+)  # fmt: skip
+
+
+def started(config: ppo.Config) -> tuple[Any, Any, Any]:
+    """The task, its parts and its first state."""
+    task = ppo.make_task(config)
+    made: Any = task.parts(None)  # pyright: ignore
+    return task, made, jax.jit(task.learner(None).init)(jax.random.key(0), HPARAMS, ())
+
+
+def test_each_opponent_of_the_pool_plays_in_its_environments():
+    """Opponents that prefer one cell, each another, against a simulation of the rules."""
+    _, made, state = started(POOL)
+    match = state.actors.env_state
+    favourites = np.array([4, 8])
+    bias = 50.0 * jax.nn.one_hot(favourites, 9)
+    pool = match.pool | {"actor_head": match.pool["actor_head"] | {"bias": bias}}
+    reset = jax.jit(made.env.reset)(jax.random.split(jax.random.key(5), POOL.num_envs))
+    games = reset[0]._replace(pool=pool)
+    obs, boards = reset[1], np.zeros((POOL.num_envs, 9), int)
+    step, rng = jax.jit(made.env.step), np.random.default_rng(0)
+    began = []
+    for t in range(POOL.num_steps):
+        planes = np.asarray(obs["observation"]).reshape(-1, 9, 2)
+        boards = planes[..., 0].astype(int) - planes[..., 1].astype(int)
+        action = np.array([rng.choice(np.flatnonzero(x)) for x in np.asarray(obs["action_mask"])])
+        games, found = step(jax.random.split(jax.random.key(t), POOL.num_envs), games, action)
+        after = np.asarray(found.obs["observation"]).reshape(-1, 9, 2)
+        for n, board in enumerate(boards):
+            board[action[n]] = 1
+            won, free = winner(tuple(board)) == 1, np.flatnonzero(board == 0)
+            if won or not len(free):
+                assert (found.reward[n], bool(found.terminated[n])) == (float(won), True)
+            elif found.terminated[n]:
+                lost = [board.copy() for _ in free]
+                for other, cell in zip(lost, free, strict=True):
+                    other[cell] = -1
+                outcomes = {winner(tuple(x)) for x in lost if winner(tuple(x)) or 0 not in x}
+                assert float(found.reward[n]) in outcomes
+            else:
+                now = after[n, :, 0].astype(int) - after[n, :, 1].astype(int)
+                (changed,) = np.flatnonzero(now != board)
+                assert now[changed] == -1
+                favourite = favourites[n // (POOL.num_envs // 2)]
+                assert changed == favourite or board[favourite]
+                assert found.reward[n] == 0
+            if found.terminated[n]:
+                began.append(after[n, :, 1].sum())
+                assert after[n, :, 0].sum() == 0
+        obs = found.obs
+    assert len(began) > 200
+    assert np.mean(began) == pytest.approx(0.5, abs=0.15)
+
+
+def test_the_pool_holds_earlier_versions():
+    """Before updates 0, 2 and 4 the policy enters slots 0, 1 and 0."""
+    task, _, state = started(POOL)
+    update, before = jax.jit(task.learner(None).update), []
+    for _ in range(6):
+        before.append(state.learner.params)
+        state, _ = update(state, HPARAMS, ())
+    for slot, when in ((0, 4), (1, 2)):
+        held = jax.tree.map(lambda x, slot=slot: x[slot], state.actors.env_state.pool)
+        jax.tree.map(np.testing.assert_array_equal, held, before[when])
+    assert np.isfinite(ppo.evaluate(task, state, jax.random.key(1), 8)).all()
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -172,6 +243,10 @@ def test_rewards_are_those_of_the_mover():
         ({"memory": "gru"}, "the memory would see both players' views"),
         ({"frame_stack": 2}, "cannot change pgx/tic_tac_toe, a game of two players"),
         ({"env_id": "pgx/kuhn_poker"}, "has hidden information"),
+        ({"env_id": "CartPole-v1", "opponent": "pool"}, "CartPole-v1 has no second player"),
+        ({"opponent": "pool"}, "must be a multiple of opponent_pool = 8"),
+        ({"opponent": "pool", "num_envs": 8, "normalize_obs": True}, "do not store the statistics"),
+        ({"opponent_pool": 2}, "has no effect with opponent = self"),
     ],
 )
 def test_settings_that_do_not_fit_a_game(changes: dict[str, Any], words: str):
