@@ -1,5 +1,6 @@
 """Pictures of environments, and episodes of trained policies as images and files."""
 
+import base64
 import os
 import subprocess
 import sys
@@ -330,6 +331,13 @@ def test_the_gif_holds_the_images(cartpole: Path, tmp_path: Path, capsys: Any):
         assert times == round(times)
         shown.extend([np.asarray(image.convert("RGB"))] * round(times))
     np.testing.assert_array_equal(np.stack(shown), expected)
+    page = tmp_path / "x.html"
+    assert main(["render", str(cartpole), str(page), *options]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert base64.b64encode(file.read_bytes()).decode() in text
+    assert base64.b64encode((cartpole / "learning_curve.png").read_bytes()).decode() in text
+    updates = ppo.load(cartpole).state.learner.updates
+    assert f"2 episodes of seed 0 after {updates} updates, sampled actions." in text
 
 
 def test_a_gif_of_many_colours_is_close(tmp_path: Path):
@@ -370,7 +378,7 @@ def test_errors_of_the_command(cartpole: Path, tmp_path: Path, capsys: Any, monk
 
     (tmp_path / "there.gif").touch()
     fails("already exists; choose another name", "there.gif")
-    fails("must end in .gif or .mp4", "x.avi")
+    fails("must end in .gif, .mp4 or .html", "x.avi")
     fails("fps = 60: a GIF can have at most 50; write an .mp4", "x.gif", "--fps", "60")
     fails("fps = 0: must be at least 1", "x.gif", "--fps", "0")
     fails("episodes = 0: must be at least 1", "x.gif", "--episodes", "0")

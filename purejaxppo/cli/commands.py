@@ -5,7 +5,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -38,7 +38,7 @@ from purejaxppo.host.configfile import (
 )
 from purejaxppo.host.rundir import REFRESH, SWEEP, StorageError, holds, write_whole
 from purejaxppo.host.signals import exit_at_second_signal
-from purejaxppo.host.video import check_video, write_video
+from purejaxppo.host.video import check_video, gif, write_video
 from purejaxppo.rlhf.config import RLHFConfig, RLHFHParams
 from purejaxppo.rlhf.text_config import RewardConfig, TextHParams
 from purejaxppo.sweeps.settings import Definition, dump_definition
@@ -594,14 +594,33 @@ def _render(command: Render) -> int:
         warnings.warn(
             f"seed {command.seed} failed: rendering its last good state", RunWarning, stacklevel=2
         )
+    state = jax.tree.map(lambda x: x[0], states)
     frames = frames_of(
-        task, jax.tree.map(lambda x: x[0], states),
-        rollout_key(command.rollout_seed, command.seed), command.episodes,
+        task, state, rollout_key(command.rollout_seed, command.seed), command.episodes,
         max_steps=command.max_steps, deterministic=command.deterministic,
     )  # fmt: skip
+    if command.file.suffix.lower() == ".html":
+        _write_page(command, task.config, int(state.learner.updates), frames)
+        say(f"{command.file}")
+        return 0
     count = write_video(command.file, frames, command.fps)
     say(f"{command.file}: {count} images")
     return 0
+
+
+def _write_page(command: Render, config: Any, updates: int, frames: Iterator[Any]) -> None:
+    from purejaxppo.host.report import write_policy_page
+
+    episodes = "1 episode" if command.episodes == 1 else f"{command.episodes} episodes"
+    actions = "deterministic" if command.deterministic else "sampled"
+    caption = f"{episodes} of seed {command.seed} after {updates:,} updates, {actions} actions."
+    run_dir = None if holds(command.run_dir, SWEEP) else command.run_dir
+    try:
+        write_policy_page(command.file, config, gif(frames, command.fps), caption, run_dir)
+    except OSError as error:
+        raise StorageError(
+            f"file {str(command.file)!r}: cannot be written: {error.strerror}"
+        ) from error
 
 
 def _envs(command: Envs) -> int:

@@ -176,7 +176,7 @@ class Export:
 
 @dataclass
 class Render:
-    """Render episodes of a policy as a GIF or MP4 file.
+    """Render episodes of a policy as a GIF or MP4 file, or as a page with the run's results.
 
     purejaxppo render runs/first first.gif
     """
@@ -184,7 +184,7 @@ class Render:
     run_dir: _Positional[Path]
     """A directory that `train` or `sweep` wrote."""
     file: _Positional[Path]
-    """The file to write, .gif or .mp4; must not exist yet."""
+    """The file to write, .gif, .mp4 or .html; must not exist yet."""
     trial: str | None = None
     """Of a sweep: trial to use, `best` or its number; None uses the best."""
     seed: int = 0
@@ -201,7 +201,7 @@ class Render:
     rollout_seed: int = 0
     """Random seed of the episodes."""
     fps: int = 30
-    """Images per second; at most 50 in a GIF. There is one image per step."""
+    """Images per second; at most 50, except for MP4. There is one image per step."""
     compilation_cache: bool = True
     """Keep compiled programs in the user's cache folder."""
 

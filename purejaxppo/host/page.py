@@ -3,10 +3,10 @@
 import base64
 
 
-def image(name: str, title: str, png: bytes) -> str:
-    """An embedded HTML image. `title` is HTML."""
-    data = base64.b64encode(png).decode()
-    return f'<img id="{name}" alt="{title}" src="data:image/png;base64,{data}">'
+def image(name: str, title: str, content: bytes, kind: str = "png") -> str:
+    """An embedded HTML image, a PNG or GIF. `title` is HTML."""
+    data = base64.b64encode(content).decode()
+    return f'<img id="{name}" alt="{title}" src="data:image/{kind};base64,{data}">'
 
 
 def figure(name: str, title: str, png: bytes, caption: str) -> str:

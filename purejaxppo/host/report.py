@@ -18,7 +18,7 @@ from purejaxppo.host.plots import (
     smooth,
     warns_if_undrawn,
 )
-from purejaxppo.host.rundir import REPORT, write_whole
+from purejaxppo.host.rundir import CURVE, REPORT, SUMMARY, holds, unsealed, write_whole
 from purejaxppo.host.samples import read_samples
 from purejaxppo.host.stats import bootstrap_mean_interval, mean_interval
 from purejaxppo.task import Plot
@@ -58,6 +58,27 @@ def write_run_report(
         *_samples(directory),
     ]
     write_whole(directory / REPORT, PAGE.format(title=title, body="\n".join(body)))
+
+
+def write_policy_page(
+    path: Path, config: Any, gif: bytes, caption: str, run_dir: Path | None
+) -> None:
+    """Write a page with episodes of a policy, and the results of the run in `run_dir`, if given.
+
+    Args:
+        caption: plain text about the episodes.
+    """
+    title = html.escape(config.title)
+    body = [f"<h1>{title}</h1>"]
+    if run_dir is not None and holds(run_dir, SUMMARY):
+        body.append(_facts(config, unsealed(run_dir / SUMMARY)))
+    if run_dir is not None and holds(run_dir, CURVE):
+        curve = image("training", "learning curve", (run_dir / CURVE).read_bytes())
+        body.append(f"<h2>Training</h2>\n<figure>{curve}</figure>")
+    episodes = image("policy", "episodes of the policy", gif, "gif")
+    caption = html.escape(caption)
+    body.append(f"<h2>Policy</h2>\n<figure>{episodes}\n<figcaption>{caption}</figcaption></figure>")
+    write_whole(path, PAGE.format(title=title, body="\n".join(body)))
 
 
 def _facts(config: Any, summary: dict[str, Any]) -> str:

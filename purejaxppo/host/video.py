@@ -1,4 +1,4 @@
-"""Writes images as GIF or MP4 files."""
+"""Encodes images as GIF or MP4."""
 
 import importlib.util
 import io
@@ -28,11 +28,11 @@ def check_video(path: Path, fps: int) -> None:
     if os.path.lexists(path):
         raise ConfigError(f"file {str(path)!r}: already exists; choose another name")
     kind = path.suffix.lower()
-    if kind not in (".gif", ".mp4"):
-        raise ConfigError(f"file {str(path)!r}: must end in .gif or .mp4")
+    if kind not in (".gif", ".mp4", ".html"):
+        raise ConfigError(f"file {str(path)!r}: must end in .gif, .mp4 or .html")
     if fps < 1:
         raise ConfigError(f"fps = {fps}: must be at least 1")
-    if kind == ".gif" and fps > MAX_FPS_OF_GIF:
+    if kind != ".mp4" and fps > MAX_FPS_OF_GIF:
         raise ConfigError(f"fps = {fps}: a GIF can have at most {MAX_FPS_OF_GIF}; write an .mp4")
     if kind == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
         raise ConfigError(
@@ -41,14 +41,15 @@ def check_video(path: Path, fps: int) -> None:
 
 
 def write_video(path: Path, frames: Iterable[np.ndarray], fps: int) -> int:
-    """Write images `[H, W, 3]` and return their number; `check_video` checks the arguments.
+    """Write images `[H, W, 3]` as .gif or .mp4 and return their number; `check_video` checks the
+    arguments.
 
     Raises:
         StorageError: if the file cannot be written.
     """
     count = itertools.count()
     counted = (frame for frame, _ in zip(frames, count, strict=False))
-    encode = _gif if path.suffix.lower() == ".gif" else _mp4
+    encode = gif if path.suffix.lower() == ".gif" else _mp4
     content = encode(counted, fps)
     try:
         write_whole(path, content)
@@ -57,7 +58,8 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: int) -> int:
     return next(count)
 
 
-def _gif(frames: Iterator[np.ndarray], fps: int) -> bytes:
+def gif(frames: Iterator[np.ndarray], fps: int) -> bytes:
+    """Images `[H, W, 3]` as an animated GIF."""
     images = map(_indexed, frames)
     file = io.BytesIO()
     next(images).save(
