@@ -74,6 +74,7 @@ ENTRIES = (
     Entry(
         "navix/Navix-Empty-Random-8x8-v0", "worlds/navix",
         Published(0.998, "0.998, PPO, 1M steps, 32 seeds", NAVIX_EMPTY),
+        {"total_timesteps": 524_288},
     ),
     Entry(
         "navix/Navix-DoorKey-8x8-v0", "worlds/navix",
@@ -86,6 +87,7 @@ ENTRIES = (
     Entry(
         "playground/CartpoleBalance", "worlds/physics",
         Published(968.2, "968, PPO, 100M steps, 4 seeds", SLM_LAB),
+        {"total_timesteps": 1_000_000},
     ),
     Entry(
         "playground/CartpoleSwingup", "worlds/physics",
@@ -138,10 +140,8 @@ def row(result: dict[str, Any], published: Published | None, maximum: float | No
     source = "none found"
     if published is not None:
         source = f"{published.text} ([{published.source.name}]({published.source.url}))"
-    return (
-        f"| `{result['env_id']}` | {result['env_steps']:,} | {mean} [{low}, {high}]{share} | {worst} "
-        f"| {source} |"
-    )
+    ours = f"{mean} [{low}, {high}]{share} | {worst}"
+    return f"| `{result['env_id']}` | {result['env_steps']:,} | {ours} | {source} |"
 
 
 def table(found: dict[str, dict[str, Any]], classic: dict[str, dict[str, Any]]) -> str:
