@@ -31,6 +31,8 @@ from tables import IMAGES, write_table
 RESULTS = ROOT / "benchmarks/results"
 CORES = os.cpu_count() or 1
 NUM_STEPS = 128
+PYTHON = "gymnasium/"
+"""The prefix of environments that ours steps in Python."""
 QUICK_SOLVE_ROUNDS = 3
 FULL_LENGTH = 2
 """Factor by which runs are longer with `--full`."""
@@ -51,7 +53,7 @@ class Case:
     def spec(self, name: str, scale: float) -> dict[str, Any]:
         batch = self.num_envs * NUM_STEPS
         return {
-            "env": self.env,
+            "env": self.env if name.startswith("ours") else self.env.removeprefix(PYTHON),
             "num_envs": self.num_envs,
             "num_steps": NUM_STEPS,
             "total": batch * max(1, round(self.steps[name] * scale / batch)),
@@ -70,6 +72,12 @@ CASES = {
     "cartpole-1024": Case(1024, both(2_097_152), limit=True),
     "breakout-64": Case(64, both(81_920) | {"ours, conv": 32_768}, "Breakout-MinAtar"),
     "pendulum-4": Case(4, both(256_000), "Pendulum-v1"),
+    "gymnasium-cartpole-8": Case(
+        8, {"ours": 81_920, "sbx": 20_480, "sb3": 20_480}, f"{PYTHON}CartPole-v1"
+    ),
+    "gymnasium-acrobot-8": Case(
+        8, {"ours": 40_960, "sbx": 20_480, "sb3": 20_480}, f"{PYTHON}Acrobot-v1"
+    ),
     "seeds-4": Case(4, both(128_000), seeds=4),
     "seeds-16": Case(4, both(64_000), seeds=16),
     "seeds-64": Case(4, both(32_000), seeds=64, only_full=True),
@@ -154,7 +162,8 @@ class Benchmark:
             rows = {name: row(racers[name].ready, runs[name], runs["ours"]) for name in names}
             for name in (n for n in names if n.startswith("ours")):
                 rows[name]["devices"] = racers[name].ask("devices")["value"]
-            for name in names if case.seeds == 1 and not self.accelerator else []:
+            compiled = not case.env.startswith(PYTHON)
+            for name in names if compiled and case.seeds == 1 and not self.accelerator else []:
                 rows[name]["evaluation"] = racers[name].ask("return")["value"]
             with Contestant(
                 "ours", case.spec("ours", scale), cache / "ours", self.accelerator

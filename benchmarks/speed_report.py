@@ -45,6 +45,18 @@ TARGETS = (
     Target("speed over rejax, CartPole, 16 seeds", 2.5, "x", over("seeds-16", "rejax")),
     Target("speed over Stable-Baselines3, CartPole, 1 seed", 40, "x", over("cartpole-4", "sb3")),
     Target("speed over SBX, CartPole, 1 seed", 40, "x", over("cartpole-4", "sbx")),
+    Target(
+        "speed over Stable-Baselines3, Gymnasium's CartPole in Python, 8 environments",
+        2,
+        "x",
+        over("gymnasium-cartpole-8", "sb3"),
+    ),
+    Target(
+        "speed over Stable-Baselines3, Gymnasium's Acrobot in Python, 8 environments",
+        2,
+        "x",
+        over("gymnasium-acrobot-8", "sb3"),
+    ),
     Target("time to solve CartPole, SBX over ours, warm cache", 15, "x", over("solve", "sbx")),
     Target(
         "compile time at the second start",

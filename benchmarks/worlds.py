@@ -1,12 +1,14 @@
-"""Compare the speed of random steps: our auto-reset against the suite's own.
+"""Compare the speed of environments and of training on them with the suites' own programs.
 
-    python benchmarks/worlds.py [--only PREFIX] [--table-only]
+    python benchmarks/worlds.py [--only PREFIX] [--training | --table-only]
 
-Each pair of programs takes the same actions and is timed in turn, several times. Results go to
-`benchmarks/results/worlds.json`, and a table into the documentation.
+Random steps are compared with the suite's own auto-reset; with `--training`, whole updates with
+Brax's PPO, with the same settings. Each pair of programs is timed in turn, several times. Results
+go to `benchmarks/results/worlds.json`, and tables into the documentation.
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -164,6 +166,86 @@ def measure(env_id: str) -> dict[str, Any]:
                    "highest": float(ratios.max())}  # fmt: skip
 
 
+TRAINED = ("brax/spring/inverted_pendulum", "brax/spring/halfcheetah")
+UNROLL, EPOCHS, MINIBATCHES, UPDATES = 64, 4, 8, 10
+
+
+def train(env_id: str) -> dict[str, Any]:
+    """Steps per second of training, ours and Brax's, one device each: epochs of `UPDATES` updates
+    in turn, after one that is not counted."""
+    from brax import envs
+    from brax.training.agents.ppo import networks
+    from brax.training.agents.ppo import train as brax_ppo
+
+    steps = UPDATES * NUM_ENVS * UNROLL
+    once, seconds = our_training(env_id), {"ours": [], "suite": []}
+
+    def in_turn(done: int, metrics: Any) -> None:
+        del metrics
+        now = time.perf_counter()
+        seconds["suite"].append(now - began[0])
+        seconds["ours"].append(once())
+        began[0] = time.perf_counter()
+
+    _, backend, name = env_id.split("/")
+    layers = (64, 64)
+    # Brax 0.14.2 calls this function, which JAX 0.10 no longer has; here with one device.
+    jax.device_put_replicated = lambda tree, devices: jax.tree.map(lambda x: x[None], tree)
+    network = functools.partial(
+        networks.make_ppo_networks, policy_hidden_layer_sizes=layers,
+        value_hidden_layer_sizes=layers, activation=jnp.tanh,
+    )  # fmt: skip
+    began = [time.perf_counter()]
+    brax_ppo.train(
+        envs.get_environment(name, backend=backend), steps * (ROUNDS + 1), episode_length=1000,
+        num_envs=NUM_ENVS, unroll_length=UNROLL, batch_size=NUM_ENVS // MINIBATCHES,
+        num_minibatches=MINIBATCHES, num_updates_per_batch=EPOCHS, normalize_observations=True,
+        max_grad_norm=0.5, learning_rate=3e-4, discounting=0.99, network_factory=network,
+        num_evals=ROUNDS + 2, run_evals=False, progress_fn=in_turn, max_devices_per_host=1,
+    )  # fmt: skip
+    timed = {key: np.array(x[-ROUNDS:]) for key, x in seconds.items()}
+    ratios = timed["suite"] / timed["ours"]
+    return {key: steps / float(np.median(x)) for key, x in timed.items()} | {
+        "ratio": float(np.median(ratios)), "lowest": float(ratios.min()),
+        "highest": float(ratios.max()),
+    }  # fmt: skip
+
+
+def our_training(env_id: str) -> Callable[[], float]:
+    """A function that trains for `UPDATES` updates and returns its seconds."""
+    config = ppo.Config(
+        env_id, num_envs=NUM_ENVS, num_steps=UNROLL, num_minibatches=MINIBATCHES,
+        update_epochs=EPOCHS, normalize_obs=True, lr_schedule="constant",
+        action_distribution="tanh_normal",
+    )  # fmt: skip
+    learner, hparams = ppo.make_learner(config), ppo.HParams(learning_rate=3e-4)
+    state = [jax.jit(learner.init)(jax.random.key(0), hparams)]
+
+    def once() -> float:
+        began = time.perf_counter()
+        state[0] = jax.block_until_ready(ppo.train_chunk(learner, state[0], hparams, UPDATES)[0])
+        return time.perf_counter() - began
+
+    once()
+    return once
+
+
+def training_table(results: dict[str, Any]) -> str:
+    lines = ["| environment | steps/s | Brax's PPO | ratio |", "|---|---|---|---|"]
+    for env_id, row in results.get("training", {}).items():
+        lines.append(
+            f"| `{env_id}` | {_rounded(row['ours'])} | {_rounded(row['suite'])} | "
+            f"{row['ratio']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f}) |"
+        )
+    lines += [
+        "",
+        f"{NUM_ENVS} environments, {UNROLL} steps, {EPOCHS} epochs of {MINIBATCHES} minibatches, "
+        f"two hidden layers of 64 units, on one device. Medians of {ROUNDS} rounds of {UPDATES} "
+        "updates in turn. `python benchmarks/worlds.py --training` reproduces it.",
+    ]
+    return "\n".join(lines)
+
+
 def table(results: dict[str, Any]) -> str:
     lines = [
         "| environment | steps/s | suite's own auto-reset | ratio |",
@@ -193,14 +275,19 @@ def _rounded(rate: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="a prefix of names")
+    parser.add_argument("--training", action="store_true", help="compare training with Brax's PPO")
     parser.add_argument("--table-only", action="store_true")
     given = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"environments": {}}
-    for env_id in () if given.table_only else ENVIRONMENTS:
+    for env_id in TRAINED if given.training else ():
+        results.setdefault("training", {})[env_id] = train(env_id)
+        print(env_id, results["training"][env_id], flush=True)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    for env_id in () if given.table_only or given.training else ENVIRONMENTS:
         if env_id.startswith(given.only):
             results["environments"][env_id] = measure(env_id)
             print(env_id, results["environments"][env_id], flush=True)
-    if not given.table_only:
+    if not given.table_only and not given.training:
         results["environments"] = {
             x: results["environments"][x] for x in ENVIRONMENTS if x in results["environments"]
         }
@@ -210,6 +297,7 @@ def main() -> None:
         }  # fmt: skip
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     write_table("worlds", table(results))
+    write_table("worlds-training", training_table(results), script="worlds")
 
 
 def processor() -> str:

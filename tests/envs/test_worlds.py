@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 import purejaxppo as ppo
 from purejaxppo.envs import available_environments
@@ -245,3 +246,32 @@ def test_multi_discrete_masks_have_one_row_per_choice():
     single = single_of("jumanji/Connector-v3")
     assert isinstance(single.action_space, MultiDiscrete)
     assert single.observation_space[ACTION_MASK].shape == (50,)
+
+
+@pytest.mark.parametrize("slow_reset", [False, True])
+def test_starts_have_the_distribution_of_the_environment(slow_reset: bool):
+    """Chi-square tests of uniform starts, and that they do not depend on the start before."""
+    kinds, rows, steps = 6, 40, 1500
+
+    def reset(key: Any) -> Any:
+        kind = jax.random.randint(key, (), 0, kinds)
+        return kind, kind
+
+    def step(key: Any, kind: Any, action: Any) -> Any:
+        over = jax.random.bernoulli(key, 0.05 + 0.1 * kind)  # many episodes end at the same time
+        return kind, kind, 0.0, over, False
+
+    many = jax.jit(reset_on_demand(reset, step, slow_reset=slow_reset))
+
+    def scanned(state: Any, key: Any) -> Any:
+        state, result = many(jax.random.split(key, rows), state, jnp.zeros(rows))
+        return state, (result.final_obs, result.obs, result.terminated)
+
+    first, _ = jax.vmap(reset)(jax.random.split(jax.random.key(0), rows))
+    _, found = jax.lax.scan(scanned, first, jax.random.split(jax.random.key(1), steps))
+    before, after, over = (np.asarray(x) for x in found)
+    counts = np.zeros((kinds, kinds))
+    np.add.at(counts, (before[over], after[over]), 1)
+    assert counts.sum() > 9_000
+    assert scipy.stats.chisquare(counts.sum(axis=0)).pvalue > 1e-3
+    assert scipy.stats.chi2_contingency(counts).pvalue > 1e-3
