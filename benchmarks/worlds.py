@@ -190,7 +190,9 @@ def train(env_id: str) -> dict[str, Any]:
     _, backend, name = env_id.split("/")
     layers = (64, 64)
     # Brax 0.14.2 calls this function, which JAX 0.10 no longer has; here with one device.
-    jax.device_put_replicated = lambda tree, devices: jax.tree.map(lambda x: x[None], tree)
+    jax.device_put_replicated = lambda tree, devices: jax.tree.map(
+        lambda x: jnp.asarray(x)[None], tree
+    )
     network = functools.partial(
         networks.make_ppo_networks, policy_hidden_layer_sizes=layers,
         value_hidden_layer_sizes=layers, activation=jnp.tanh,

@@ -215,7 +215,7 @@ def _reference(found: LoadedPolicy, problem: Problem, architecture: Architecture
     elif config.init:
         name, params = f"init = {config.init}", start_of(config.init).params
     elif isinstance(config, DPOConfig):
-        name, params = "reference", make_decoder(architecture).init(jax.random.key(0))
+        name, params = "reference", jax.jit(make_decoder(architecture).init)(jax.random.key(0))
     else:
         return None
     made = without_critic(architecture, params)

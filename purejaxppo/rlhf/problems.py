@@ -32,7 +32,7 @@ def random_reference(architecture: Architecture, seed: int = 0) -> PyTree:
     except RuntimeError:
         device = None
     with jax.default_device(device):
-        return make_decoder(architecture).init(jax.random.key(seed))
+        return jax.jit(make_decoder(architecture).init)(jax.random.key(seed))
 
 
 class Answers(NamedTuple):
