@@ -106,14 +106,18 @@ ENTRIES = (
     ),
     Entry("brax/spring/hopper", "worlds/physics", None, {"total_timesteps": 1_000_000}),
     Entry("brax/spring/halfcheetah", "worlds/physics", None, {"total_timesteps": 1_000_000}),
-    Entry("Breakout-MinAtar", "minatar", Published(28.0, "28, PPO or ES, 10M steps", GYMNAX)),
     Entry("Asterix-MinAtar", "minatar", Published(15.0, "15, PPO or ES, 10M steps", GYMNAX)),
-    Entry("Freeway-MinAtar", "minatar", Published(58.0, "58, PPO or ES, 10M steps", GYMNAX)),
     Entry(
-        "SpaceInvaders-MinAtar", "minatar", Published(131.0, "131, PPO or ES, 10M steps", GYMNAX)
+        "Freeway-MinAtar", "minatar", Published(58.0, "58, PPO or ES, 10M steps", GYMNAX),
+        {"total_timesteps": 1_000_000},
+    ),
+    Entry(
+        "SpaceInvaders-MinAtar", "minatar", Published(131.0, "131, PPO or ES, 10M steps", GYMNAX),
+        {"total_timesteps": 1_000_000},
     ),
 )  # fmt: skip
 CLASSIC = {
+    "breakout": Published(28.0, "28, PPO or ES, 10M steps", GYMNAX),
     "pendulum": Published(-130.0, "-130, PPO or ES, 1M steps", GYMNAX),
     "acrobot": Published(-80.0, "-80, PPO or ES, 500k steps", GYMNAX),
     "mountain_car": Published(-118.0, "-118, PPO or ES, 500k steps", GYMNAX),
