@@ -1,5 +1,6 @@
 """Games of two players: both sides by one policy, and evaluations against an opponent."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -163,6 +164,81 @@ def test_rewards_are_those_of_the_mover():
         board = own.ravel().astype(int)
         board[action] = 1
         assert winner(tuple(board)) == 1
+
+
+FOURS = np.array([
+    [7 * (row + i * down) + column + i * right for i in range(4)]
+    for row in range(6) for column in range(7) for down, right in ((0, 1), (1, 0), (1, 1), (1, -1))
+    if row + 3 * down < 6 and 0 <= column + 3 * right < 7
+])  # fmt: skip
+"""The cells of each line of four in connect four."""
+
+
+def dropped(board: np.ndarray, column: int, side: int) -> np.ndarray:
+    """The board `[42]` after a stone is dropped into a column."""
+    cells = np.arange(column, 42, 7)
+    new = board.copy()
+    new[cells[board[cells] == 0].max()] = side
+    return new
+
+
+def searched(board: np.ndarray, side: int, depth: int) -> dict[int, int]:
+    """Values of the moves within `depth` moves: 1 for a win, -1 for a loss, else 0."""
+    found = {}
+    for column in np.flatnonzero(board[:7] == 0) if depth else []:
+        new = dropped(board, column, side)
+        won = bool((new[FOURS] == side).all(axis=1).any())
+        found[int(column)] = 1 if won else -max(searched(new, -side, depth - 1).values(), default=0)
+    return found
+
+
+def against_search(agent: ppo.Agent, count: int, depth: int) -> np.ndarray:
+    """Results of games of connect four against a search, which begins in every other game."""
+    rng, act = (
+        np.random.default_rng(0),
+        jax.jit(lambda obs: agent.act(jax.random.key(0), obs, (), True)[0]),
+    )
+    boards, results = np.zeros((count, 42), int), np.zeros(count)
+    own, over = np.where(np.arange(count) % 2, 1, -1), np.zeros(count, bool)
+    for t in range(42):
+        mover = 1 if t % 2 == 0 else -1
+        planes = np.stack([boards == own[:, None], boards == -own[:, None]], axis=-1)
+        obs = {"observation": planes.reshape(-1, 6, 7, 2).astype(np.float32),
+               "action_mask": (boards[:, :7] == 0) | over[:, None]}  # fmt: skip
+        moves = np.asarray(act(obs))
+        for n in np.flatnonzero(~over):
+            move = int(moves[n])
+            if own[n] != mover:
+                values = searched(boards[n], mover, depth)
+                move = int(rng.choice([x for x in values if values[x] == max(values.values())]))
+            boards[n] = dropped(boards[n], move, mover)
+            if (boards[n][FOURS] == mover).all(axis=1).any():
+                over[n], results[n] = True, mover * own[n]
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opponent", ["self", "pool"])
+def test_connect_four_is_learned(opponent: Any):
+    """Against a player who wins if one move suffices, and else moves at random."""
+    config = dataclasses.replace(
+        CONFIG, env_id="pgx/connect_four", total_timesteps=2_000_000, encoder="mlp",
+        opponent=opponent,
+    )  # fmt: skip
+    hparams = dataclasses.replace(HPARAMS, gae_lambda=0.95)
+    result = ppo.run(config, hparams, eval_episodes=1000, progress=False)
+    assert result.returns_deterministic.mean() > 0.8
+    agent = ppo.make_agent(config, jax.tree.map(lambda x: x[0], result.states))
+    results = against_search(agent, 100, 1)
+    assert (results > 0).mean() > 0.7
+
+
+def test_the_search_wins_and_does_not_lose_at_once():
+    board = np.zeros(42, int)
+    for column in (0, 0, 0):
+        board = dropped(board, column, 1)
+    assert searched(board, 1, 1)[0] == 1
+    assert {x for x, value in searched(board, -1, 2).items() if value == 0} == {0}
 
 
 POOL = ppo.Config(
