@@ -4,8 +4,8 @@
 
 A prefix selects the environments whose name starts with it; the default is all. Results go to
 `benchmarks/results/world_scores.json`; the table is generated from that file and from that of
-`results.py`, which has the runs of classic control. MuJoCo Playground is not part of the locked
-packages: install it with `pip install 'purejaxppo[playground]'`.
+`results.py`, which has the runs of Breakout and classic control. MuJoCo Playground is not part of
+the locked packages: install it with `pip install 'purejaxppo[playground]'`.
 """
 
 import argparse
@@ -41,7 +41,10 @@ class Source(NamedTuple):
 
 GYMNAX = Source("gymnax", "https://github.com/RobertTLange/gymnax#readme")
 CRAFTAX = Source("Craftax", "https://github.com/MichaelTMatthews/Craftax#-scoreboard")
-SLM_LAB = Source("SLM-Lab", "https://github.com/kengz/SLM-Lab/blob/master/docs/BENCHMARKS.md")
+SLM_LAB = Source(
+    "SLM-Lab",
+    "https://github.com/kengz/SLM-Lab-doc/blob/4b271685/benchmark-results/playground-benchmark.md",
+)
 NAVIX = Source(
     "Navix", "https://github.com/epignatelli/navix/tree/80465d7c/baselines/rejax/results"
 )
@@ -76,7 +79,7 @@ ENTRIES = (
     Entry(
         "navix/Navix-Empty-Random-8x8-v0", "worlds/navix",
         Published(0.998, "0.998, PPO, 1M steps, 32 seeds", NAVIX_EMPTY),
-        {"total_timesteps": 524_288},
+        {"total_timesteps": 262_144},
     ),
     Entry(
         "navix/Navix-DoorKey-8x8-v0", "worlds/navix",
@@ -85,6 +88,7 @@ ENTRIES = (
     Entry(
         "navix/Navix-FourRooms-v0", "worlds/navix",
         Published(0.139, "0.139 ± 0.083, PPO, 1M steps, 32 seeds", NAVIX),
+        {"total_timesteps": 262_144, "shared_trunk": True, "update_epochs": 1},
     ),
     Entry(
         "playground/CartpoleBalance", "worlds/physics",
@@ -106,7 +110,10 @@ ENTRIES = (
     ),
     Entry("brax/spring/hopper", "worlds/physics", None, {"total_timesteps": 1_000_000}),
     Entry("brax/spring/halfcheetah", "worlds/physics", None, {"total_timesteps": 1_000_000}),
-    Entry("Asterix-MinAtar", "minatar", Published(15.0, "15, PPO or ES, 10M steps", GYMNAX)),
+    Entry(
+        "Asterix-MinAtar", "minatar", Published(15.0, "15, PPO or ES, 10M steps", GYMNAX),
+        {"total_timesteps": 1_000_000},
+    ),
     Entry(
         "Freeway-MinAtar", "minatar", Published(58.0, "58, PPO or ES, 10M steps", GYMNAX),
         {"total_timesteps": 1_000_000},
@@ -169,9 +176,11 @@ def table(found: dict[str, dict[str, Any]], classic: dict[str, dict[str, Any]]) 
     versions = ", ".join(f"{k} {one['versions'][k]}" for k in ("jax", "flax", "gymnax"))
     lines += [
         "",
-        f"Final evaluation over {one['eval_episodes']} episodes per seed with sampled actions; "
-        f"{NUM_SEEDS} seeds are trained in parallel ({learning.NUM_SEEDS} on Pendulum, Acrobot and "
-        f"the mountain cars). {one['processor']}, {versions}. `make results-worlds` repeats it.",
+        f"Final evaluation over {one['eval_episodes']} episodes per seed (Craftax: 32) with "
+        f"sampled actions. {NUM_SEEDS} seeds ({learning.NUM_SEEDS} on Breakout and classic "
+        f"control, whose runs are those of [the shipped configs](#returns-of-the-shipped-configs))."
+        f" Percentages are of the highest possible return. {one['processor']}, one core, "
+        f"{versions}. `make results-worlds` repeats it.",
     ]
     return "\n".join(lines)
 
