@@ -324,7 +324,14 @@ def test_files_that_cannot_be_read(tmp_path: Path):
         load_settings(tmp_path / "latin.toml")
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs").glob("**/*.toml")), ids=lambda p: p.stem)
+SLOW = "craftax", "physics"
+CONFIGS = [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in SLOW else [])
+    for path in sorted(Path("configs").glob("**/*.toml"))
+]
+
+
+@pytest.mark.parametrize("path", CONFIGS)
 def test_shipped_configs_load_and_fit_their_environment(path: Path):
     settings = load_settings(path)
     prefix = getattr(settings.config, "env_id", "").partition("/")[0]

@@ -194,10 +194,8 @@ def searched(board: np.ndarray, side: int, depth: int) -> dict[int, int]:
 
 def against_search(agent: ppo.Agent, count: int, depth: int) -> np.ndarray:
     """Results of games of connect four against a search, which begins in every other game."""
-    rng, act = (
-        np.random.default_rng(0),
-        jax.jit(lambda obs: agent.act(jax.random.key(0), obs, (), True)[0]),
-    )
+    rng, key = np.random.default_rng(0), jax.random.key(0)
+    act = jax.jit(lambda obs: agent.act(key, obs, (), True)[0])
     boards, results = np.zeros((count, 42), int), np.zeros(count)
     own, over = np.where(np.arange(count) % 2, 1, -1), np.zeros(count, bool)
     for t in range(42):
