@@ -34,11 +34,11 @@ SUITES = {
     "xminigrid": Suite("xminigrid", "xminigrid"),
 }
 """Suites by prefix."""
-GYMNASIUM = "gymnasium"
-"""The prefix of environments that are stepped in Python."""
+PYTHON = ("gymnasium", "envpool")
+"""Prefixes of environments that are stepped in Python."""
 
 
 def names_a_world(text: str) -> bool:
     """Whether a text begins with the prefix of a suite."""
     prefix, slash, _ = text.partition("/")
-    return bool(slash) and prefix in (*SUITES, GYMNASIUM)
+    return bool(slash) and prefix in (*SUITES, *PYTHON)

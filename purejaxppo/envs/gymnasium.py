@@ -1,8 +1,10 @@
-"""Environments of Gymnasium, which are stepped in Python.
+"""Environments of Gymnasium and EnvPool, which are stepped in Python.
 
-They are vectorised in this process. The names are Gymnasium's: `gymnasium/LunarLander-v3`.
+Those of Gymnasium are vectorised in this process. The names have a prefix:
+`gymnasium/LunarLander-v3`, `envpool/Pong-v5`.
 """
 
+import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,17 +15,21 @@ from jaxtyping import Array, Key
 
 from purejaxppo.checks import nearest
 from purejaxppo.config import ConfigError
+from purejaxppo.envs import envpool
 from purejaxppo.envs.base import MultiDiscrete, named_parts, parts_of
 from purejaxppo.envs.spaces import box, discrete
-from purejaxppo.suites import GYMNASIUM
 from purejaxppo.types import Environment, PyTree, TimeStep
 
 
-def python_names() -> list[str]:
-    """Gymnasium's names, including those registered at run time, with the prefix."""
+def python_names(prefix: str) -> list[str]:
+    """Names with the prefix: Gymnasium's, including those registered at run time, or EnvPool's,
+    none if it is not installed."""
+    if prefix == "envpool":
+        installed = importlib.util.find_spec("envpool") is not None
+        return [f"envpool/{name}" for name in envpool.names()] if installed else []
     import gymnasium
 
-    return [f"{GYMNASIUM}/{name}" for name in gymnasium.registry if "/" not in name]
+    return [f"{prefix}/{name}" for name in gymnasium.registry if "/" not in name]
 
 
 def make_python_environment(env_id: str, params: Mapping[str, float | int | bool]) -> Environment:
@@ -36,8 +42,13 @@ def make_python_environment(env_id: str, params: Mapping[str, float | int | bool
         ConfigError: if there is no such environment, it cannot be made, or its spaces are not
             supported.
     """
-    name = env_id.removeprefix(f"{GYMNASIUM}/")
-    envs = _make(env_id, name, params, 1)
+    prefix, _, name = env_id.partition("/")
+    if prefix == "envpool" and importlib.util.find_spec("envpool") is None:
+        raise ConfigError(
+            f"env_id = {env_id!r}: envpool is not installed; pip install 'purejaxppo[envpool]'"
+        )
+    make: Any = envpool.Pool if prefix == "envpool" else _make
+    envs = make(env_id, name, params, 1)
     observation_space = _space(env_id, envs.single_observation_space)
     action_space = _space(env_id, envs.single_action_space)
     limit = None if envs.spec is None else envs.spec.max_episode_steps
@@ -56,7 +67,7 @@ def make_python_environment(env_id: str, params: Mapping[str, float | int | bool
     return Environment(
         name=env_id, observation_space=observation_space, action_space=action_space,
         max_episode_steps=limit, reset=reset, step=step,
-        in_python=lambda count: _make(env_id, name, params, count),
+        in_python=lambda count: make(env_id, name, params, count),
     )  # fmt: skip
 
 
@@ -66,7 +77,7 @@ def _make(env_id: str, name: str, params: Mapping[str, Any], count: int) -> Any:
     same_step = gymnasium.vector.AutoresetMode.SAME_STEP
     if name not in gymnasium.registry and ":" not in name:
         near = nearest(name, gymnasium.registry, 0.4)
-        hint = f"; did you mean {GYMNASIUM}/{near}?" if near else ""
+        hint = f"; did you mean gymnasium/{near}?" if near else ""
         raise ConfigError(f"env_id = {env_id!r}: no such environment{hint}")
     try:
         return gymnasium.make_vec(

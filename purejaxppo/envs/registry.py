@@ -14,7 +14,7 @@ from purejaxppo.envs.single import Single, vectorised
 from purejaxppo.envs.suites import make_single, suite_names
 from purejaxppo.envs.wrappers import changes, wrapped
 from purejaxppo.references import called, resolve
-from purejaxppo.suites import GYMNASIUM, SUITES
+from purejaxppo.suites import PYTHON, SUITES
 from purejaxppo.types import Environment
 
 _NEEDS_DOWNLOAD = "MNISTBandit-bsuite"
@@ -22,7 +22,8 @@ _NEEDS_DOWNLOAD = "MNISTBandit-bsuite"
 
 def available_environments(pattern: str = "") -> list[str]:
     """Names that `Config.env_id` accepts: gymnax's, including those registered with it at run time,
-    those of the installed suites with their prefix, and Gymnasium's.
+    those of the installed suites with their prefix, and Gymnasium's. EnvPool's, of which there
+    are many, are returned for the prefix `envpool/`.
 
     Args:
         pattern: a part of a name in upper or lower case, or a pattern such as `*/*snake*`. With
@@ -32,13 +33,13 @@ def available_environments(pattern: str = "") -> list[str]:
     prefix, slash, rest = pattern.partition("/")
     if slash and prefix == "gymnax":
         names, pattern = _gymnax_names(), rest
-    elif slash and prefix == GYMNASIUM:
-        names = python_names()
+    elif slash and prefix in PYTHON:
+        names = python_names(prefix)
     elif slash and prefix in SUITES:
         names = suite_names(prefix)
     else:
         names = _gymnax_names() + [name for each in SUITES for name in suite_names(each)]
-        names += python_names()
+        names += python_names("gymnasium")
     wanted = pattern if "*" in pattern else f"*{pattern}*"
     return [name for name in names if fnmatch.fnmatchcase(name.lower(), wanted)]
 
@@ -49,7 +50,7 @@ def parameters_of(env_id: str) -> Mapping[str, Any]:
     Raises:
         ConfigError: if there is no such environment.
     """
-    if env_id.startswith(f"{GYMNASIUM}/"):
+    if env_id.partition("/")[0] in PYTHON:
         return {}
     if "/" in env_id:
         return make_single(env_id, EnvParams()).parameters
@@ -74,7 +75,7 @@ def make_environment(config: Config, env: Any = None, env_params: Any = None) ->
     if env is None and is_reference(config.env_id):
         env = resolve("env_id", config.env_id)
         env = called("env_id", env) if callable(env) else env
-    if env is None and config.env_id.startswith(f"{GYMNASIUM}/"):
+    if env is None and config.env_id.partition("/")[0] in PYTHON and "/" in config.env_id:
         return _in_python(config, env_params)
     if isinstance(env, Single) or (env is None and "/" in config.env_id):
         return _of_single(config, env, env_params)
