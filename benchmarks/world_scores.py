@@ -100,16 +100,11 @@ ENTRIES = (
         Published(729.1, "729, PPO, 100M steps, 4 seeds", SLM_LAB),
     ),
     Entry(
-        "craftax/Craftax-Classic-Symbolic-v1", "worlds/craftax", None,
-        {"total_timesteps": 300_000}, maximum=22.0, eval_episodes=32,
-    ),
-    Entry(
         "craftax/Craftax-Symbolic-v1", "worlds/craftax",
         Published(4.97, "2.2%, PPO, 1M steps; 2.3%, PPO with a memory", CRAFTAX),
         {"total_timesteps": 300_000}, maximum=226.0, eval_episodes=32,
     ),
     Entry("brax/spring/hopper", "worlds/physics", None, {"total_timesteps": 1_000_000}),
-    Entry("brax/spring/halfcheetah", "worlds/physics", None, {"total_timesteps": 1_000_000}),
     Entry(
         "Asterix-MinAtar", "minatar", Published(15.0, "15, PPO or ES, 10M steps", GYMNAX),
         {"total_timesteps": 1_000_000},
