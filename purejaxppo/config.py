@@ -187,7 +187,7 @@ class Config(UpdateConfig):
     opponent: Literal["self", "pool"] = "self"
     """In games of two players: the policy itself plays the other side, or a pool of its earlier
     versions."""
-    opponent_pool: int = bounded(8, 1, 1024, opponent=("pool",))
+    opponent_pool: int = bounded(4, 1, 1024, opponent=("pool",))
     """Number of opponents in the pool; a divisor of num_envs."""
     opponent_every: int = bounded(10, 1, opponent=("pool",))
     """Replace the oldest opponent by the policy every this many updates."""

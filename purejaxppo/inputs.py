@@ -186,6 +186,11 @@ def check_obs(obs: PyTree, shapes: Any, function: str) -> Any:
     Raises:
         ConfigError: if a leaf has a different shape, or there are no rows.
     """
+    if isinstance(obs, dict) and isinstance(shapes, dict) and set(obs) != set(shapes):
+        raise ConfigError(
+            f"obs has the entries {', '.join(sorted(obs))}: {function} takes the entries "
+            f"{', '.join(sorted(shapes))}, as the environment returns them"
+        )
     given, wanted = jax.tree.leaves(obs), jax.tree.leaves(shapes, is_leaf=_is_shape)
     for leaf, shape in zip(given, wanted, strict=False):
         if leaf.ndim == 1 + len(shape) and leaf.shape[1:] == shape and leaf.shape[0] != 0:

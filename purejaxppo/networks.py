@@ -333,8 +333,8 @@ def _observation_reader(config: Config, space: Any) -> tuple[Callable[[PyTree], 
         if name not in known:
             has = f"has the entries {', '.join(known)}" if known else "is a single array"
             raise ConfigError(
-                f"encoder = {config.encoder!r}: there is no entry {name!r}; the observation of "
-                f"{config.env_id} {has}"
+                f"encoder = {config.encoder!r}: there is no entry {name!r} to encode; the "
+                f"observation {has}"
             )
     readers = {name: _flat_reader(config, part) for name, part in parts.items()}
     shapes = {
@@ -380,17 +380,22 @@ def _encoder(config: Config, one: PyTree) -> Callable[..., Encoder | PartsEncode
     """The module that encodes observations of these shapes, and takes its name."""
     more = {"hidden_sizes": config.hidden_sizes, "activation": config.activation}
     if not config.encoders:
-        return partial(Encoder, _uses_convolutions(config, config.encoder, one.shape), **more)
+        return partial(Encoder, _uses_convolutions(config, one.shape), **more)
     for name, kind in config.encoders.items():
-        _uses_convolutions(config, kind, one[name].shape, f" {name}")
+        if kind == "cnn" and len(one[name].shape) != 3:
+            raise ConfigError(
+                f"encoder = {config.encoder!r}: cnn reads images [height, width, channels], but "
+                f"the entry {name} has the shape {list(one[name].shape)}; use {name}=mlp, or leave "
+                "it out"
+            )
     return partial(PartsEncoder, tuple(sorted(config.encoders.items())), **more)
 
 
-def _uses_convolutions(config: Config, kind: str, shape: tuple[int, ...], entry: str = "") -> bool:
-    if kind == "cnn" and len(shape) != 3:
+def _uses_convolutions(config: Config, shape: tuple[int, ...]) -> bool:
+    if config.encoder == "cnn" and len(shape) != 3:
         raise ConfigError(
-            f"encoder = {config.encoder!r} reads observations [height, width, channels], but those "
-            f"{entry.strip() and f'named{entry} '}of {config.env_id} have the shape {list(shape)}; "
-            "use auto or mlp"
+            f"encoder = 'cnn' reads observations [height, width, channels], but those of "
+            f"{config.env_id} have the shape {list(shape)}; use auto or mlp, or give an entry of "
+            "the observation its own encoder, such as view=cnn"
         )
-    return kind == "cnn" or (kind == "auto" and len(shape) == 3)
+    return config.encoder == "cnn" or (config.encoder == "auto" and len(shape) == 3)

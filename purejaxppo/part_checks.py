@@ -154,7 +154,7 @@ def check_alternating(config: Config, objective: Objective, env: Environment) ->
     if config.opponent == "pool" and config.num_envs % config.opponent_pool:
         raise ConfigError(
             f"num_envs = {config.num_envs}: must be a multiple of opponent_pool = "
-            f"{config.opponent_pool}, since each opponent plays in as many environments"
+            f"{config.opponent_pool}, since all opponents play in the same number of environments"
         )
     if objective.whole_episodes:
         raise ConfigError(

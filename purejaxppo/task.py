@@ -452,7 +452,7 @@ def _why_not_divided(
     if env.in_python is not None and devices > 1:
         return f"{env.name} is stepped in Python, on one device"
     if config.opponent == "pool" and devices > 1:
-        return "opponent = pool: the opponents play on one device"
+        return f"devices = {devices}: opponent = pool trains each seed on one device; use 1"
     if config.num_envs % devices:
         return (
             f"num_envs = {config.num_envs} is not divisible by devices = {devices}; use a multiple"

@@ -628,9 +628,11 @@ def _envs(command: Envs) -> int:
 
     names = available_environments(command.pattern or "gymnax/")
     if not names:
+        if "/" in command.pattern and "*" not in command.pattern:
+            make_environment(Config(env_id=command.pattern))  # says why there is none
         raise ConfigError(
-            f"{command.pattern!r}: no environment has such a name; `purejaxppo envs` lists "
-            "gymnax's and the suites"
+            f"no environment matches {command.pattern!r}; `purejaxppo envs` lists gymnax's and the "
+            "suites"
         )
     if command.pattern in names:
         return _one_env(command.pattern)

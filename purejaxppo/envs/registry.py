@@ -72,6 +72,7 @@ def make_environment(config: Config, env: Any = None, env_params: Any = None) ->
         ConfigError: if no environment has that name (the message suggests the nearest), `env`
             lacks part of the interface, or the environment has no such parameters.
     """
+    given = env
     if env is None and is_reference(config.env_id):
         env = resolve("env_id", config.env_id)
         env = called("env_id", env) if callable(env) else env
@@ -90,7 +91,13 @@ def make_environment(config: Config, env: Any = None, env_params: Any = None) ->
             f"env_params = {config.env_params} in Config, and env_params is passed as an argument "
             "too; remove one of the two"
         )
-    return from_gymnax(config.env_id, env, env_params, config)
+    return from_gymnax(_name(config, given), env, env_params, config)
+
+
+def _name(config: Config, given: Any) -> str:
+    """The name for messages: of an environment that is passed without an `env_id`, its class."""
+    unnamed = given is not None and config.env_id == Config.env_id
+    return type(given).__name__ if unnamed else config.env_id
 
 
 def _in_python(config: Config, env_params: Any) -> Environment:

@@ -381,4 +381,6 @@ def test_envs_with_a_pattern(capsys: Any):
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert names == ["environment", "navix/Navix-Empty-8x8-v0", "navix/Navix-Empty-Random-8x8-v0"]
     assert main(["envs", "navix/nothing"]) == 2
-    assert "no environment has such a name" in capsys.readouterr().err
+    assert "env_id = 'navix/nothing': no such environment" in capsys.readouterr().err
+    assert main(["envs", "nothing"]) == 2
+    assert "no environment matches 'nothing'" in capsys.readouterr().err

@@ -318,7 +318,7 @@ def test_the_pool_holds_earlier_versions():
         ({"frame_stack": 2}, "cannot change pgx/tic_tac_toe, a game of two players"),
         ({"env_id": "pgx/kuhn_poker"}, "has hidden information"),
         ({"env_id": "CartPole-v1", "opponent": "pool"}, "CartPole-v1 has no second player"),
-        ({"opponent": "pool"}, "must be a multiple of opponent_pool = 8"),
+        ({"opponent": "pool", "num_envs": 6}, "must be a multiple of opponent_pool = 4"),
         ({"opponent": "pool", "num_envs": 8, "normalize_obs": True}, "do not store the statistics"),
         ({"opponent_pool": 2}, "has no effect with opponent = self"),
     ],

@@ -124,8 +124,8 @@ def test_encoders_of_entries_against_numpy(key: jax.Array):
         ("cn", "must be auto, mlp or cnn"),
         ("view=cnnn", "must be auto, mlp or cnn"),
         ("view=cnn,view=mlp", "name each entry once"),
-        ("image=cnn", "no entry 'image'; .* has the entries choice, view"),
-        ("choice=cnn", r"those named choice of CartPole-v1 have the shape \[3\]"),
+        ("image=cnn", "no entry 'image' to encode; .* has the entries choice, view"),
+        ("choice=cnn", r"the entry choice has the shape \[3\]; use choice=mlp"),
     ],
 )
 def test_bad_encoders_are_refused(encoder: str, words: str):
