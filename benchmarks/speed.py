@@ -138,8 +138,9 @@ class Benchmark:
         self.results.setdefault("cases", {})[name] = measured | {
             "date": datetime.now(UTC).date().isoformat(),
             "full": self.full,
+            "cpu": processor(),
         }
-        self.results["hardware"] = hardware(self.path.stem)
+        self.results.setdefault("hardware", hardware(self.path.stem))
         self.path.parent.mkdir(exist_ok=True)
         self.path.write_text(json.dumps(self.results, indent=2) + "\n", encoding="utf-8")
 
@@ -336,6 +337,8 @@ def main() -> None:
     names = [] if args.table_only else args.cases or available
     if unknown := set(names) - set(available):
         raise SystemExit(f"no such case: {', '.join(unknown)}; choose from {', '.join(available)}")
+    if names == available:
+        benchmark.results.pop("hardware", None)
     for name in names:
         began = time.perf_counter()
         benchmark.measure(name)

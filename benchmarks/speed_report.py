@@ -202,12 +202,17 @@ def footnote(results: dict[str, Any]) -> str:
     fewer = [f"{name}: {count}" for name, count in counts.items() if count < rounds]
     noted = f" ({', '.join(fewer)})" if fewer else ""
     devices = sorted({c["contestants"]["ours"]["device"] for c in races})
+    elsewhere = {
+        name: c["cpu"] for name, c in results["cases"].items()
+        if c.get("cpu", hardware["cpu"]) != hardware["cpu"]
+    }  # fmt: skip
+    others = "".join(f" {name} was measured on {cpu}." for name, cpu in elsewhere.items())
     return (
         f"Median [lowest, highest] of {rounds} rounds{noted} in which the contestants train in "
         "turn; ratios are computed per round. Ours is the default call, which chooses how many "
         "cores to use; peers run with their defaults. Seeds train in parallel and their steps are "
         f"summed. Compile times include tracing. On {', '.join(devices)}, {hardware['cores']} "
-        f"cores of {hardware['cpu']}, with {', '.join(versions)}."
+        f"cores of {hardware['cpu']}, with {', '.join(versions)}.{others}"
     )
 
 
@@ -257,7 +262,7 @@ def bars(axes: Any, cases: dict[str, Any]) -> None:
             )
             labelled.add(who)
     axes.set_yscale("log")
-    axes.set_xticks(range(len(cases)), cases)
+    axes.set_xticks(range(len(cases)), cases, rotation=20, ha="right")
     axes.set_ylabel("environment steps per second")
     axes.set_title("One run")
     bottom, top = axes.get_ylim()

@@ -324,7 +324,7 @@ def test_files_that_cannot_be_read(tmp_path: Path):
         load_settings(tmp_path / "latin.toml")
 
 
-SLOW = "craftax", "physics"
+SLOW = "craftax", "dpo", "physics"
 CONFIGS = [
     pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in SLOW else [])
     for path in sorted(Path("configs").glob("**/*.toml"))
