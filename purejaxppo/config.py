@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from purejaxppo.checks import FLOAT_MAX, ConfigError, EnvParams, check_fields, is_reference
 from purejaxppo.combinations import check_combinations
-from purejaxppo.draws import parse_draws, parse_encoders
+from purejaxppo.draws import parse_draws
+from purejaxppo.encoders import parse_encoders
 from purejaxppo.objectives.base import Objective
 from purejaxppo.objectives.table import DEFAULTS, READ_BY_SOME, objective_of
 

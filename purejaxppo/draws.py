@@ -1,5 +1,4 @@
-"""Settings in the form NAME=...: distributions of parameters of an environment, and encoders of
-entries of an observation. Does not import JAX."""
+"""Distributions from which parameters of an environment are drawn. Does not import JAX."""
 
 from typing import NamedTuple
 
@@ -7,9 +6,6 @@ from purejaxppo.checks import ConfigError
 
 SIZES = {"uniform": 2, "loguniform": 2, "choice": 0}
 """Kinds of distributions, and the number of values that each takes; 0: at least one."""
-
-
-ENCODERS = ("mlp", "cnn")
 
 
 class Draw(NamedTuple):
@@ -53,23 +49,3 @@ def parse_draws(texts: tuple[str, ...]) -> tuple[Draw, ...]:
     if twice:
         raise ConfigError(f"randomize: {', '.join(twice)} given twice; name each parameter once")
     return draws
-
-
-def parse_encoders(text: str) -> dict[str, str]:
-    """Parse `NAME=KIND,NAME=KIND`; empty for `auto`, `mlp` and `cnn`.
-
-    Raises:
-        ConfigError: if it has another form.
-    """
-    if text == "auto" or text in ENCODERS:
-        return {}
-    pairs = [part.strip().partition("=") for part in text.split(",")]
-    names = [name for name, _, _ in pairs]
-    if not all(name and kind in ENCODERS for name, _, kind in pairs):
-        raise ConfigError(
-            f"encoder = {text!r}: must be auto, mlp or cnn, or give encoders to entries of the "
-            "observation, each mlp or cnn, such as view=cnn,direction=mlp"
-        )
-    if len(set(names)) < len(names):
-        raise ConfigError(f"encoder = {text!r}: name each entry once")
-    return {name: kind for name, _, kind in pairs}

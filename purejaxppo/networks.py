@@ -130,8 +130,8 @@ class Encoder(nn.Module):
 
 
 class PartsEncoder(nn.Module):
-    """Encodes named entries of an observation each by its own `Encoder`, with one dense layer; the
-    dense layers that follow read these features and the other entries together."""
+    """Encodes each named entry of an observation by its own `Encoder` with one dense layer. The
+    dense layers that follow read these features joined with the other entries."""
 
     kinds: tuple[tuple[str, str], ...]
     """Names of entries and their kinds of encoder, `mlp` or `cnn`."""
@@ -257,8 +257,8 @@ def make_network(config: Config, observation_space: Any, policy: Policy) -> Netw
     spaces = parts_of(observation_space)
     masked = is_masked(spaces)
     spaces = without_mask(spaces) if masked else spaces
-    read, zeros = _observation_reader(config, spaces)
-    trunk = partial(Trunk, _encoder(config, zeros), _memory(config))
+    read, shapes = _observation_reader(config, spaces)
+    trunk = partial(Trunk, _encoder(config, shapes), _memory(config))
     module = ActorCritic(
         trunk, config.shared_trunk, policy.num_outputs, policy.num_free, config.log_std_init
     )
@@ -269,22 +269,24 @@ def make_network(config: Config, observation_space: Any, policy: Policy) -> Netw
         one = _empty_memory(config, n)
         return one if config.shared_trunk else (one, one)
 
+    def one_row() -> tuple[PyTree, PyTree, Bool[Array, "1 1"]]:
+        obs = jax.tree.map(lambda x: jnp.zeros((1, *x.shape), x.dtype), shapes)
+        return initial_carry(1), obs, jnp.ones((1, 1), bool)
+
     def init(key: Key[Array, ""]) -> PyTree:
-        start = jnp.ones((1, 1), bool)
-        return module.init(key, initial_carry(1), _rows(zeros, 1), start)["params"]
+        return module.init(key, *one_row())["params"]
 
     def apply(
         params: PyTree, carry: PyTree, obs: PyTree, start: Bool[Array, "T B"]
     ) -> tuple[PyTree, Float[Array, "T B P"], Float[Array, "T B"]]:
-        rows = jax.tree.map(lambda x, one: x.reshape((-1, *one.shape)), read(obs), zeros)
+        rows = jax.tree.map(lambda x, one: x.reshape((-1, *one.shape)), read(obs), shapes)
         result: Any = module.apply({"params": params}, carry, rows, start)
         carry, policy_outputs, value = result
         return carry, policy_outputs.reshape((*start.shape, -1)), value.reshape(start.shape)
 
     def layers(key: Key[Array, ""]) -> PyTree:
-        inputs = initial_carry(1), _rows(zeros, 1), jnp.ones((1, 1), bool)
-        variables = module.init(key, *inputs)
-        return module.apply(variables, *inputs, capture_intermediates=True)[1]
+        variables = module.init(key, *one_row())
+        return module.apply(variables, *one_row(), capture_intermediates=True)[1]
 
     made = jax.tree.leaves(jax.eval_shape(layers, jax.random.key(0)))
     width, sequential = max(x.size for x in made), config.memory != "none"
@@ -322,8 +324,8 @@ def parts_in_cache(network: Network, num_rows: int, divisible: int) -> int:
 
 
 def _observation_reader(config: Config, space: Any) -> tuple[Callable[[PyTree], PyTree], PyTree]:
-    """A function that converts observations to floats, and one converted observation of zeros.
-    Entries of a dictionary stay apart if `encoder` names some of them."""
+    """A function that converts observations to floats, and the shapes of a converted observation.
+    The entries of a dictionary stay separate if `encoder` names some of them."""
     parts = parts_of(space)
     if not config.encoders:
         read, shape = _flat_reader(config, parts)
@@ -372,21 +374,17 @@ def _floats(obs: Array) -> Array:
     return obs.astype(jnp.float32) / 255.0 if obs.dtype == jnp.uint8 else obs.astype(jnp.float32)
 
 
-def _rows(one: PyTree, n: int) -> PyTree:
-    return jax.tree.map(lambda x: jnp.zeros((n, *x.shape), x.dtype), one)
-
-
-def _encoder(config: Config, one: PyTree) -> Callable[..., Encoder | PartsEncoder]:
+def _encoder(config: Config, shapes: PyTree) -> Callable[..., Encoder | PartsEncoder]:
     """The module that encodes observations of these shapes, and takes its name."""
     more = {"hidden_sizes": config.hidden_sizes, "activation": config.activation}
     if not config.encoders:
-        return partial(Encoder, _uses_convolutions(config, one.shape), **more)
+        return partial(Encoder, _uses_convolutions(config, shapes.shape), **more)
     for name, kind in config.encoders.items():
-        if kind == "cnn" and len(one[name].shape) != 3:
+        shape = list(shapes[name].shape)
+        if kind == "cnn" and len(shape) != 3:
             raise ConfigError(
                 f"encoder = {config.encoder!r}: cnn reads images [height, width, channels], but "
-                f"the entry {name} has the shape {list(one[name].shape)}; use {name}=mlp, or leave "
-                "it out"
+                f"the entry {name} has the shape {shape}; use {name}=mlp, or leave it out"
             )
     return partial(PartsEncoder, tuple(sorted(config.encoders.items())), **more)
 

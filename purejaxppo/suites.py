@@ -38,6 +38,12 @@ PYTHON = ("gymnasium", "envpool")
 """Prefixes of environments that are stepped in Python."""
 
 
+def is_python(env_id: str) -> bool:
+    """Whether an environment is stepped in Python, by its prefix."""
+    prefix, slash, _ = env_id.partition("/")
+    return bool(slash) and prefix in PYTHON
+
+
 def names_a_world(text: str) -> bool:
     """Whether a text begins with the prefix of a suite."""
     prefix, slash, _ = text.partition("/")

@@ -229,15 +229,7 @@ def make_task(config: Config, **given: Any) -> Task:
     config = config.with_defaults_of(objective)
     part_checks.check_objective_part(config, objective, given)
     check_objective(config, objective)
-    env = make_environment(config, given.get("env"), given.get("env_params"))
-    policy = make_policy(config, env.action_space)
-    network = _network(config, env, policy, given)
-    _check_environment(config, objective, env, policy, given)
-    part_checks.check_critic(objective, network)
-    if config.opponent == "pool":
-        env = against_pool(env, network, policy, config)
-    if (reason := _why_not_divided(config, env, network, 1)) is not None:
-        raise ConfigError(reason)
+    env, policy, network = _environment(config, objective, given)
     hparams = given.get("hparams", HParams())
     optimizer = _optimizer(config, network, given, hparams)
     estimate = _advantage(config, given)
@@ -281,13 +273,23 @@ def _calls(
     return Python(config, env, network, policy).calls()
 
 
-def _check_environment(
-    config: Config, objective: Objective, env: Environment, policy: Policy, given: dict[str, Any]
-) -> None:
+def _environment(
+    config: Config, objective: Objective, given: dict[str, Any]
+) -> tuple[Environment, Policy, Network]:
+    """The environment, and the policy and network for its spaces, all checked."""
+    env = make_environment(config, given.get("env"), given.get("env_params"))
+    policy = make_policy(config, env.action_space)
+    network = _network(config, env, policy, given)
     check_contract(env, policy)
     part_checks.check_in_python(objective, env, given)
     part_checks.check_alternating(config, objective, env)
     check_mask(obs_shapes(env.observation_space), policy)
+    part_checks.check_critic(objective, network)
+    if config.opponent == "pool":
+        env = against_pool(env, network, policy, config)
+    if (reason := _why_not_divided(config, env, network, 1)) is not None:
+        raise ConfigError(reason)
+    return env, policy, network
 
 
 def _parts(

@@ -2,6 +2,7 @@
 
 import base64
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -338,6 +339,19 @@ def test_the_gif_holds_the_images(cartpole: Path, tmp_path: Path, capsys: Any):
     assert base64.b64encode((cartpole / "learning_curve.png").read_bytes()).decode() in text
     updates = ppo.load(cartpole).state.learner.updates
     assert f"2 episodes of seed 0 after {updates} updates, sampled actions." in text
+
+
+def test_a_page_of_a_run_with_a_damaged_summary(cartpole: Path, tmp_path: Path, capsys: Any):
+    run = tmp_path / "run"
+    shutil.copytree(cartpole, run)
+    summary = (run / "summary.json").read_text()
+    (run / "summary.json").write_text(summary.replace("env_steps", "env_stops", 1))
+    options = "--episodes 1 --max-steps 2".split()
+    assert main(["render", str(run), str(tmp_path / "x.html"), *options]) == 0
+    assert "has changed since it was written; the page is without" in capsys.readouterr().err
+    text = (tmp_path / "x.html").read_text(encoding="utf-8")
+    assert "environment steps" not in text
+    assert 'id="policy"' in text
 
 
 def test_a_gif_of_many_colours_is_close(tmp_path: Path):

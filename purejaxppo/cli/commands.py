@@ -36,7 +36,7 @@ from purejaxppo.host.configfile import (
     kind_of,
     load_settings,
 )
-from purejaxppo.host.rundir import REFRESH, SWEEP, StorageError, holds, write_whole
+from purejaxppo.host.rundir import REFRESH, SWEEP, StorageError, holds, write_output
 from purejaxppo.host.signals import exit_at_second_signal
 from purejaxppo.host.video import check_video, gif, write_video
 from purejaxppo.rlhf.config import RLHFConfig, RLHFHParams
@@ -563,12 +563,7 @@ def _export(command: Export) -> int:
         )
     state = jax.tree.map(lambda x: x[0], states)
     exported = export_policy(task, state, sample=command.sample)
-    try:
-        write_whole(command.file, exported.serialize())
-    except OSError as error:
-        raise StorageError(
-            f"file {str(command.file)!r}: cannot be written: {error.strerror}"
-        ) from error
+    write_output(command.file, exported.serialize())
     takes = ", ".join(str(x) for x in exported.in_avals)
     gives = ", ".join(str(x) for x in exported.out_avals)
     say(f"{command.file}: takes {takes}; gives {gives}")
@@ -615,12 +610,7 @@ def _write_page(command: Render, config: Any, updates: int, frames: Iterator[Any
     actions = "deterministic" if command.deterministic else "sampled"
     caption = f"{episodes} of seed {command.seed} after {updates:,} updates, {actions} actions."
     run_dir = None if holds(command.run_dir, SWEEP) else command.run_dir
-    try:
-        write_policy_page(command.file, config, gif(frames, command.fps), caption, run_dir)
-    except OSError as error:
-        raise StorageError(
-            f"file {str(command.file)!r}: cannot be written: {error.strerror}"
-        ) from error
+    write_policy_page(command.file, config, gif(frames, command.fps), caption, run_dir)
 
 
 def _envs(command: Envs) -> int:
@@ -660,6 +650,7 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def _print_suites() -> None:
+    from purejaxppo.envs import envpool
     from purejaxppo.envs.suites import is_installed
     from purejaxppo.suites import SUITES
 
@@ -670,6 +661,9 @@ def _print_suites() -> None:
         installing = f"not installed: pip install 'purejaxppo[{suite.extra}]'"
         rows.append((f"{prefix}/", listing if is_installed(prefix) else installing))
     rows.append(("gymnasium/", "purejaxppo envs gymnasium/ (stepped in Python)"))
+    listing = "purejaxppo envs envpool/ (stepped in Python)"
+    installing = "not installed: pip install 'purejaxppo[envpool]'"
+    rows.append(("envpool/", listing if envpool.installed() else installing))
     _print_table(rows)
 
 

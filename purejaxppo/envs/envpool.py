@@ -1,7 +1,8 @@
-"""Environments of EnvPool, which its threads step in parallel."""
+"""Environments of EnvPool, which steps them in parallel on threads of its own."""
 
 import functools
 import importlib
+import importlib.util
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,10 @@ from purejaxppo.config import ConfigError
 
 def _package() -> Any:
     return importlib.import_module("envpool")
+
+
+def installed() -> bool:
+    return importlib.util.find_spec("envpool") is not None
 
 
 def names() -> list[str]:
@@ -34,15 +39,8 @@ class Pool:
             near = nearest(name, names(), 0.4)
             hint = f"; did you mean envpool/{near}?" if near else ""
             raise ConfigError(f"env_id = {env_id!r}: no such environment{hint}")
-        threads = min(count, os.cpu_count() or 1)
-        self._make = functools.partial(
-            _package().make,
-            name,
-            env_type="gymnasium",
-            num_envs=count,
-            num_threads=threads,
-            **params,
-        )
+        given = {"num_envs": count, "num_threads": min(count, os.cpu_count() or 1), **params}
+        self._make = functools.partial(_package().make, name, env_type="gymnasium", **given)
         try:
             self._pool: Any = self._make(seed=0)
         except Exception as error:  # an argument that does not exist
@@ -53,6 +51,7 @@ class Pool:
         self.spec = self._pool.spec.config
 
     def reset(self, *, seed: int) -> tuple[Any, Any]:
+        self._pool.close()
         self._pool = self._make(seed=seed)
         return self._pool.reset()
 

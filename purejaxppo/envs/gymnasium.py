@@ -4,7 +4,6 @@ Those of Gymnasium are vectorised in this process. The names have a prefix:
 `gymnasium/LunarLander-v3`, `envpool/Pong-v5`.
 """
 
-import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,8 +24,7 @@ def python_names(prefix: str) -> list[str]:
     """Names with the prefix: Gymnasium's, including those registered at run time, or EnvPool's,
     none if it is not installed."""
     if prefix == "envpool":
-        installed = importlib.util.find_spec("envpool") is not None
-        return [f"envpool/{name}" for name in envpool.names()] if installed else []
+        return [f"envpool/{name}" for name in envpool.names()] if envpool.installed() else []
     import gymnasium
 
     return [f"{prefix}/{name}" for name in gymnasium.registry if "/" not in name]
@@ -43,7 +41,7 @@ def make_python_environment(env_id: str, params: Mapping[str, float | int | bool
             supported.
     """
     prefix, _, name = env_id.partition("/")
-    if prefix == "envpool" and importlib.util.find_spec("envpool") is None:
+    if prefix == "envpool" and not envpool.installed():
         raise ConfigError(
             f"env_id = {env_id!r}: envpool is not installed; pip install 'purejaxppo[envpool]'"
         )

@@ -14,7 +14,7 @@ from purejaxppo.envs.single import Single, vectorised
 from purejaxppo.envs.suites import make_single, suite_names
 from purejaxppo.envs.wrappers import changes, wrapped
 from purejaxppo.references import called, resolve
-from purejaxppo.suites import PYTHON, SUITES
+from purejaxppo.suites import PYTHON, SUITES, is_python
 from purejaxppo.types import Environment
 
 _NEEDS_DOWNLOAD = "MNISTBandit-bsuite"
@@ -50,7 +50,7 @@ def parameters_of(env_id: str) -> Mapping[str, Any]:
     Raises:
         ConfigError: if there is no such environment.
     """
-    if env_id.partition("/")[0] in PYTHON:
+    if is_python(env_id):
         return {}
     if "/" in env_id:
         return make_single(env_id, EnvParams()).parameters
@@ -76,7 +76,7 @@ def make_environment(config: Config, env: Any = None, env_params: Any = None) ->
     if env is None and is_reference(config.env_id):
         env = resolve("env_id", config.env_id)
         env = called("env_id", env) if callable(env) else env
-    if env is None and config.env_id.partition("/")[0] in PYTHON and "/" in config.env_id:
+    if env is None and is_python(config.env_id):
         return _in_python(config, env_params)
     if isinstance(env, Single) or (env is None and "/" in config.env_id):
         return _of_single(config, env, env_params)

@@ -1,6 +1,7 @@
 """`report.html` of a run: metric curves and samples."""
 
 import html
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from purejaxppo.checks import RunWarning
 from purejaxppo.host.configfile import Settings
 from purejaxppo.host.page import PAGE, figure, image
 from purejaxppo.host.plots import (
@@ -18,7 +20,16 @@ from purejaxppo.host.plots import (
     smooth,
     warns_if_undrawn,
 )
-from purejaxppo.host.rundir import CURVE, REPORT, SUMMARY, holds, unsealed, write_whole
+from purejaxppo.host.rundir import (
+    CURVE,
+    REPORT,
+    SUMMARY,
+    DamagedError,
+    holds,
+    unsealed,
+    write_output,
+    write_whole,
+)
 from purejaxppo.host.samples import read_samples
 from purejaxppo.host.stats import bootstrap_mean_interval, mean_interval
 from purejaxppo.task import Plot
@@ -63,22 +74,29 @@ def write_run_report(
 def write_policy_page(
     path: Path, config: Any, gif: bytes, caption: str, run_dir: Path | None
 ) -> None:
-    """Write a page with episodes of a policy, and the results of the run in `run_dir`, if given.
+    """Write a page with episodes of a policy, and the results of the run in `run_dir`, if given. A
+    damaged summary is left out with a warning.
 
     Args:
         caption: plain text about the episodes.
+
+    Raises:
+        StorageError: if the page cannot be written.
     """
     title = html.escape(config.title)
     body = [f"<h1>{title}</h1>"]
     if run_dir is not None and holds(run_dir, SUMMARY):
-        body.append(_facts(config, unsealed(run_dir / SUMMARY)))
+        try:
+            body.append(_facts(config, unsealed(run_dir / SUMMARY)))
+        except DamagedError as error:
+            warnings.warn(f"{error}; the page is without results", RunWarning, stacklevel=2)
     if run_dir is not None and holds(run_dir, CURVE):
         curve = image("training", "learning curve", (run_dir / CURVE).read_bytes())
         body.append(f"<h2>Training</h2>\n<figure>{curve}</figure>")
     episodes = image("policy", "episodes of the policy", gif, "gif")
     caption = html.escape(caption)
     body.append(f"<h2>Policy</h2>\n<figure>{episodes}\n<figcaption>{caption}</figcaption></figure>")
-    write_whole(path, PAGE.format(title=title, body="\n".join(body)))
+    write_output(path, PAGE.format(title=title, body="\n".join(body)))
 
 
 def _facts(config: Any, summary: dict[str, Any]) -> str:

@@ -167,6 +167,18 @@ def write_whole(path: Path, content: str | bytes | bytearray) -> None:
         raise
 
 
+def write_output(path: Path, content: str | bytes | bytearray) -> None:
+    """Write a file that the user named; see `write_whole`.
+
+    Raises:
+        StorageError: if it cannot be written.
+    """
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        raise StorageError(f"file {str(path)!r}: cannot be written: {error.strerror}") from error
+
+
 def sync(path: Path) -> None:
     """Flush a file, or the entries of a directory, to disk, so that it survives a power loss."""
     handle = os.open(path, os.O_RDONLY)

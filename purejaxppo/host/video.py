@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from purejaxppo.config import ConfigError
-from purejaxppo.host.rundir import StorageError, write_whole
+from purejaxppo.host.rundir import write_output
 
 MAX_FPS_OF_GIF = 50
 """GIF files count time in hundredths of a second; viewers slow down images shorter than two."""
@@ -50,11 +50,7 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: int) -> int:
     count = itertools.count()
     counted = (frame for frame, _ in zip(frames, count, strict=False))
     encode = gif if path.suffix.lower() == ".gif" else _mp4
-    content = encode(counted, fps)
-    try:
-        write_whole(path, content)
-    except OSError as error:
-        raise StorageError(f"file {str(path)!r}: cannot be written: {error.strerror}") from error
+    write_output(path, encode(counted, fps))
     return next(count)
 
 

@@ -73,22 +73,18 @@ def evaluate_policy(
 
     Args:
         run_dir: a run of `rlhf`, `rlhf sft` or `rlhf dpo`.
-        against: "reference", or the directory of a different run, whose first seed is used. None
-            uses the reference if the run has one. It is that of the KL penalty, or the run that
-            `rlhf sft` started from; fine-tuning from random weights has none.
+        against: "reference", or a different run, whose first seed is used. None uses the reference
+            if there is one: that of the KL penalty, or the run that `rlhf sft` started from.
         reward: directory of a reward model, whose scores are reported instead of the task's own.
         combine: how the scores of its members are combined.
-        prompts: a JSON Lines file with prompts; None uses the held-out prompts of the run's task,
-            or of its data.
+        prompts: a JSON Lines file with prompts; None uses the run's held-out prompts.
         num_prompts: use only this many prompts, the first ones.
         num_responses: responses per prompt.
         k: values of k for pass@k, at most `num_responses`; empty uses those of 1, 4 and 16, if
             answers can be exact.
-        best_of: values of n for best-of-n of the reference, from which as many responses to each
-            prompt are generated; empty leaves it out.
+        best_of: values of n for best-of-n of the reference; empty leaves it out.
         temperature: sampling temperature of all policies.
-        max_tokens: of runs on texts: maximum length of a response; None uses 64, or less if the
-            context is shorter. Other runs use their `response_length`.
+        max_tokens: maximum length of a response of runs on texts; None uses up to 64.
         seed: index of the policy's seed, from 0.
         generation_seed: base random seed of the responses.
         which: the newest checkpoint, the best by evaluation, or the one after this number of
@@ -99,8 +95,7 @@ def evaluate_policy(
         ConfigError: if a run cannot be loaded, the tokenizers differ, the prompts cannot be scored,
             or an argument is out of range.
     """
-    if combine != "mean" and reward is None:
-        raise ConfigError(f"combine = {combine}: has no effect without reward; leave it out")
+    _check_combine(combine, reward)
     wanted = _wanted(
         num_prompts=num_prompts, num_responses=num_responses, k=k, best_of=best_of,
         temperature=temperature, max_tokens=max_tokens, seed=generation_seed,
@@ -116,6 +111,11 @@ def evaluate_policy(
 
 
 # Arguments
+
+
+def _check_combine(combine: Combine, reward: str | Path | None) -> None:
+    if combine != "mean" and reward is None:
+        raise ConfigError(f"combine = {combine}: has no effect without reward; leave it out")
 
 
 class _Wanted(NamedTuple):

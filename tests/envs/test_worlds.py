@@ -90,16 +90,16 @@ def rows(tree: Any) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("env_id", SHORT)
 def test_walk(env_id: str):
-    walk(env_id)
+    check_walk(env_id)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("prefix", SUITES)
 def test_walk_over_a_suite(prefix: str):
-    all_of(prefix, walk)
+    all_of(prefix, check_walk)
 
 
-def walk(env_id: str) -> None:
+def check_walk(env_id: str) -> None:
     """300 random steps: spaces and flags, the last observation, and resets."""
     single = single_of(env_id)
     env = make_environment(ppo.Config(env_id=env_id))
@@ -168,16 +168,16 @@ def check_lengths(limit: int | None, ended: np.ndarray, truncated: np.ndarray) -
 
 @pytest.mark.parametrize("env_id", SHORT[:1])
 def test_two_updates(env_id: str):
-    train(env_id)
+    check_training(env_id)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("prefix", SUITES)
 def test_two_updates_with_each_environment_of_a_suite(prefix: str):
-    all_of(prefix, train)
+    all_of(prefix, check_training)
 
 
-def train(env_id: str) -> None:
+def check_training(env_id: str) -> None:
     config = ppo.Config(
         env_id=env_id, num_envs=2, num_steps=4, num_minibatches=2, update_epochs=1,
         total_timesteps=16, hidden_sizes=(4,),
