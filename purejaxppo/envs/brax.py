@@ -35,7 +35,7 @@ def make(name: str, params: Mapping[str, float | int | bool]) -> Single:
     limit = (defaults | changed_values(f"brax/{name}", defaults, params))["episode_length"]
     backend, _, base = name.rpartition("/")
     env = _brax().get_environment(base, backend=backend or BACKENDS[0])
-    return counted(env, limit, _renderer(env))._replace(parameters=defaults)
+    return counted(env, limit, _renderer(env))._replace(slow_reset=True, parameters=defaults)
 
 
 def counted(env: Any, limit: int, render: Any) -> Single:
