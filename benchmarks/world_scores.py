@@ -71,6 +71,8 @@ class Entry(NamedTuple):
     """Highest possible return, if returns are compared in percent of it."""
     eval_episodes: int = 128
     """Episodes of the final evaluation; fewer where they are long and slow."""
+    learning_rate: float | None = None
+    """The learning rate, if it differs from the file."""
 
 
 ENTRIES = (
@@ -79,7 +81,6 @@ ENTRIES = (
     Entry(
         "navix/Navix-Empty-Random-8x8-v0", "worlds/navix",
         Published(0.998, "0.998, PPO, 1M steps, 32 seeds", NAVIX_EMPTY),
-        {"total_timesteps": 262_144},
     ),
     Entry(
         "navix/Navix-DoorKey-8x8-v0", "worlds/navix",
@@ -102,9 +103,11 @@ ENTRIES = (
     Entry(
         "craftax/Craftax-Symbolic-v1", "worlds/craftax",
         Published(4.97, "2.2%, PPO, 1M steps; 2.3%, PPO with a memory", CRAFTAX),
-        {"total_timesteps": 300_000}, maximum=226.0, eval_episodes=32,
+        maximum=226.0, eval_episodes=32,
     ),
+    Entry("craftax/Craftax-Classic-Symbolic-v1", "worlds/craftax", eval_episodes=32),
     Entry("brax/spring/hopper", "worlds/physics", None, {"total_timesteps": 1_000_000}),
+    Entry("brax/spring/halfcheetah", "worlds/physics", None, {"total_timesteps": 1_000_000}),
     Entry(
         "Asterix-MinAtar", "minatar", Published(15.0, "15, PPO or ES, 10M steps", GYMNAX),
         {"total_timesteps": 1_000_000},
@@ -115,14 +118,20 @@ ENTRIES = (
     ),
     Entry(
         "SpaceInvaders-MinAtar", "minatar", Published(131.0, "131, PPO or ES, 10M steps", GYMNAX),
+        {"total_timesteps": 5_000_000}, learning_rate=1e-3,
+    ),
+    Entry(
+        "Pendulum-v1", "pendulum", Published(-130.0, "-130, PPO or ES, 1M steps", GYMNAX),
         {"total_timesteps": 1_000_000},
+    ),
+    Entry(
+        "MountainCar-v0", "mountain_car", Published(-118.0, "-118, PPO or ES, 500k steps", GYMNAX),
+        {"total_timesteps": 500_000},
     ),
 )  # fmt: skip
 CLASSIC = {
     "breakout": Published(28.0, "28, PPO or ES, 10M steps", GYMNAX),
-    "pendulum": Published(-130.0, "-130, PPO or ES, 1M steps", GYMNAX),
     "acrobot": Published(-80.0, "-80, PPO or ES, 500k steps", GYMNAX),
-    "mountain_car": Published(-118.0, "-118, PPO or ES, 500k steps", GYMNAX),
     "mountain_car_continuous": Published(92.0, "92, PPO or ES, 1M steps", GYMNAX),
 }
 """Published returns for the configs of `results.py`."""
@@ -133,13 +142,17 @@ def train(entry: Entry) -> dict[str, Any]:
     settings = load_settings(learning.ROOT / "configs" / f"{entry.config}.toml")
     assert isinstance(settings.config, ppo.Config)
     config = dataclasses.replace(settings.config, env_id=entry.env_id, **entry.changed)
+    hparams, changed = settings.hparams, dict(entry.changed)
+    if entry.learning_rate is not None:
+        hparams = hparams._replace(learning_rate=entry.learning_rate)
+        changed["learning_rate"] = entry.learning_rate
     began = time.perf_counter()
     summary = ppo.run(
-        config, settings.hparams, num_seeds=NUM_SEEDS, eval_episodes=entry.eval_episodes,
+        config, hparams, num_seeds=NUM_SEEDS, eval_episodes=entry.eval_episodes,
         progress=False,
     ).summary  # fmt: skip
     return {name: summary[name] for name in KEPT} | {
-        "config": entry.config, "changed": dict(entry.changed),
+        "config": entry.config, "changed": changed,
         "wall_seconds": round(time.perf_counter() - began, 1), "cores": summary["device"]["used"],
         "processor": processor(),
     }  # fmt: skip
