@@ -144,7 +144,7 @@ def train(entry: Entry) -> dict[str, Any]:
     config = dataclasses.replace(settings.config, env_id=entry.env_id, **entry.changed)
     hparams, changed = settings.hparams, dict(entry.changed)
     if entry.learning_rate is not None:
-        hparams = hparams._replace(learning_rate=entry.learning_rate)
+        hparams = dataclasses.replace(hparams, learning_rate=entry.learning_rate)
         changed["learning_rate"] = entry.learning_rate
     began = time.perf_counter()
     summary = ppo.run(

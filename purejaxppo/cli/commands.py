@@ -1,6 +1,8 @@
 """Implementations of the commands."""
 
 import dataclasses
+import importlib
+import importlib.util
 import json
 import os
 import time
@@ -627,6 +629,8 @@ def _envs(command: Envs) -> int:
     if command.pattern in names:
         return _one_env(command.pattern)
     rows, failed = [("environment", "observation", "action", "time limit")], []
+    if command.pattern:
+        _silence_mujoco()
     for name in names:
         try:
             env = make_environment(Config(env_id=name))
@@ -641,6 +645,12 @@ def _envs(command: Envs) -> int:
     if not command.pattern:
         _print_suites()
     return 0
+
+
+def _silence_mujoco() -> None:
+    """Do not print MuJoCo's warnings, nor write them to MUJOCO_LOG.TXT in the working directory."""
+    if importlib.util.find_spec("mujoco") is not None:
+        importlib.import_module("mujoco").set_mju_user_warning(lambda text: None)
 
 
 def _print_table(rows: Sequence[Sequence[str]]) -> None:

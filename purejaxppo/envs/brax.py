@@ -21,13 +21,16 @@ from purejaxppo.envs.spaces import box
 from purejaxppo.types import PyTree
 
 BACKENDS = ("generalized", "spring", "positional", "mjx")
+ONE_BACKEND = ("fast", "swimmer")
+"""Environments that do not run on another backend."""
 EPISODE_LENGTH = 1000
 """The time limit of Brax's own training."""
 
 
 def names() -> list[str]:
     every = list(_brax()._envs)
-    return [*every, *(f"{backend}/{name}" for backend in BACKENDS[1:] for name in every)]
+    others = [name for name in every if name not in ONE_BACKEND]
+    return [*every, *(f"{backend}/{name}" for backend in BACKENDS[1:] for name in others)]
 
 
 def make(name: str, params: Mapping[str, float | int | bool]) -> Single:

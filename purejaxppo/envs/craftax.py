@@ -1,6 +1,8 @@
 """Craftax and Craftax-Classic, with symbols or pixels."""
 
+import contextlib
 import functools
+import sys
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -27,7 +29,8 @@ def names() -> list[str]:
 def make(name: str, params: Mapping[str, float | int | bool]) -> Single:
     from craftax.craftax_env import make_craftax_env_from_name
 
-    env: Any = make_craftax_env_from_name(name, auto_reset=False)
+    with contextlib.redirect_stdout(sys.stderr):  # it reports that it loads textures
+        env: Any = make_craftax_env_from_name(name, auto_reset=False)
     numbers = numbers_of(fields_of(env.default_params))
     changed = changed_values(f"craftax/{name}", numbers, params)
     full = env.default_params.replace(**changed)

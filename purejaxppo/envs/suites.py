@@ -36,7 +36,7 @@ def make_single(env_id: str, params: Mapping[str, float | int | bool]) -> Single
 
     Raises:
         ConfigError: if the suite is not installed or does not exist, has no such environment, or
-            the environment has no such parameters.
+            the environment has no such parameters or cannot be made.
     """
     prefix, _, name = env_id.partition("/")
     if prefix not in SUITES:
@@ -63,7 +63,13 @@ def make_single(env_id: str, params: Mapping[str, float | int | bool]) -> Single
             f"env_id = {env_id!r}: no such environment; {hint}`purejaxppo envs {prefix}/` "
             "lists them"
         )
-    return adapter.make(name, params)._replace(name=env_id)
+    try:
+        return adapter.make(name, params)._replace(name=env_id)
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"env_id = {env_id!r}: cannot be made: {reason}") from error
 
 
 def _adapter(prefix: str) -> ModuleType:

@@ -2,6 +2,8 @@
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ import pytest
 import scipy.stats
 
 import purejaxppo as ppo
+from purejaxppo.cli import main
 from purejaxppo.envs import available_environments
 from purejaxppo.envs.base import MultiDiscrete, is_discrete, parts_of
 from purejaxppo.envs.registry import make_environment
@@ -224,11 +227,36 @@ def test_joint_masks_are_one_choice():
         ("jumanji/Snake", "no such environment; did you mean jumanji/Snake-v1"),
         ("jumanji/Sokoban-v0", "downloads its levels"),
         ("brax/fast", "has no physics backend"),
+        ("brax/spring/swimmer", "no such environment; did you mean brax/"),
     ],
 )
 def test_unknown_names(env_id: str, words: str):
     with pytest.raises(ppo.ConfigError, match=words):
         ppo.make_task(ppo.Config(env_id=env_id))
+
+
+def test_a_suite_that_fails_gives_its_reason(monkeypatch: pytest.MonkeyPatch):
+    def fails(name: str, params: Any) -> Any:
+        raise ValueError(f"{name}: no texture")
+
+    suite = SimpleNamespace(names=lambda: ["Broken-v0"], make=fails)
+    monkeypatch.setattr("purejaxppo.envs.suites._adapter", lambda prefix: suite)
+    with pytest.raises(ppo.ConfigError, match="cannot be made: Broken-v0: no texture"):
+        ppo.make_task(ppo.Config(env_id="craftax/Broken-v0"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefix", SUITES)
+def test_all_environments_can_be_listed(
+    prefix: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+):
+    if not is_installed(prefix):
+        pytest.skip(f"{prefix} is not installed")
+    monkeypatch.chdir(tmp_path)
+    assert main(["envs", f"{prefix}/"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert listed == available_environments(f"{prefix}/")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_suite_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
