@@ -194,17 +194,11 @@ class Python:
             old.envs.close()
         envs = self._make(len(ids))
         obs, _ = envs.reset(seed=int(ids[0]) % 2**31)
-        return Running(envs, self._typed(obs), 0)
+        return Running(envs, typed(obs), 0)
 
     def _make(self, count: int) -> Any:
         assert self._env.in_python is not None
         return self._env.in_python(count)
-
-    def _typed(self, obs: PyTree) -> PyTree:
-        def typed(x: Any) -> np.ndarray:
-            return np.array(x, jax.dtypes.canonicalize_dtype(x.dtype))
-
-        return jax.tree.map(typed, named_parts(obs))
 
     def _step(self, envs: Any, action: np.ndarray) -> TimeStep:
         try:
@@ -213,7 +207,7 @@ class Python:
             raise HostCallError(
                 f"{self._env.name}: step failed: {type(error).__name__}: {error}"
             ) from error
-        obs = self._typed(obs)
+        obs = typed(obs)
         final = jax.tree.map(np.copy, obs)
         for n in map(int, np.flatnonzero(terminated | truncated)):
             _write_row(final, n, named_parts(_row(info["final_obs"], n)))
@@ -243,7 +237,7 @@ class Python:
         total, start = np.zeros(rows), np.ones(rows, bool)
         carry = self._network.initial_carry(rows)
         limit = (self._env.max_episode_steps or MAX_STEPS_WITHOUT_LIMIT) * int(wanted.max())
-        obs = self._typed(obs)
+        obs = typed(obs)
         for t in range(limit):
             step_key = jax.random.fold_in(key, t)
             action, carry = self._agents(learner, (obs, carry, start), step_key, deterministic)
@@ -289,6 +283,13 @@ def _acting(learner: LearnerState) -> LearnerState:
 
 def _tell(data: PyTree, question: PyTree, answer: PyTree) -> PyTree:
     return {"told": (question, answer)}
+
+
+def typed(obs: PyTree) -> PyTree:
+    """A copy of observations as `dict`s of arrays, in the types that JAX uses."""
+    return jax.tree.map(
+        lambda x: np.array(x, jax.dtypes.canonicalize_dtype(x.dtype)), named_parts(obs)
+    )
 
 
 def _row(final: Any, n: int) -> Any:

@@ -65,9 +65,9 @@ class Environment(NamedTuple):
     """The environment of evaluations, if it is another one, such as a game against an opponent."""
     game: Any = None
     """The game of two players as an `envs.single.Single`, or None."""
-    in_python: Callable[[int], Any] | None = None
-    """`N -> environments` with Gymnasium's vector interface, if they are stepped in Python; `reset`
-    and `step` then only give shapes."""
+    in_python: Callable[..., Any] | None = None
+    """`(N, **arguments) -> environments` with Gymnasium's vector interface, if they are stepped in
+    Python; `reset` and `step` then only give shapes."""
 
 
 class Policy(NamedTuple):

@@ -203,14 +203,25 @@ def test_goals_are_drawn_where_they_are(name: str):
     np.testing.assert_allclose(found, goal, atol=0.06)
 
 
-def test_2048_has_one_colour_per_tile_and_no_text_in_empty_cells():
-    exponents = np.arange(16).reshape(4, 4)
-    image = drawings.game_2048(exponents)
-    for (row, column), exponent in np.ndenumerate(exponents):
-        tile = image[60 * row + 4 : 60 * row + 56, 60 * column + 4 : 60 * column + 56]
-        corner = tile[6, 6].tolist()
-        assert corner == list(drawings.tile_colour(int(exponent)))
-        assert (len(np.unique(tile[8:-8, 8:-8].reshape(-1, 3), axis=0)) > 1) == (exponent > 0)
+def test_a_board_game_is_drawn_to_its_end():
+    """Each move changes one of the nine cells; the last image is of the final position."""
+    pytest.importorskip("pgx", reason="the suite pgx is not installed")
+    config = ppo.Config(env_id="pgx/tic_tac_toe", num_envs=2, num_steps=4, num_minibatches=1)
+    frames = ppo.render_policy(config, untrained(config), jax.random.key(0), 2)
+    board = frames[:, 30:210, 30:210].reshape(-1, 3, 60, 3, 60, 3)
+    cells = board.swapaxes(2, 3)[:, :, :, 4:-4, 4:-4]  # without the lines between them
+    changed = (cells[1:] != cells[:-1]).any((3, 4, 5)).sum((1, 2))
+    (end,) = np.flatnonzero(changed != 1)  # where the second game begins
+    assert 6 <= end + 1 <= 10
+    np.testing.assert_array_equal(frames[0], frames[end + 1])
+    empty = cells[0, 1, 1].tobytes()
+    for last in (cells[end], cells[-1]):
+        kinds = [[cell.tobytes() for cell in row] for row in last]
+        rows = [*kinds, *zip(*kinds, strict=True)]
+        rows += [[kinds[i][i] for i in range(3)], [kinds[i][2 - i] for i in range(3)]]
+        won = any(len(set(row)) == 1 and row[0] != empty for row in rows)
+        full = all(empty not in row for row in kinds)
+        assert won or full
 
 
 def test_environments_without_an_obvious_picture_have_none():
@@ -464,7 +475,7 @@ SUITES = (
     "brax/inverted_pendulum", "craftax/Craftax-Classic-Symbolic-v1", "jumanji/Snake-v1",
     "jumanji/BinPack-v2", "jumanji/Connector-v3", "jumanji/FlatPack-v0", "jumanji/JobShop-v0",
     "jumanji/PacMan-v1", "jumanji/RubiksCube-v0", "jumanji/SearchAndRescue-v0",
-    "jumanji/GraphColoring-v1", "navix/Navix-DoorKey-5x5-v0", "pgx/2048",
+    "jumanji/GraphColoring-v1", "navix/Navix-DoorKey-5x5-v0", "pgx/2048", "pgx/chess",
     "pgx/minatar-breakout", "playground/CartpoleBalance", "xminigrid/MiniGrid-DoorKey-5x5",
 )  # fmt: skip
 

@@ -7,7 +7,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -40,7 +40,7 @@ from purejaxppo.host.configfile import (
 )
 from purejaxppo.host.rundir import REFRESH, SWEEP, StorageError, holds, write_output
 from purejaxppo.host.signals import exit_at_second_signal
-from purejaxppo.host.video import check_video, gif, write_video
+from purejaxppo.host.video import FPS, FPS_OF_GAMES, check_video, gif, write_video
 from purejaxppo.rlhf.config import RLHFConfig, RLHFHParams
 from purejaxppo.rlhf.text_config import RewardConfig, TextHParams
 from purejaxppo.sweeps.settings import Definition, dump_definition
@@ -573,7 +573,7 @@ def _export(command: Export) -> int:
 
 
 def _render(command: Render) -> int:
-    check_video(command.file, command.fps)
+    check_video(command.file, FPS if command.fps is None else command.fps)
     for name, value in (("episodes", command.episodes), ("max_steps", command.max_steps)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} = {value}: must be at least 1")
@@ -596,23 +596,26 @@ def _render(command: Render) -> int:
         task, state, rollout_key(command.rollout_seed, command.seed), command.episodes,
         max_steps=command.max_steps, deterministic=command.deterministic,
     )  # fmt: skip
+    fps = command.fps
+    if fps is None:
+        fps = FPS if task.parts(None).env.game is None else FPS_OF_GAMES
     if command.file.suffix.lower() == ".html":
-        _write_page(command, task.config, int(state.learner.updates), frames)
+        _write_page(command, task.config, int(state.learner.updates), gif(frames, fps))
         say(f"{command.file}")
         return 0
-    count = write_video(command.file, frames, command.fps)
+    count = write_video(command.file, frames, fps)
     say(f"{command.file}: {count} images")
     return 0
 
 
-def _write_page(command: Render, config: Any, updates: int, frames: Iterator[Any]) -> None:
+def _write_page(command: Render, config: Any, updates: int, animation: bytes) -> None:
     from purejaxppo.host.report import write_policy_page
 
     episodes = "1 episode" if command.episodes == 1 else f"{command.episodes} episodes"
     actions = "deterministic" if command.deterministic else "sampled"
     caption = f"{episodes} of seed {command.seed} after {updates:,} updates, {actions} actions."
     run_dir = None if holds(command.run_dir, SWEEP) else command.run_dir
-    write_policy_page(command.file, config, gif(frames, command.fps), caption, run_dir)
+    write_policy_page(command.file, config, animation, caption, run_dir)
 
 
 def _envs(command: Envs) -> int:

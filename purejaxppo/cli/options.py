@@ -200,8 +200,9 @@ class Render:
     """Use the policy's most likely action instead of sampling."""
     rollout_seed: int = 0
     """Random seed of the episodes."""
-    fps: int = 30
-    """Images per second; at most 50, except for MP4. There is one image per step."""
+    fps: int | None = None
+    """Images per second; at most 50, except for MP4. There is one image per step. None uses 30, and
+    2 for board games."""
     compilation_cache: bool = True
     """Keep compiled programs in the user's cache folder."""
 

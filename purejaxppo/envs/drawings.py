@@ -263,35 +263,6 @@ def pong(env: Any, params: Any, state: Any) -> np.ndarray:
     return colours[index].astype(np.uint8).repeat(8, 0).repeat(8, 1)
 
 
-def game_2048(exponents: np.ndarray, cell: int = 60) -> np.ndarray:
-    """A board `[4, 4]` of exponents of 2, 0 where a cell is empty."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    rows, columns = exponents.shape
-    picture = Image.new("RGB", (FINER * cell * columns, FINER * cell * rows), (187, 173, 160))
-    draw, cell = ImageDraw.Draw(picture), FINER * cell
-    for (row, column), exponent in np.ndenumerate(exponents):
-        x, y, gap = column * cell, row * cell, cell // 16
-        corners = (x + gap, y + gap, x + cell - gap, y + cell - gap)
-        draw.rounded_rectangle(corners, cell // 12, fill=tile_colour(int(exponent)))
-        if exponent:
-            text = str(2 ** int(exponent))
-            font = ImageFont.load_default(cell * min(0.45, 1.3 / len(text)))
-            ink = (119, 110, 101) if exponent < 3 else (249, 246, 242)
-            draw.text((x + cell / 2, y + cell / 2), text, fill=ink, font=font, anchor="mm")
-    return np.asarray(picture.reduce(FINER))
-
-
-def tile_colour(exponent: int) -> Colour:
-    """The colour of the tile 2^exponent, that of an empty cell for 0."""
-    colours: tuple[Colour, ...] = (
-        (205, 193, 180), (238, 228, 218), (237, 224, 200), (242, 177, 121), (245, 149, 99),
-        (246, 124, 95), (246, 94, 59), (237, 207, 114), (237, 204, 97), (237, 200, 80),
-        (237, 197, 63), (237, 194, 46), (60, 58, 50),
-    )  # fmt: skip
-    return colours[min(exponent, len(colours) - 1)]
-
-
 _DRAWINGS: dict[str, Drawing] = {
     "CartPole": cartpole, "MountainCar": mountain_car, "ContinuousMountainCar": mountain_car,
     "Pendulum": pendulum, "Acrobot": acrobot, "Reacher": reacher, "Swimmer": swimmer,

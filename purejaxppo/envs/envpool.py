@@ -66,6 +66,9 @@ class Pool:
             jax.tree.map(functools.partial(_write, ended), obs, fresh)
         return obs, reward, terminated, truncated, info
 
+    def render(self) -> np.ndarray:
+        return self._pool.render()
+
     def close(self) -> None:
         self._pool.close()
 

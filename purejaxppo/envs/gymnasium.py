@@ -65,7 +65,7 @@ def make_python_environment(env_id: str, params: Mapping[str, float | int | bool
     return Environment(
         name=env_id, observation_space=observation_space, action_space=action_space,
         max_episode_steps=limit, reset=reset, step=step,
-        in_python=lambda count: make(env_id, name, params, count),
+        in_python=lambda count, **more: make(env_id, name, {**params, **more}, count),
     )  # fmt: skip
 
 

@@ -4,6 +4,9 @@ In a game of two, each step is a move of the player whose turn it is, and the ob
 player's view, so the policy plays both sides.
 """
 
+import importlib
+import importlib.util
+import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from purejaxppo.envs.drawings import channels, game_2048
+from purejaxppo.config import ConfigError
+from purejaxppo.envs.drawings import channels
 from purejaxppo.envs.params import changed_values
 from purejaxppo.envs.single import Single
 from purejaxppo.envs.spaces import box, discrete, masked
@@ -60,11 +64,10 @@ def make(name: str, params: Mapping[str, float | int | bool]) -> Single:
     single = Single(
         name="", observation_space=masked(space, env.num_actions) if has_mask else space,
         action_space=discrete(env.num_actions), max_episode_steps=None, reset=reset, step=step,
-        render=_render_2048 if name == "2048" else _render_grid,
+        render=_render if has_mask else _render_grid,
     )  # fmt: skip
     if name not in BOARD_GAMES:
         return single
-    single = single._replace(render=None)
     return single._replace(alternating=True, evaluation=against_random(single, env, observe))
 
 
@@ -96,8 +99,15 @@ def against_random(single: Single, env: Any, observe: Any) -> Single:
     return single._replace(reset=reset, step=step)
 
 
-def _render_2048(state: Any) -> np.ndarray:
-    return game_2048(np.asarray(state._board).reshape(4, 4))
+def _render(state: Any) -> np.ndarray:
+    """Pgx's own drawing, which is SVG."""
+    if importlib.util.find_spec("resvg_py") is None:
+        raise ConfigError("drawing Pgx's games needs resvg-py; pip install 'purejaxppo[pgx]'")
+    from PIL import Image
+
+    resvg: Any = importlib.import_module("resvg_py")
+    png = resvg.svg_to_bytes(svg_string=state.to_svg(), background="white")
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
 def _render_grid(state: Any) -> np.ndarray:

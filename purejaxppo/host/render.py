@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Unpack
 
@@ -16,8 +17,9 @@ from purejaxppo.evaluation import LATER_EVALUATION, evaluation_keys
 from purejaxppo.host.configfile import Settings
 from purejaxppo.host.load import check_seed, find_states, task_of
 from purejaxppo.inputs import as_key, whole_number
+from purejaxppo.recorded import typed
 from purejaxppo.task import PartArguments, PartsAndHParams, Task, as_task
-from purejaxppo.types import Environment, KeyLike, PyTree, TrainState
+from purejaxppo.types import Environment, KeyLike, PyTree, TimeStep, TrainState
 
 CHUNK = 128
 """Steps per call of the compiled program."""
@@ -43,7 +45,8 @@ def render(
 
         frames = ppo.render("runs/first", episodes=3)
 
-    There is one image per step, of the state before the step. Episodes follow one another.
+    There is one image per step, of the state before the step. Episodes follow one another. In a
+    game of two players, the policy plays both sides, and the final position is drawn too.
 
     Args:
         task: the task passed to `run`, if one was.
@@ -145,6 +148,8 @@ def frames_of(
         limit = int(env.max_episode_steps) + 1  # some end one step after their limit
     keys = jax.random.split(as_key(key, function, "pass one key"), episodes)
     task.agent(state, function)
+    if env.in_python is not None:
+        return _frames_in_python(env, *_agent_in_python(task, state, deterministic), keys, limit)
     return _frames(env, *_programs(task, env, state, deterministic), keys, limit)
 
 
@@ -157,7 +162,7 @@ def environment_of(task: Task, function: str) -> Environment:
     if task.parts is None:
         raise ConfigError(f"{function}: {task.config.label} has no environment to draw")
     env = task.parts(None).env
-    if env.render is None:
+    if env.render is None and env.in_python is None:
         raise ConfigError(
             f"env {env.name} has no renderer; pass an environment whose method "
             "`render(state, params)` returns an image [H, W, 3] of type uint8"
@@ -178,10 +183,12 @@ def _programs(
     task: Task, env: Environment, state: TrainState, deterministic: bool
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """`key -> _Now`, and `_Now -> (_Now, (states[CHUNK, ...], over[CHUNK]))`."""
+    env_reset, env_step = (env.reset, env.step) if env.game is None else _played(env.game)
 
     def start(key: Key[Array, ""]) -> _Now:
         reset_key, key = jax.random.split(key)
-        return _Now(key, *env.reset(reset_key[None]), task.agent(state).initial_carry(1))
+        env_state, obs = env_reset(reset_key[None])
+        return _Now(key, env_state, obs, task.agent(state).initial_carry(1))
 
     def steps(state: TrainState, now: _Now) -> Any:
         agent = task.agent(state)
@@ -189,7 +196,7 @@ def _programs(
         def step(now: _Now, _: None) -> Any:
             key, act_key, env_key = jax.random.split(now.key, 3)
             action, carry = agent.act(act_key, now.obs, now.carry, deterministic)
-            env_state, result = env.step(env_key[None], now.env_state, action)
+            env_state, result = env_step(env_key[None], now.env_state, action)
             drawn = jax.tree.map(lambda x: x[0], now.env_state)
             over = (result.terminated | result.truncated)[0]
             return _Now(key, env_state, result.obs, carry), (drawn, over)
@@ -198,6 +205,17 @@ def _programs(
 
     compiled = jax.jit(steps)
     return jax.jit(start), lambda now: compiled(state, now)
+
+
+def _played(game: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`reset` and `step` of games whose final position stays. A move after the end changes
+    nothing."""
+
+    def step(keys: Key[Array, " N"], state: PyTree, action: Array) -> tuple[PyTree, TimeStep]:
+        state, obs, reward, terminated, truncated = jax.vmap(game.step)(keys, state, action)
+        return state, TimeStep(obs, reward, terminated, truncated, obs)
+
+    return jax.vmap(game.reset), step
 
 
 def _frames(
@@ -221,12 +239,61 @@ def _frames(
                 image = _drawn(env, row(states, t), shape)
                 shape = image.shape
                 yield image
+        if ended and env.game is not None:
+            yield _drawn(env, row(now.env_state, 0), shape)
+
+
+def _agent_in_python(
+    task: Task, state: TrainState, deterministic: bool
+) -> tuple[Callable[..., Any], PyTree]:
+    """`(key, obs, carry) -> (action, carry)`, and the first carry."""
+
+    def act(state: TrainState, key: Key[Array, ""], obs: PyTree, carry: PyTree) -> Any:
+        return task.agent(state).act(key, obs, carry, deterministic)
+
+    return partial(jax.jit(act), state), task.agent(state).initial_carry(1)
+
+
+def _frames_in_python(
+    env: Environment, act: Callable[..., Any], first: PyTree, keys: Key[Array, " E"], limit: int
+) -> Iterator[np.ndarray]:
+    """Episodes of an environment that Python steps, with its own images."""
+    assert env.in_python is not None
+    envs = env.in_python(1, render_mode="rgb_array")
+    shape = None
+    try:
+        for key in keys:
+            obs, _ = envs.reset(seed=int(jax.random.randint(key, (), 0, 2**31 - 1)))
+            carry = first
+            for t in range(limit):
+                image = _image_in_python(env, envs, shape)
+                shape = image.shape
+                yield image
+                action, carry = act(jax.random.fold_in(key, t), typed(obs), carry)
+                obs, _, terminated, truncated, _ = envs.step(np.asarray(action))
+                if terminated[0] or truncated[0]:
+                    break
+    finally:
+        envs.close()
+
+
+def _image_in_python(env: Environment, envs: Any, shape: tuple[int, ...] | None) -> np.ndarray:
+    try:
+        image = envs.render()[0]
+    except Exception as error:  # a package for drawing is missing
+        raise ConfigError(f"env {env.name}: cannot be drawn: {error}") from error
+    if image is None:
+        raise ConfigError(f"env {env.name}: has no images (render_mode = rgb_array)")
+    return _checked(env, np.asarray(image), shape)
 
 
 def _drawn(env: Environment, state: PyTree, shape: tuple[int, ...] | None) -> np.ndarray:
     """The image of a state, which must have the shape of those before it."""
     assert env.render is not None
-    image = np.asarray(env.render(state))
+    return _checked(env, np.asarray(env.render(state)), shape)
+
+
+def _checked(env: Environment, image: np.ndarray, shape: tuple[int, ...] | None) -> np.ndarray:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ConfigError(
             f"env {env.name}: render returns {image.dtype}{list(image.shape)}; return an image "

@@ -14,12 +14,14 @@ import numpy as np
 from purejaxppo.config import ConfigError
 from purejaxppo.host.rundir import write_output
 
+FPS, FPS_OF_GAMES = 30, 2
+"""Default images per second: of board games fewer, since each image is a move."""
 MAX_FPS_OF_GIF = 50
 """GIF files count time in hundredths of a second; viewers slow down images shorter than two."""
 
 
 def check_video(path: Path, fps: int) -> None:
-    """Check a file to write, before the images are made.
+    """Check a file to write, and its images per second, before the images are made.
 
     Raises:
         ConfigError: if the file exists, it is neither a GIF nor an MP4, or cannot be written with

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import jax
@@ -24,11 +24,13 @@ LIMIT, STEPS, N = 7, 16, 3
 class PythonWalk(gymnasium.Env[np.ndarray, Any]):
     """Moves by the action; terminates at 3, and the reward is the position."""
 
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"]}
     observation_space = gymnasium.spaces.Box(-20.0, 20.0, (2,), np.float64)
     action_space = gymnasium.spaces.Discrete(3)
 
-    def __init__(self, breaks_after: int = 10**9):
+    def __init__(self, breaks_after: int = 10**9, render_mode: str | None = None):
         self.left = breaks_after
+        self.render_mode = render_mode
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
         super().reset(seed=seed)
@@ -46,6 +48,11 @@ class PythonWalk(gymnasium.Env[np.ndarray, Any]):
 
     def observed(self) -> np.ndarray:
         return np.array([self.position, self.time], np.float64)
+
+    def render(self) -> Any:
+        """An image that holds the bytes of the position and the time."""
+        numbers = np.array([self.position, self.time, 0.0], np.float64)
+        return numbers.view(np.uint8).reshape(2, 4, 3)
 
 
 @pytest.fixture(autouse=True)
@@ -183,6 +190,38 @@ def test_evaluation_counts_whole_episodes():
             expected.append(total)
             obs, _ = env.reset()
     np.testing.assert_allclose(found, np.sort(expected), rtol=1e-5)
+
+
+def test_images_are_of_the_policys_episodes(tmp_path: Path):
+    """From the first state of an episode, a simulation of the rules with the policy's actions."""
+    run = tmp_path / "run"
+    ppo.run(config(), eval_episodes=2, progress=False, run_dir=run)
+    frames = ppo.render(run, episodes=3, deterministic=True)
+    shown = frames.reshape(len(frames), -1).view(np.float64)[:, :2]
+    starts = np.flatnonzero(shown[:, 1] == 0)
+    assert len(starts) == 3
+    assert len(set(shown[starts, 0])) == 3
+    agent = ppo.make_agent(config(), ppo.load(run).state)
+    for first, end in zip(starts, [*starts[1:], len(shown)], strict=True):
+        position, time = shown[first]
+        for row in shown[first:end]:
+            np.testing.assert_array_equal(row, [position, time])
+            obs = np.array([[position, time]], np.float32)
+            action, _ = agent.act(jax.random.key(0), obs, (), True)
+            position, time = position + int(action[0]) - 1, time + 1
+        assert position >= 2 or time == LIMIT
+
+
+@pytest.mark.parametrize(
+    ("render", "words"),
+    [(lambda self: None, "has no images"), (lambda self: 1 / 0, "cannot be drawn: division")],
+)
+def test_what_cannot_be_drawn(render: Any, words: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(PythonWalk, "render", render)
+    task = ppo.make_task(config())
+    state = jax.jit(task.learner(None).init)(jax.random.key(1), ppo.HParams(), ())
+    with pytest.raises(ppo.ConfigError, match=words):
+        ppo.render_policy(task, state, jax.random.key(0))
 
 
 def test_an_error_of_the_environment_keeps_the_state(tmp_path: Path, capsys: Any):
