@@ -4,7 +4,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -27,32 +27,38 @@ def names() -> list[str]:
 
 
 class Pool:
-    """EnvPool's environments with Gymnasium's vector interface. They are reset in the step that
-    ends an episode, which returns the last observation in `info["final_obs"]`.
+    """EnvPool's environments with Gymnasium's vector interface, made by `reset`. They are reset in
+    the step that ends an episode, which returns the last observation in `info["final_obs"]`.
 
     Raises:
         ConfigError: if there is no such environment, or it cannot be made.
     """
 
-    def __init__(self, env_id: str, name: str, params: Mapping[str, Any], count: int):
+    def __init__(self, env_id: str, name: str, params: Mapping[str, Any], count: int, **more: Any):
         if name not in names():
             near = nearest(name, names(), 0.4)
             hint = f"; did you mean envpool/{near}?" if near else ""
             raise ConfigError(f"env_id = {env_id!r}: no such environment{hint}")
         given = {"num_envs": count, "num_threads": min(count, os.cpu_count() or 1), **params}
-        self._make = functools.partial(_package().make, name, env_type="gymnasium", **given)
+        self._env_id = env_id
+        self._pool: Any = None
+        self._make = functools.partial(_package().make, name, env_type="gymnasium", **given, **more)
+        # The specification is enough for a listing; some environments end the process when made.
+        spec = self._tried(functools.partial(_package().make_spec, name, **given))
+        self.single_observation_space = spec.gymnasium_observation_space
+        self.single_action_space = spec.gymnasium_action_space
+        self.spec = spec.config
+
+    def _tried(self, make: Callable[[], Any]) -> Any:
         try:
-            self._pool: Any = self._make(seed=0)
-        except Exception as error:  # an argument that does not exist
+            return make()
+        except Exception as error:  # an argument that does not exist, or a missing library
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ConfigError(f"env_id = {env_id!r}: cannot be made: {reason}") from error
-        self.single_observation_space = self._pool.observation_space
-        self.single_action_space = self._pool.action_space
-        self.spec = self._pool.spec.config
+            raise ConfigError(f"env_id = {self._env_id!r}: cannot be made: {reason}") from error
 
     def reset(self, *, seed: int) -> tuple[Any, Any]:
-        self._pool.close()
-        self._pool = self._make(seed=seed)
+        self.close()
+        self._pool = self._tried(functools.partial(self._make, seed=seed))
         return self._pool.reset()
 
     def step(self, action: np.ndarray) -> Any:
@@ -70,7 +76,8 @@ class Pool:
         return self._pool.render()
 
     def close(self) -> None:
-        self._pool.close()
+        if self._pool is not None:
+            self._pool.close()
 
 
 def _write(rows: np.ndarray, to: np.ndarray, new: np.ndarray) -> None:

@@ -4,6 +4,7 @@ Those of Gymnasium are vectorised in this process. The names have a prefix:
 `gymnasium/LunarLander-v3`, `envpool/Pong-v5`.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,7 +51,7 @@ def make_python_environment(env_id: str, params: Mapping[str, float | int | bool
     observation_space = _space(env_id, envs.single_observation_space)
     action_space = _space(env_id, envs.single_action_space)
     limit = None if envs.spec is None else envs.spec.max_episode_steps
-    like = jax.tree.map(np.asarray, named_parts(envs.reset(seed=0)[0]))
+    like = named_parts(_empty(envs.single_observation_space))
     envs.close()
 
     def reset(keys: Key[Array, " N"]) -> tuple[PyTree, PyTree]:
@@ -65,11 +66,11 @@ def make_python_environment(env_id: str, params: Mapping[str, float | int | bool
     return Environment(
         name=env_id, observation_space=observation_space, action_space=action_space,
         max_episode_steps=limit, reset=reset, step=step,
-        in_python=lambda count, **more: make(env_id, name, {**params, **more}, count),
+        in_python=functools.partial(make, env_id, name, params),
     )  # fmt: skip
 
 
-def _make(env_id: str, name: str, params: Mapping[str, Any], count: int) -> Any:
+def _make(env_id: str, name: str, params: Mapping[str, Any], count: int, **more: Any) -> Any:
     import gymnasium
 
     same_step = gymnasium.vector.AutoresetMode.SAME_STEP
@@ -79,11 +80,17 @@ def _make(env_id: str, name: str, params: Mapping[str, Any], count: int) -> Any:
         raise ConfigError(f"env_id = {env_id!r}: no such environment{hint}")
     try:
         return gymnasium.make_vec(
-            name, count, "sync", vector_kwargs={"autoreset_mode": same_step}, **params
+            name, count, "sync", vector_kwargs={"autoreset_mode": same_step}, **params, **more
         )
     except Exception as error:  # a missing dependency, or an argument that does not exist
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"env_id = {env_id!r}: cannot be made: {reason}") from error
+
+
+def _empty(space: Any) -> Any:
+    import gymnasium
+
+    return gymnasium.vector.utils.create_empty_array(space)
 
 
 def _dtype(x: np.ndarray) -> Any:

@@ -284,7 +284,7 @@ def _image_in_python(env: Environment, envs: Any, shape: tuple[int, ...] | None)
         raise ConfigError(f"env {env.name}: cannot be drawn: {error}") from error
     if image is None:
         raise ConfigError(f"env {env.name}: has no images (render_mode = rgb_array)")
-    return _checked(env, np.asarray(image), shape)
+    return _checked(env, np.array(image), shape)
 
 
 def _drawn(env: Environment, state: PyTree, shape: tuple[int, ...] | None) -> np.ndarray:

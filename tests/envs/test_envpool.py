@@ -9,6 +9,7 @@ import pytest
 from gymnasium.envs.classic_control.cartpole import CartPoleEnv
 
 import purejaxppo as ppo
+from purejaxppo.cli import main
 from purejaxppo.envs.registry import make_environment
 
 pytest.importorskip("envpool", reason="envpool is not installed")
@@ -62,3 +63,19 @@ def test_what_cannot_be_made(name: str, words: str):
     params: Any = {"gravitas": 1.0} if words == "cannot be made" else {}
     with pytest.raises(ppo.ConfigError, match=words):
         ppo.make_task(ppo.Config(env_id=f"envpool/{name}", env_params=params))
+
+
+def test_all_are_listed_without_being_made(capsys: Any):
+    """Some of them end the process when they are made without a display or a library."""
+    assert main(["envs", "envpool/"]) == 0
+    listed = capsys.readouterr().out
+    assert "envpool/CartPole-v1" in listed
+    assert "Box[4, 84, 84]" in next(x for x in listed.splitlines() if "envpool/Pong-v5" in x)
+
+
+def test_images_are_drawn():
+    config = ppo.Config(env_id="envpool/CartPole-v1", num_envs=N, num_steps=8, num_minibatches=1)
+    task = ppo.make_task(config)
+    state = jax.jit(task.learner(None).init)(jax.random.key(1), ppo.HParams(), ())
+    frames = ppo.render_policy(task, state, jax.random.key(0), max_steps=8)
+    assert len(np.unique(frames, axis=0)) > 4
