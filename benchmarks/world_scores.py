@@ -89,7 +89,7 @@ ENTRIES = (
     Entry(
         "navix/Navix-FourRooms-v0", "worlds/navix",
         Published(0.139, "0.139 ± 0.083, PPO, 1M steps, 32 seeds", NAVIX),
-        {"total_timesteps": 262_144, "shared_trunk": True, "update_epochs": 1},
+        {"shared_trunk": True},
     ),
     Entry(
         "playground/CartpoleBalance", "worlds/physics",
