@@ -3,8 +3,8 @@
     python benchmarks/worlds.py [--only PREFIX] [--training | --table-only]
 
 Random steps are compared with the suite's own auto-reset; with `--training`, whole updates with
-Brax's PPO, with the same settings. Each pair of programs is timed in turn, several times. Results
-go to `benchmarks/results/worlds.json`, and tables into the documentation.
+Brax's PPO, with the same settings. The programs are timed in turn, several times. Results go
+to `benchmarks/results/worlds.json`, and tables into the documentation.
 """
 
 import argparse
@@ -24,6 +24,9 @@ from tables import write_table
 
 import purejaxppo as ppo
 from purejaxppo.envs.registry import make_environment
+from purejaxppo.host.configfile import RunSettings, Settings
+from purejaxppo.host.parallel import use_all_cores, with_devices
+from purejaxppo.host.program import compile_program, stacked_hparams
 
 RESULTS = Path(__file__).parent / "results/worlds.json"
 ENVIRONMENTS = (
@@ -171,20 +174,23 @@ UNROLL, EPOCHS, MINIBATCHES, UPDATES = 64, 4, 8, 10
 
 
 def train(env_id: str) -> dict[str, Any]:
-    """Steps per second of training, ours and Brax's, one device each: epochs of `UPDATES` updates
-    in turn, after two that are not counted, since Brax compiles in both."""
+    """Steps per second of training: ours on one device and on those that `run` chooses, and
+    Brax's on one, which is its default on a CPU. Rounds of `UPDATES` updates in turn, after two
+    that are not counted, since Brax compiles in both."""
     from brax import envs
     from brax.training.agents.ppo import networks
     from brax.training.agents.ppo import train as brax_ppo
 
     steps = UPDATES * NUM_ENVS * UNROLL
-    once, seconds = our_training(env_id), {"ours": [], "suite": []}
+    seconds: dict[str, list[float]] = {"ours": [], "default": [], "suite": []}
+    once, default = our_training(env_id, 1), our_training(env_id, 0)
 
     def in_turn(done: int, metrics: Any) -> None:
         del metrics
         now = time.perf_counter()
         seconds["suite"].append(now - began[0])
         seconds["ours"].append(once())
+        seconds["default"].append(default())
         began[0] = time.perf_counter()
 
     _, backend, name = env_id.split("/")
@@ -206,26 +212,33 @@ def train(env_id: str) -> dict[str, Any]:
         num_evals=ROUNDS + 3, run_evals=False, progress_fn=in_turn, max_devices_per_host=1,
     )  # fmt: skip
     timed = {key: np.array(x[-ROUNDS:]) for key, x in seconds.items()}
-    ratios = timed["suite"] / timed["ours"]
-    return {key: steps / float(np.median(x)) for key, x in timed.items()} | {
-        "ratio": float(np.median(ratios)), "lowest": float(ratios.min()),
-        "highest": float(ratios.max()),
-    }  # fmt: skip
+    rates = {key: steps / float(np.median(x)) for key, x in timed.items()}
+    return rates | {
+        f"{key}_ratio": _spread(timed["suite"] / timed[key]) for key in ("ours", "default")
+    }
 
 
-def our_training(env_id: str) -> Callable[[], float]:
-    """A function that trains for `UPDATES` updates and returns its seconds."""
+def _spread(ratios: np.ndarray) -> list[float]:
+    """The median, the lowest and the highest."""
+    return [float(f(ratios)) for f in (np.median, np.min, np.max)]
+
+
+def our_training(env_id: str, devices: int) -> Callable[[], float]:
+    """A function that trains for `UPDATES` updates and returns its seconds; with 0 devices, on as
+    many as `run` chooses."""
     config = ppo.Config(
         env_id, num_envs=NUM_ENVS, num_steps=UNROLL, num_minibatches=MINIBATCHES,
         update_epochs=EPOCHS, normalize_obs=True, lr_schedule="constant",
         action_distribution="tanh_normal",
     )  # fmt: skip
-    learner, hparams = ppo.make_learner(config), ppo.HParams(learning_rate=3e-4)
-    state = [jax.jit(learner.init)(jax.random.key(0), hparams)]
+    task, run = ppo.make_task(config), RunSettings(devices=devices)
+    settings = with_devices(Settings(config, ppo.HParams(learning_rate=3e-4), run), task)
+    program, hparams = compile_program(settings, task), stacked_hparams(settings)
+    states = [program.begin(hparams)]
 
     def once() -> float:
         began = time.perf_counter()
-        state[0] = jax.block_until_ready(ppo.train_chunk(learner, state[0], hparams, UPDATES)[0])
+        states[0] = jax.block_until_ready(program.chunk(states[0], hparams, UPDATES)[0])
         return time.perf_counter() - began
 
     once()
@@ -233,17 +246,24 @@ def our_training(env_id: str) -> Callable[[], float]:
 
 
 def training_table(results: dict[str, Any]) -> str:
-    lines = ["| environment | steps/s | Brax's PPO | ratio |", "|---|---|---|---|"]
+    lines = [
+        "| environment | Brax's PPO, steps/s | ours, one device | ratio | ours, default | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
     for env_id, row in results.get("training", {}).items():
-        lines.append(
-            f"| `{env_id}` | {_rounded(row['ours'])} | {_rounded(row['suite'])} | "
-            f"{row['ratio']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f}) |"
-        )
+        cells = [f"`{env_id}`", _rounded(row["suite"])]
+        for key in ("ours", "default"):
+            median, low, high = row[f"{key}_ratio"]
+            cells += [_rounded(row[key]), f"{median:.2f} ({low:.2f} to {high:.2f})"]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
         f"{NUM_ENVS} environments, {UNROLL} steps, {EPOCHS} epochs of {MINIBATCHES} minibatches, "
-        f"two hidden layers of 64 units, on one device. Medians of {ROUNDS} rounds of {UPDATES} "
-        "updates in turn. `python benchmarks/worlds.py --training` reproduces it.",
+        "two hidden layers of 64 units. By default, this package uses as many cores as make a run "
+        "faster, here both; Brax uses a CPU as one device. "
+        f"Medians of {ROUNDS} rounds of {UPDATES} updates in turn, on "
+        f"{results['about']['processor']}. "
+        "`python benchmarks/worlds.py --training` reproduces it.",
     ]
     return "\n".join(lines)
 
@@ -280,6 +300,7 @@ def main() -> None:
     parser.add_argument("--training", action="store_true", help="compare training with Brax's PPO")
     parser.add_argument("--table-only", action="store_true")
     given = parser.parse_args()
+    use_all_cores()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"environments": {}}
     for env_id in TRAINED if given.training else ():
         results.setdefault("training", {})[env_id] = train(env_id)
