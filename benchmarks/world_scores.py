@@ -180,15 +180,15 @@ def table(found: dict[str, dict[str, Any]], classic: dict[str, dict[str, Any]]) 
     ]
     lines += [row(found[e.env_id], e.published, e.maximum) for e in ENTRIES if e.env_id in found]
     lines += [row(classic[name], x) for name, x in CLASSIC.items() if name in classic]
-    one = next(iter(found.values()))
+    one, processors = next(iter(found.values())), {x["processor"] for x in found.values()}
     versions = ", ".join(f"{k} {one['versions'][k]}" for k in ("jax", "flax", "gymnax"))
     lines += [
         "",
         f"Final evaluation over {one['eval_episodes']} episodes per seed (Craftax: 32) with "
-        f"sampled actions. {NUM_SEEDS} seeds ({learning.NUM_SEEDS} on Breakout and classic "
-        f"control, whose runs are those of [the shipped configs](#returns-of-the-shipped-configs))."
-        f" Percentages are of the highest possible return. {one['processor']}, one core, "
-        f"{versions}. `make results-worlds` repeats it.",
+        f"sampled actions. {NUM_SEEDS} seeds ({learning.NUM_SEEDS} on Breakout, Acrobot and "
+        f"MountainCarContinuous, whose runs are those of [the shipped configs]"
+        f"(#returns-of-the-shipped-configs)). Percentages are of the highest possible return. {' and '.join(sorted(processors))}, one "
+        f"core, {versions}. `make results-worlds` repeats it.",
     ]
     return "\n".join(lines)
 

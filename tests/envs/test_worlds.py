@@ -152,7 +152,7 @@ def plain(single: Single) -> Any:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("purejaxppo.envs.single.reset_on_demand", keep)
-        ppo.envs.single.vectorised(single)
+        ppo.envs.single.vectorised(single._replace(evaluation=None))
     return found["reset"], found["step"]
 
 
