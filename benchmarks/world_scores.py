@@ -187,8 +187,8 @@ def table(found: dict[str, dict[str, Any]], classic: dict[str, dict[str, Any]]) 
         f"Final evaluation over {one['eval_episodes']} episodes per seed (Craftax: 32) with "
         f"sampled actions. {NUM_SEEDS} seeds ({learning.NUM_SEEDS} on Breakout, Acrobot and "
         f"MountainCarContinuous, whose runs are those of [the shipped configs]"
-        f"(#returns-of-the-shipped-configs)). Percentages are of the highest possible return. {' and '.join(sorted(processors))}, one "
-        f"core, {versions}. `make results-worlds` repeats it.",
+        f"(#returns-of-the-shipped-configs)). Percentages are of the highest possible return. "
+        f"{' and '.join(sorted(processors))}, one core, {versions}. `make results-worlds` repeats it.",
     ]
     return "\n".join(lines)
 
