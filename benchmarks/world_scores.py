@@ -188,7 +188,8 @@ def table(found: dict[str, dict[str, Any]], classic: dict[str, dict[str, Any]]) 
         f"sampled actions. {NUM_SEEDS} seeds ({learning.NUM_SEEDS} on Breakout, Acrobot and "
         f"MountainCarContinuous, whose runs are those of [the shipped configs]"
         f"(#returns-of-the-shipped-configs)). Percentages are of the highest possible return. "
-        f"{' and '.join(sorted(processors))}, one core, {versions}. `make results-worlds` repeats it.",
+        f"{' and '.join(sorted(processors))}, one core, {versions}. "
+        "`make results-worlds` repeats it.",
     ]
     return "\n".join(lines)
 
