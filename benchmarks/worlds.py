@@ -213,9 +213,11 @@ def train(env_id: str) -> dict[str, Any]:
     )  # fmt: skip
     timed = {key: np.array(x[-ROUNDS:]) for key, x in seconds.items()}
     rates = {key: steps / float(np.median(x)) for key, x in timed.items()}
-    return rates | {
-        f"{key}_ratio": _spread(timed["suite"] / timed[key]) for key in ("ours", "default")
-    }
+    return (
+        rates
+        | {"processor": processor()}
+        | {f"{key}_ratio": _spread(timed["suite"] / timed[key]) for key in ("ours", "default")}
+    )
 
 
 def _spread(ratios: np.ndarray) -> list[float]:
@@ -250,7 +252,8 @@ def training_table(results: dict[str, Any]) -> str:
         "| environment | Brax's PPO, steps/s | ours, one device | ratio | ours, default | ratio |",
         "|---|---|---|---|---|---|",
     ]
-    for env_id, row in results.get("training", {}).items():
+    trained = results.get("training", {})
+    for env_id, row in trained.items():
         cells = [f"`{env_id}`", _rounded(row["suite"])]
         for key in ("ours", "default"):
             median, low, high = row[f"{key}_ratio"]
@@ -262,7 +265,7 @@ def training_table(results: dict[str, Any]) -> str:
         "two hidden layers of 64 units. By default, this package uses as many cores as make a run "
         "faster, here both; Brax uses a CPU as one device. "
         f"Medians of {ROUNDS} rounds of {UPDATES} updates in turn, on "
-        f"{results['about']['processor']}. "
+        f"{' and '.join(sorted({x['processor'] for x in trained.values()}))}. "
         "`python benchmarks/worlds.py --training` reproduces it.",
     ]
     return "\n".join(lines)

@@ -90,6 +90,11 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=cutoff)), None)
 
 
+def reason_of(error: Exception) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def check_fields(instance: Any) -> None:
     """Check the type, range and effect of each field of a settings dataclass.
 

@@ -22,7 +22,7 @@ from purejaxppo.types import PyTree
 
 BACKENDS = ("generalized", "spring", "positional", "mjx")
 ONE_BACKEND = ("fast", "swimmer")
-"""Environments that do not run on another backend."""
+"""Environments that run only on the default backend."""
 EPISODE_LENGTH = 1000
 """The time limit of Brax's own training."""
 

@@ -29,7 +29,7 @@ def names() -> list[str]:
 def make(name: str, params: Mapping[str, float | int | bool]) -> Single:
     from craftax.craftax_env import make_craftax_env_from_name
 
-    with contextlib.redirect_stdout(sys.stderr):  # it reports that it loads textures
+    with contextlib.redirect_stdout(sys.stderr):  # it prints that it loads textures
         env: Any = make_craftax_env_from_name(name, auto_reset=False)
     numbers = numbers_of(fields_of(env.default_params))
     changed = changed_values(f"craftax/{name}", numbers, params)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from purejaxppo.checks import nearest
+from purejaxppo.checks import nearest, reason_of
 from purejaxppo.config import ConfigError
 
 
@@ -53,7 +53,7 @@ class Pool:
         try:
             return make()
         except Exception as error:  # an argument that does not exist, or a missing library
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = reason_of(error)
             raise ConfigError(f"env_id = {self._env_id!r}: cannot be made: {reason}") from error
 
     def reset(self, *, seed: int) -> tuple[Any, Any]:

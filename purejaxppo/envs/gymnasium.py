@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from purejaxppo.checks import nearest
+from purejaxppo.checks import nearest, reason_of
 from purejaxppo.config import ConfigError
 from purejaxppo.envs import envpool
 from purejaxppo.envs.base import MultiDiscrete, named_parts, parts_of
@@ -83,8 +83,7 @@ def _make(env_id: str, name: str, params: Mapping[str, Any], count: int, **more:
             name, count, "sync", vector_kwargs={"autoreset_mode": same_step}, **params, **more
         )
     except Exception as error:  # a missing dependency, or an argument that does not exist
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"env_id = {env_id!r}: cannot be made: {reason}") from error
+        raise ConfigError(f"env_id = {env_id!r}: cannot be made: {reason_of(error)}") from error
 
 
 def _empty(space: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from purejaxppo.checks import reason_of
 from purejaxppo.config import ConfigError
 from purejaxppo.envs.brax import counted
 from purejaxppo.envs.params import changed_values, numbers_of
@@ -29,8 +30,8 @@ def make(name: str, params: Mapping[str, float | int | bool]) -> Single:
         env = registry.load(name, config_overrides={"impl": "jax", **changed})
     except Exception as error:  # the models of robots are downloaded with git
         raise ConfigError(
-            f"env_id = 'playground/{name}': cannot be made, perhaps since its models must be "
-            f"downloaded: {str(error).splitlines()[0]}"
+            f"env_id = 'playground/{name}': cannot be made, perhaps because its models must be "
+            f"downloaded: {reason_of(error)}"
         ) from error
     limit = int(changed.get("episode_length", defaults.episode_length))
     return counted(env, limit, partial(_render, env))._replace(slow_reset=True, parameters=numbers)

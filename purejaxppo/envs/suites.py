@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Mapping
 from types import ModuleType
 
-from purejaxppo.checks import nearest
+from purejaxppo.checks import nearest, reason_of
 from purejaxppo.config import ConfigError
 from purejaxppo.envs.single import Single
 from purejaxppo.suites import SUITES
@@ -68,8 +68,7 @@ def make_single(env_id: str, params: Mapping[str, float | int | bool]) -> Single
     except ConfigError:
         raise
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"env_id = {env_id!r}: cannot be made: {reason}") from error
+        raise ConfigError(f"env_id = {env_id!r}: cannot be made: {reason_of(error)}") from error
 
 
 def _adapter(prefix: str) -> ModuleType:

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from purejaxppo.checks import reason_of
 from purejaxppo.config import ConfigError
 from purejaxppo.host.configfile import Settings, dump_settings, settings_from
 from purejaxppo.host.processes import agree, is_first
@@ -120,7 +121,7 @@ def _save_once(
                 if reason is None:
                     step(path, unfinished, manifest, states)
             except Exception as error:  # orbax raises many exception types for a full disk
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                reason = reason_of(error)
             if not agree(reason is None).all():  # in step with all other processes
                 reason = reason or "another process could not write its part"
         if reason is not None:
@@ -208,9 +209,8 @@ def restore(checkpoint: Checkpoint, init: Any) -> TrainState:
         with _quiet():
             arrays = ocp.load(str(checkpoint.path), template)
     except Exception as error:  # orbax raises many exception types for a foreign folder
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
-            f"checkpoint {str(checkpoint.path)!r}: cannot be read: {reason}"
+            f"checkpoint {str(checkpoint.path)!r}: cannot be read: {reason_of(error)}"
         ) from error
     leaves, structure = jax.tree.flatten(shapes)
     filled = [

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
+from purejaxppo.checks import reason_of
 from purejaxppo.config import ConfigError, TaskConfig
 from purejaxppo.evaluation import LATER_EVALUATION, evaluation_keys
 from purejaxppo.host.configfile import Settings
@@ -281,9 +282,9 @@ def _image_in_python(env: Environment, envs: Any, shape: tuple[int, ...] | None)
     try:
         image = envs.render()[0]
     except Exception as error:  # a package for drawing is missing
-        raise ConfigError(f"env {env.name}: cannot be drawn: {error}") from error
+        raise ConfigError(f"env {env.name}: cannot be drawn: {reason_of(error)}") from error
     if image is None:
-        raise ConfigError(f"env {env.name}: has no images (render_mode = rgb_array)")
+        raise ConfigError(f"env {env.name}: cannot be drawn: it has no render mode rgb_array")
     return _checked(env, np.array(image), shape)
 
 

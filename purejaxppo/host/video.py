@@ -15,7 +15,7 @@ from purejaxppo.config import ConfigError
 from purejaxppo.host.rundir import write_output
 
 FPS, FPS_OF_GAMES = 30, 2
-"""Default images per second: of board games fewer, since each image is a move."""
+"""Default images per second; fewer for board games, in which each image is a move."""
 MAX_FPS_OF_GIF = 50
 """GIF files count time in hundredths of a second; viewers slow down images shorter than two."""
 

@@ -214,7 +214,10 @@ def test_images_are_of_the_policys_episodes(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("render", "words"),
-    [(lambda self: None, "has no images"), (lambda self: 1 / 0, "cannot be drawn: division")],
+    [
+        (lambda self: None, "has no render mode rgb_array"),
+        (lambda self: 1 / 0, "cannot be drawn: division"),
+    ],
 )
 def test_what_cannot_be_drawn(render: Any, words: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(PythonWalk, "render", render)
